@@ -1,0 +1,151 @@
+"""Pictures → batches, through timm's folder reader and transforms; broken pictures are left out and reported."""
+
+import random
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.preprocessing import Preprocessing
+
+BUILT_IN = "built-in photos"
+
+
+def built_in_photos() -> Path:
+    """The folder of public-domain photos that travels with the package."""
+    return Path(str(files("tosa_convert") / "assets" / "photos"))
+
+
+class Images(Dataset):
+    """The pictures of a folder. Sub-folders are classes; pictures at the top level have no labels.
+
+    An item is (image (C, H, W) float32, label, None), or (None, None, name) for a picture that
+    cannot be read. With ``training`` the transform is random, seeded by the draw, and a broken
+    picture is replaced by the next good one.
+    """
+
+    def __init__(self, source: str | Path | None, preprocessing: Preprocessing, training: bool = False, seed: int = 0):
+        self.name = BUILT_IN if source is None else str(source)
+        self.reader = _reader(built_in_photos() if source is None else Path(source))
+        self.classes = _classes(self.reader)
+        self.preprocessing, self.training, self.seed = preprocessing, training, seed
+        self.transform = _transform(preprocessing, training)
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, draw: "int | tuple[int, int]"):
+        if not self.training:
+            return self._read(draw)
+        position, index = draw
+        seed_everything(self.seed + 1_000_003 * (position + 1))
+        for offset in range(len(self)):
+            image, label, broken = self._read((index + offset) % len(self))
+            if image is not None:
+                return image, label, self.reader.filename(index) if offset else None
+        raise TosaError(f"not one picture in {self.name} can be read; last was {broken}")
+
+    def _read(self, index: int):
+        try:
+            stream, label = self.reader[index]
+            with stream, Image.open(stream) as picture:
+                image = self.transform(picture.convert(self.preprocessing.mode))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None, None, self.reader.filename(index)
+        return image, label if self.labelled else -1, None
+
+
+def _reader(path: Path) -> ReaderImageFolder:
+    if not path.is_dir():
+        raise UsageError(f"there is no data folder at {path}; give a folder of images with --data")
+    try:
+        return ReaderImageFolder(str(path))
+    except RuntimeError:
+        raise UsageError(f"{path} holds no images; give a folder with .jpg or .png files in it") from None
+
+
+def _classes(reader: ReaderImageFolder) -> list[str]:
+    """Class names in label order; none where pictures lie at the top level."""
+    names = reader.class_to_idx
+    return [] if "" in names else sorted(names, key=names.get)
+
+
+def _transform(preprocessing: Preprocessing, training: bool):
+    return create_transform(
+        (preprocessing.channels, *preprocessing.size),
+        is_training=training,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        scale=(0.5, 1.0),
+        color_jitter=0.0,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Draws(Sampler):
+    """An endless, seeded shuffle cut to positions [first, last): what a resumed training needs to see next.
+
+    Yields (position, index); each pass over the data is its own permutation.
+    """
+
+    def __init__(self, length: int, first: int, last: int, seed: int):
+        self.length, self.first, self.last, self.seed = length, first, last, seed
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position in range(self.first, self.last):
+            epoch, place = divmod(position, self.length)
+            if place == 0 or position == self.first:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(self.length, generator=generator).tolist()
+            yield position, order[place]
+
+
+def collate(items: list) -> dict:
+    """{"images": (B, C, H, W), "labels": (B,), "broken": names}; broken pictures are left out of the tensors."""
+    good = [(image, label) for image, label, _ in items if image is not None]
+    return {
+        "images": torch.stack([image for image, _ in good]) if good else torch.empty(0),
+        "labels": torch.tensor([label for _, label in good]),
+        "broken": [name for *_, name in items if name],
+    }
+
+
+def training_loader(images: Images, batch_size: int, first: int, last: int, workers: int) -> DataLoader:
+    """Batches of the draws [first, last), the same ones however often training was interrupted."""
+    draws = Draws(len(images), first, last, images.seed)
+    return DataLoader(images, batch_size, sampler=draws, num_workers=workers, collate_fn=collate)
+
+
+def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
+    """Batches of every picture once, in order."""
+    return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
+
+
+def check_classes(images: Images, outputs: int) -> None:
+    """Labels mean something only if the folders are the model's classes."""
+    if len(images.classes) != outputs:
+        raise UsageError(
+            f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the data "
+            "the model was trained for, or load it with --num-classes and its own --checkpoint"
+        )

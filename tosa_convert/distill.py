@@ -1,0 +1,128 @@
+"""Stage 1: the selectors learn from the model itself; no labels, and the backbone does not move."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tosa_convert.convert import is_converted
+from tosa_convert.data import Images
+from tosa_convert.errors import UsageError
+from tosa_convert.hosts import host_of
+from tosa_convert.origin import origin_of
+from tosa_convert.progress import Progress
+from tosa_convert.scores.attention import AttentionSelector
+from tosa_convert.selective import Relay, Selection, selective_blocks
+from tosa_convert.settings import DistillSettings
+from tosa_convert.tokens import top_tokens
+from tosa_convert.train import Stage, make_accelerator, train
+
+
+def distill(
+    model: nn.Module,
+    data: str | Path | None = None,
+    settings: DistillSettings | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Train the selectors of a converted model to predict the next layer's attention maps.
+
+    ToSA (arXiv 2406.08816), section 3: Σ_heads KL(predicted map ‖ real map of the selective layer),
+    averaged over images and query rows. All selectors learn in the same forward pass.
+
+    Args:
+        model: converted with ``score="attention"``; trained in place.
+        data: a folder of images, labels not needed; None takes the built-in photos.
+        out: run directory for metrics and checkpoints.
+        resume: go on from the checkpoint in ``out``.
+
+    Returns:
+        Figures of the last step: "loss" (nats per query row, summed over heads and layers) and
+        "overlap" (share of the selected patches that the real column sums would select).
+    """
+    check_distillable(model)
+    settings = settings or DistillSettings()
+    accelerator = make_accelerator(device, settings)
+    images = Images(data, origin_of(model).preprocessing, training=True, seed=seed)
+    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    stage = Stage("distill", SelectorDistillation(model), settings, seed, out, resume)
+    try:
+        return train(stage, images, accelerator, progress or Progress())
+    finally:
+        for parameter, was in frozen.items():
+            parameter.requires_grad_(was)
+        stage.objective.close()
+        model.cpu().eval()
+
+
+def check_distillable(model: nn.Module) -> None:
+    if not is_converted(model):
+        raise UsageError("there are no selectors to distill: convert the model first")
+    if model.tosa_config.score != "attention":
+        raise UsageError(f"score {model.tosa_config.score!r} has nothing to learn; distill is for score 'attention'")
+
+
+class SelectorDistillation(nn.Module):
+    """The objective of stage 1 over a whole model. Only its selectors require gradients."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        host = host_of(model)
+        self.blocks = selective_blocks(model)
+        self.targets = [Relay() for _ in self.blocks]
+        self.handles = [
+            handle for block, relay in zip(self.blocks, self.targets, strict=True) for handle in host.tap(block, relay)
+        ]
+        model.requires_grad_(False)
+        for block in self.blocks:
+            block.selector.requires_grad_(True)
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def train(self, mode: bool = True) -> "SelectorDistillation":
+        """The backbone is a fixed teacher: it stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """(B, C, H, W) → {"loss", "overlap"}, scalars."""
+        for block in self.blocks:
+            block.selection.active = False
+        try:
+            with torch.no_grad():
+                host_of(self.model).outputs(images)
+        finally:
+            for block in self.blocks:
+                block.selection.active = True
+        losses, overlaps = zip(*map(_learn, self.blocks, self.targets), strict=True)
+        return {"loss": torch.stack(losses).sum(), "overlap": torch.stack(overlaps).mean()}
+
+
+def _learn(block: nn.Module, target: Relay) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and overlap of one selector after a forward pass over all tokens."""
+    selection: Selection = block.selection
+    selector: AttentionSelector = block.selector
+    predicted = selector(*selection.relay.take())
+    queries, keys = target.take()
+    real = ((queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)).float().log_softmax(-1)
+    loss = divergence(predicted.float(), real)
+    with torch.no_grad():
+        return loss, overlap(predicted.exp().sum((1, 2)), real.exp().sum((1, 2)), selection)
+
+
+def divergence(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Σ_heads KL(predicted ‖ real) of log maps (B, H, N, N), averaged over images and query rows."""
+    return (predicted.exp() * (predicted - real)).sum(-1).sum(1).mean()
+
+
+def overlap(predicted: torch.Tensor, real: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """Share of the patches chosen by one set of scores (B, N) that the other would choose too."""
+    chosen, wanted = (top_tokens(scores, selection.prefix, selection.steps) for scores in (predicted, real))
+    marks = torch.zeros_like(real, dtype=torch.bool).scatter(1, wanted, True)
+    return marks.gather(1, chosen)[:, selection.prefix :].float().mean()

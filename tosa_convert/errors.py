@@ -1,0 +1,17 @@
+"""One family of errors. Each message is one line: what is wrong, then what to do next."""
+
+
+class TosaError(Exception):
+    """Something failed while working: a file, a download, a model, a check. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(TosaError):
+    """The request itself cannot be carried out as asked. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(TosaError):
+    """The model is of a kind that cannot be made token-selective; the message says why."""

@@ -1,0 +1,128 @@
+"""Hosts: what this project has to know about a model library, and nothing about methods.
+
+Each module in this folder offers ``find(model) -> Host | None`` and raises
+:class:`~tosa_convert.errors.UnsupportedModelError` for a model it knows it cannot serve. A new
+family is a new module here; there is no list to edit.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tosa_convert.errors import UnsupportedModelError
+from tosa_convert.preprocessing import Preprocessing
+
+
+class Host(ABC):
+    """A model seen as a row of blocks over tokens.
+
+    Attributes:
+        library: "timm" or "transformers".
+        blocks: the layers, first to last; layer l is ``blocks[l - 1]``.
+        prefix: number of class, distillation and register tokens in front of the patch tokens.
+    """
+
+    library: str
+    blocks: list[nn.Module]
+    prefix: int
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The attention module of a block."""
+        return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Attention heads of a block."""
+
+    @abstractmethod
+    def tap(self, block: nn.Module, relay) -> list:
+        """Hook the block so that each forward leaves its queries and keys, (B, H, N, D), in the relay.
+
+        Returns the handles that undo it. The hooks are objects, not closures: a deep copy of the
+        model carries copies that point to the copied relay.
+        """
+
+    @abstractmethod
+    def project(self, attention: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, N, C) → queries, keys, values, each (B, H, N, D)."""
+
+    @abstractmethod
+    def finish(self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor):
+        """What the attention does after its heads: (B, N, C) of concatenated heads → what its forward returns."""
+
+    @abstractmethod
+    def attention_dropout(self, attention: nn.Module) -> float:
+        """Dropout on the attention weights while training."""
+
+    @abstractmethod
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model. With a head {"logits": (B, classes)} (or the head's own output); without one
+        {"tokens": (B, N, C), "features": (B, C)}."""
+
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """What the model itself knows of its pictures: size, channels, mean and deviation."""
+
+    @abstractmethod
+    def resize(self, size: tuple[int, int]) -> None:
+        """Make the model take pictures of this size (H, W), resampling position embeddings if it must."""
+
+    @abstractmethod
+    def spec(self) -> dict:
+        """JSON-able arguments that build this model's class again; see :func:`tosa_convert.origin.build`."""
+
+    @property
+    @abstractmethod
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+
+
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host of a model.
+
+    Raises:
+        UnsupportedModelError: no host knows this class, or one knows why it cannot be converted.
+    """
+    for module in _modules():
+        host = module.find(model)
+        if host is not None:
+            return host
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    raise UnsupportedModelError(
+        f"{kind} is not a Vision Transformer that this version understands, so it is left as it is; "
+        "`tosa-convert models` lists what is supported"
+    )
+
+
+def _modules() -> list:
+    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+
+
+def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """:meth:`Host.outputs` of a model of any supported library."""
+    return host_of(model).outputs(images)
+
+
+def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, H·D) → (B, H, N, D)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Tap:
+    """A forward hook that turns a projection's output into queries or keys and leaves them in the relay."""
+
+    def __init__(self, relay, deliver: Callable, attention: nn.Module):
+        self.relay, self.deliver, self.attention = relay, deliver, attention
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.deliver(self.relay, self.attention, output.detach())

@@ -1,0 +1,124 @@
+"""transformers' ViT, DeiT, DINOv2 (with registers too), CLIP and SigLIP vision towers."""
+
+import inspect
+import sys
+
+import torch
+from torch import nn
+
+from tosa_convert.errors import UnsupportedModelError
+from tosa_convert.hosts import Host, Tap, split_heads
+from tosa_convert.preprocessing import Preprocessing
+
+PREFIX_TOKENS = {
+    "ViTLayer": lambda config: 1,
+    "DeiTLayer": lambda config: 2,
+    "Dinov2Layer": lambda config: 1,
+    "Dinov2WithRegistersLayer": lambda config: 1 + config.num_register_tokens,
+    "CLIPEncoderLayer": lambda config: 1,
+    "SiglipEncoderLayer": lambda config: 0,
+}
+"""Layer class → how many tokens stand in front of the patches."""
+
+
+def find(model: nn.Module) -> Host | None:
+    transformers = sys.modules.get("transformers")  # a model of its making has imported it
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    rows = [
+        list(module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and "text" not in path and _layer_class(module[0])
+    ]
+    if len(rows) != 1:
+        found = "no row of layers that it understands" if not rows else f"{len(rows)} rows of layers"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {model.config.model_type!r}) cannot be made token-selective: "
+            f"this version found {found} in it; understood are {', '.join(sorted(PREFIX_TOKENS))}"
+        )
+    return TransformersVit(model, rows[0])
+
+
+def _layer_class(layer: nn.Module) -> str | None:
+    """The layer's understood class name, also when the layer is selective by now."""
+    return next((kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in PREFIX_TOKENS), None)
+
+
+class TransformersVit(Host):
+    library = "transformers"
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]):
+        super().__init__(model)
+        self.blocks = blocks
+        self.prefix = PREFIX_TOKENS[_layer_class(blocks[0])](self.attention(blocks[0]).config)
+
+    @property
+    def heads(self) -> int:
+        return self._vision_config.num_attention_heads
+
+    def tap(self, block: nn.Module, relay) -> list:
+        attention = self.attention(block)
+        return [
+            attention.q_proj.register_forward_hook(Tap(relay, _deliver_queries, attention)),
+            attention.k_proj.register_forward_hook(Tap(relay, _deliver_keys, attention)),
+        ]
+
+    def project(self, attention, tokens):
+        heads = attention.config.num_attention_heads
+        return tuple(
+            split_heads(linear(tokens), heads) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+
+    def finish(self, attention, joined, tokens):
+        project = getattr(attention, "o_proj", None) or attention.out_proj
+        return project(joined), None
+
+    def attention_dropout(self, attention) -> float:
+        return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
+
+    def outputs(self, images):
+        size = getattr(self.model.config, "image_size", None)
+        takes_size = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        resized = takes_size and size is not None and tuple(images.shape[-2:]) != _pair(size)
+        found = self.model(pixel_values=images, **({"interpolate_pos_encoding": True} if resized else {}))
+        for name in ("logits", "predicted_depth", "image_embeds"):
+            if getattr(found, name, None) is not None:
+                return {name: getattr(found, name)}
+        pooled = getattr(found, "pooler_output", None)
+        tokens = found.last_hidden_state
+        return {"tokens": tokens, "features": tokens[:, 0] if pooled is None else pooled}
+
+    @property
+    def _vision_config(self):
+        return self.attention(self.blocks[0]).config
+
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(size=_pair(self._vision_config.image_size), channels=self._vision_config.num_channels)
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Nothing to do: these models resample their position embeddings in each forward."""
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return _pair(self._vision_config.patch_size)
+
+    def spec(self) -> dict:
+        return {"class": _public_class(self.model), "config": self.model.config.to_dict()}
+
+
+def _public_class(model: nn.Module) -> str:
+    """The name under which transformers exports the model's class."""
+    transformers = sys.modules["transformers"]
+    return next(kind.__name__ for kind in type(model).__mro__ if hasattr(transformers, kind.__name__))
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _deliver_queries(relay, attention: nn.Module, projected: torch.Tensor) -> None:
+    relay.queries = split_heads(projected, attention.config.num_attention_heads)
+
+
+def _deliver_keys(relay, attention: nn.Module, projected: torch.Tensor) -> None:
+    relay.keys = split_heads(projected, attention.config.num_attention_heads)

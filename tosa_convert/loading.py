@@ -1,0 +1,260 @@
+"""Names, checkpoints, folders and runs → a model. Weights are read without executing code."""
+
+import contextlib
+import difflib
+import logging
+from importlib.resources import files
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tosa_convert import runs
+from tosa_convert.errors import TosaError, UnsupportedModelError, UsageError
+from tosa_convert.files import read_json
+from tosa_convert.hosts import host_of
+from tosa_convert.origin import Origin
+from tosa_convert.preprocessing import Preprocessing
+
+QUICKSTART = "quickstart"
+LONG_SUFFIX = "_patch*_*"
+
+
+def load(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+) -> nn.Module:
+    """A model in eval mode from whatever names it.
+
+    Args:
+        source: a timm name or its beginning ("deit_tiny"), "timm:NAME", "hf:ORG/NAME", a folder
+            (transformers, timm, or a run of this tool), or "quickstart", the model in the package.
+        checkpoint: weights for a timm name, .safetensors or .pth (read with ``weights_only``).
+        img_size: pixels, one number or (height, width); None keeps the model's own.
+        num_classes: outputs of the head; None keeps the model's or the checkpoint's own, 0 removes it.
+        pretrained: False builds the model with random weights, as counting FLOPs needs no more.
+
+    Raises:
+        UsageError: an unknown or ambiguous name, options that do not fit the source.
+        TosaError: a hub that cannot be reached, a truncated or hostile checkpoint.
+    """
+    source = str(source)
+    folder = _folder(source)
+    if checkpoint is not None and (folder or source.startswith("hf:")):
+        raise UsageError("--checkpoint goes with a timm name, for example: deit_tiny --checkpoint weights.safetensors")
+    if folder and (runs.is_run(folder) or not (folder / "config.json").exists()):
+        model = runs.load_run(folder)
+    elif folder and "architecture" in read_json(folder / "config.json"):
+        model = _load_timm_folder(folder, num_classes, pretrained)
+    elif folder or source.startswith("hf:"):
+        model = _load_transformers(str(folder or source.removeprefix("hf:")), local=bool(folder), pretrained=pretrained)
+    else:
+        model = _load_timm(resolve_timm_name(source.removeprefix("timm:")), checkpoint, num_classes, pretrained)
+    if not hasattr(model, "tosa_origin"):
+        _note_origin(model, str(folder.resolve()) if folder else source, checkpoint)
+    if img_size is not None:
+        set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
+    return model.eval()
+
+
+def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Make a loaded model take (H, W) pixels, and remember it for its pictures, counts and exports."""
+    host = host_of(model)
+    if any(side % patch for side, patch in zip(size, host.patch, strict=True)):
+        below, above = (tuple((side // p + up) * p for side, p in zip(size, host.patch, strict=True)) for up in (0, 1))
+        raise UsageError(
+            f"image size {size[0]}×{size[1]} is not a multiple of the patch size {host.patch[0]}×{host.patch[1]}; "
+            f"use {below[0]}×{below[1]} or {above[0]}×{above[1]}"
+        )
+    host.resize(size)
+    origin = model.tosa_origin
+    spec = dict(origin.spec)
+    if "model_args" in spec:
+        spec["model_args"] = {**spec["model_args"], "img_size": size}
+    model.tosa_origin = origin.model_copy(update={"spec": spec, "preprocessing": origin.preprocessing.at(size)})
+
+
+def original_of(model: nn.Module) -> nn.Module | None:
+    """The model as it was before conversion and fine-tuning, loaded again from where it came from.
+
+    None when that place is unknown or out of reach.
+    """
+    origin = getattr(model, "tosa_origin", None)
+    if origin is None or origin.source is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return load(origin.source, checkpoint=origin.checkpoint, img_size=origin.preprocessing.size)
+    except TosaError:
+        return None
+
+
+def resolve_timm_name(name: str) -> str:
+    """A full timm model name, from a full name or an unambiguous beginning.
+
+    Raises:
+        UsageError: unknown or ambiguous; the nearest names are listed.
+    """
+    base, _, tag = name.partition(".")
+    if timm.is_model(base):
+        return name
+    found = timm.list_models(base + LONG_SUFFIX)
+    if len(found) == 1:
+        return found[0] + (f".{tag}" if tag else "")
+    if found:
+        raise UsageError(f"{name!r} is ambiguous: it could be {_listing(found)}; give the full name")
+    near = timm.list_models(f"*{base}*") or difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
+    hint = f"nearest are {_listing(near)}" if near else "`tosa-convert models` lists what there is"
+    raise UsageError(f"no model or folder is called {name!r}; {hint}")
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a .safetensors or .pth file; no code in it is run.
+
+    Raises:
+        TosaError: missing, truncated, not a state dict, or a pickle that wants to run code.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint file at {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        reason = "it holds more than tensors, and running its code is refused" if "weights_only" in str(error) else (
+            "it is truncated or not a checkpoint"
+        )
+        raise TosaError(f"cannot read {path}: {reason}; save the model's state dict as .safetensors and use that") from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TosaError(f"{path} holds no state dict; save model.state_dict() and use that")
+    return state
+
+
+def _folder(source: str) -> Path | None:
+    if source == QUICKSTART:
+        return Path(str(files("tosa_convert") / "assets" / "fashion_vit"))
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {source}")
+    return None
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown + (f" … ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _load_timm(name: str, checkpoint, num_classes: int | None, pretrained: bool) -> nn.Module:
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if checkpoint is None:
+        model = _create(name, pretrained, arguments, instead="download its weights elsewhere and add --checkpoint FILE")
+    else:
+        model = _create_with_checkpoint(name, Path(checkpoint), arguments)
+    host = host_of(model)
+    model.tosa_origin = Origin(library="timm", spec=host.spec(), preprocessing=host.preprocessing())
+    return model
+
+
+def _load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -> nn.Module:
+    config = read_json(folder / "config.json")
+    arguments = dict(config.get("model_args", {}))
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    model = _create(f"local-dir:{folder}", pretrained, arguments, instead="check that the folder is complete")
+    host = host_of(model)
+    spec = host.spec()
+    spec["architecture"] = config["architecture"]
+    spec["model_args"] = {**spec["model_args"], **arguments}
+    model.tosa_origin = Origin(library="timm", spec=spec, preprocessing=host.preprocessing())
+    return model
+
+
+def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Module:
+    try:
+        with _quiet("timm", "huggingface_hub"):
+            return timm.create_model(name, pretrained=pretrained, **arguments)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise TosaError(f"cannot load pretrained {name}: {_one_line(error)}; {instead}") from error
+
+
+def _create_with_checkpoint(name: str, checkpoint: Path, arguments: dict) -> nn.Module:
+    """timm's own filters translate foreign layouts; the head follows the checkpoint unless the user says otherwise."""
+    state = read_checkpoint(checkpoint)
+    head = next((state[key] for key in ("head.weight", "module.head.weight", "head.fc.weight") if key in state), None)
+    outputs = 0 if head is None else len(head)
+    arguments.setdefault("num_classes", outputs)
+    overlay = {"file": str(checkpoint), "num_classes": outputs, "custom_load": False}
+    try:
+        with _quiet("timm"):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except Exception as error:
+        raise TosaError(f"{checkpoint} does not fit {name}: {_one_line(error)}; check the model name") from error
+
+
+def _load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError("Hugging Face models need transformers: pip install 'tosa-convert[hf]'") from None
+    try:
+        with _quiet("transformers", "huggingface_hub"):
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+            if not pretrained:
+                model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+            else:
+                model = kind.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+    except Exception as error:
+        hint = "the folder is damaged or incomplete" if local else "download it elsewhere and give its local folder"
+        raise TosaError(f"cannot load {name}: {_one_line(error)}; {hint}") from error
+    host = host_of(model)
+    preprocessing = _transformers_preprocessing(Path(name), host.preprocessing()) if local else host.preprocessing()
+    model.tosa_origin = Origin(library="transformers", spec=host.spec(), preprocessing=preprocessing)
+    return model
+
+
+def _transformers_preprocessing(folder: Path, default: Preprocessing) -> Preprocessing:
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return default
+    known = read_json(path)
+    found = {"mean": known.get("image_mean"), "std": known.get("image_std")}
+    crop, resize = known.get("crop_size"), known.get("size")
+    if crop and resize and "shortest_edge" in resize:
+        found["crop_pct"] = crop["height"] / resize["shortest_edge"]
+    return default.model_copy(update={key: value for key, value in found.items() if value is not None})
+
+
+def _note_origin(model: nn.Module, source: str, checkpoint) -> None:
+    found = {"source": source, "checkpoint": str(Path(checkpoint).resolve()) if checkpoint else None}
+    model.tosa_origin = model.tosa_origin.model_copy(update=found)
+
+
+def _one_line(error: Exception) -> str:
+    """The gist of a library's message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
+@contextlib.contextmanager
+def _quiet(*names: str):
+    """Libraries log while they retry; our one line is what the user should see."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

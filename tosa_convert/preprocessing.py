@@ -1,0 +1,35 @@
+"""How a picture becomes the tensor that a model was trained on."""
+
+from pydantic import BaseModel, ConfigDict
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Preprocessing(BaseModel):
+    """Resize, centre crop, scale to 0…1, normalise. Written beside each exported model as JSON.
+
+    Attributes:
+        size: height and width in pixels.
+        channels: 3 for RGB, 1 for grey.
+        mean, std: one number per channel, on pixels scaled to 0…1.
+        interpolation: of the resize, "bilinear" or "bicubic" (PIL, antialiased).
+        crop_pct: share of the resized image's side that the centre crop keeps.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    size: tuple[int, int]
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    @property
+    def mode(self) -> str:
+        """The PIL mode of the pictures."""
+        return "L" if self.channels == 1 else "RGB"
+
+    def at(self, size: tuple[int, int]) -> "Preprocessing":
+        """The same at another image size."""
+        return self.model_copy(update={"size": size})

@@ -1,0 +1,38 @@
+"""Progress on everything that takes more than a moment: rate and time left, on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Draws bars on a terminal, and nothing elsewhere or when ``shown`` is False."""
+
+    def __init__(self, shown: bool = False):
+        self.console = Console(stderr=True)
+        self.shown = shown and self.console.is_terminal
+
+    @contextmanager
+    def track(self, what: str, total: int, done: int = 0, unit: str = "", per_step: int = 1) -> Iterator[Callable]:
+        """Yields ``advance(note)``, to be called after each of ``total`` steps of ``per_step`` units."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Bar(*columns, console=self.console, disable=not self.shown, transient=True) as bar:
+            task = bar.add_task(what, total=total, completed=done, rate="", note="")
+
+            def advance(note: str = "") -> None:
+                bar.advance(task)
+                speed = bar.tasks[0].speed
+                rate = f"{speed * per_step:.0f} {unit}/s" if speed else ""
+                bar.update(task, rate=rate, note=note)
+
+            yield advance

@@ -1,0 +1,132 @@
+"""Run directories: what a stage of work leaves behind, and how it opens again.
+
+A finished run holds ``recipe.yaml`` (resolved), ``model.safetensors``, ``config.json``,
+``metrics.jsonl`` and ``report.md``. ``config.json`` is written last: a folder without it is an
+interrupted run, which ``--resume`` continues from ``checkpoint/``.
+"""
+
+import json
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tosa_convert.config import ConvertConfig
+from tosa_convert.convert import convert, is_converted
+from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.files import atomic, check_writable, read_json, write_json
+from tosa_convert.origin import Origin, build, origin_of
+
+FORMAT, FORMAT_VERSION = "tosa-convert run", 1
+RUNS = Path("runs")
+
+
+def save(model: nn.Module, folder: str | Path, **extra) -> Path:
+    """Write a model, converted or not, so that ``load(folder)`` gives it back.
+
+    Each file appears whole or not at all, and ``config.json`` last.
+
+    Args:
+        model: a supported model; half-precision weights keep their type.
+        folder: made if missing.
+        **extra: JSON-able facts to keep in ``config.json`` (the stage, its results).
+    """
+    folder = Path(folder)
+    origin = origin_of(model)
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    with atomic(folder / "model.safetensors") as temporary:
+        try:
+            save_file(state, temporary)
+        except Exception as error:
+            raise OSError(None, str(error)) from error
+    config = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "tosa_convert": version("tosa-convert"),
+        "created": datetime.now().isoformat(timespec="seconds"),
+        **extra,
+        "convert": model.tosa_config.model_dump() if is_converted(model) else None,
+        "origin": origin.model_dump(mode="json"),
+    }
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def is_run(folder: Path) -> bool:
+    path = Path(folder) / "config.json"
+    return path.exists() and read_json(path).get("format") == FORMAT
+
+
+def load_run(folder: str | Path) -> nn.Module:
+    """The model of a finished run, in eval mode.
+
+    Raises:
+        TosaError: not a run, an interrupted or damaged one, or one written by a newer version.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        if (folder / "recipe.yaml").exists():
+            raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
+        raise UsageError(f"{folder} is neither a run nor a model folder: it has no config.json")
+    config = read_json(folder / "config.json")
+    if config.get("version", 0) > FORMAT_VERSION:
+        raise TosaError(f"{folder} was written by a newer tosa-convert ({config.get('tosa_convert')}); upgrade to open it")
+    try:
+        model = build(Origin(**config["origin"]))
+        if config["convert"]:
+            convert(model, ConvertConfig(**config["convert"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except Exception as error:
+        gist = " ".join(str(error).split())[:200]
+        raise TosaError(f"the run {folder} is damaged ({gist}); run its recipe again") from error
+    model.tosa_origin = Origin(**config["origin"])
+    return model
+
+
+def newest(start: Path = Path()) -> Path:
+    """The run finished last, among ``./runs/*``, ``./runs/*/*`` and ``./*``."""
+    found = [path.parent for pattern in ("runs/*", "runs/*/*", "*") for path in start.glob(f"{pattern}/config.json")]
+    found = [folder for folder in found if is_run(folder)]
+    if not found:
+        raise UsageError("there is no run here yet; name one, or make one with `tosa-convert distill MODEL`")
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+
+
+def new_folder(name: str) -> Path:
+    """A fresh folder name under ./runs for a model and the time of day."""
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(path for path in (RUNS / f"{stem}{tail}" for tail in ("", *(f"-{i}" for i in range(2, 100)))) if not path.exists())
+
+
+def prepare(folder: Path, resume: bool) -> None:
+    """Check that a run may be written here, before any work is done.
+
+    Raises:
+        UsageError: something is there already, and ``resume`` was not asked for.
+        TosaError: the place cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a folder with --out")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise UsageError(f"{folder} is not empty; add --resume to go on with the run in it, or choose another --out")
+    check_writable(folder)
+
+
+def append_metrics(folder: Path, **values) -> None:
+    """One line of ``metrics.jsonl``."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cut_metrics(folder: Path, stage: str, step: int) -> None:
+    """Forget what was noted after the checkpoint that a resumed training starts from."""
+    kept = [line for line in read_metrics(folder) if line.get("stage") != stage or line.get("step", 0) <= step]
+    with atomic(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,18 @@
+"""Scorers: which tokens of a layer should attend, judged by what the layer before left behind.
+
+A scorer is a module with ``scores(queries, keys) -> (B, H, N)``; both inputs are (B, H, N, D) of
+the ordinary layer before the selective one. Higher means: rather attend.
+"""
+
+from torch import nn
+
+from tosa_convert.config import ConvertConfig
+from tosa_convert.scores.attention import AttentionSelector
+from tosa_convert.scores.random import RandomScore
+
+
+def build_score(config: ConvertConfig, heads: int, layer: int) -> nn.Module:
+    """The scorer that ``config`` asks for, for one selective layer (1-based)."""
+    if config.score == "random":
+        return RandomScore(seed=config.seed, layer=layer)
+    return AttentionSelector(heads, hidden=config.hidden, kernel=config.kernel)

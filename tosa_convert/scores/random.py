@@ -1,0 +1,27 @@
+"""The control: tokens chosen without looking at them. What a selector is worth is its lead over this."""
+
+import torch
+from torch import nn
+
+
+class RandomScore(nn.Module):
+    """A seeded pseudo-random order of the positions, another one for each layer and head.
+
+    Every image gets the same order. It comes from integer arithmetic on the positions, so it is
+    the same in torch and ONNX Runtime, and at every batch size.
+    """
+
+    def __init__(self, seed: int, layer: int):
+        super().__init__()
+        self.seed = seed
+        self.layer = layer
+
+    def scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) twice → (B, H, N); only the shape of ``keys`` is read."""
+        batch, heads, tokens, _ = keys.shape
+        position = torch.arange(tokens, device=keys.device)[None, :]
+        head = torch.arange(heads, device=keys.device)[:, None]
+        value = position * 40503 + head * 30011 + self.layer * 10007 + self.seed * 7919 + 1
+        for _ in range(3):  # a few rounds of a multiplicative hash modulo a prime
+            value = (value * value % 65521 * 48271 + value * 16807 + 11) % 65521
+        return value.to(torch.float32).expand(batch, heads, tokens)

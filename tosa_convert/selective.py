@@ -1,0 +1,161 @@
+"""What makes a host's own block token-selective, without copying its forward.
+
+Layer l − 1 is tapped: hooks on its query and key projections leave what they compute in a
+:class:`Relay`. Layer l becomes a generated subclass of its own class: it scores the tokens from
+the relay, takes the best ones out, runs the host's forward on them, and puts them back. The
+tokens that were not chosen leave the layer as they came.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tosa_convert.errors import TosaError
+from tosa_convert.tokens import RATIO_STEPS, gather_tokens, ratio_steps, rejoin_tokens, top_tokens
+
+
+@dataclass
+class Relay:
+    """What one layer leaves for another within a forward pass. Both hold the same relay, so a deep copy
+    of the model gets a relay of its own, and ``torch.export`` sees one object."""
+
+    queries: torch.Tensor | None = None  # (B, H, N, D)
+    keys: torch.Tensor | None = None  # (B, H, N, D)
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries and keys, handed over once: nothing of a forward pass stays behind in memory."""
+        queries, keys = self.queries, self.keys
+        self.queries = self.keys = None
+        return queries, keys
+
+
+@dataclass
+class Selection:
+    """How one selective layer chooses its tokens, and what it chose last."""
+
+    layer: int
+    ratio: float
+    prefix: int
+    per_head: bool
+    relay: Relay = field(default_factory=Relay)
+    active: bool = True
+    chosen: torch.Tensor | None = None  # (B, prefix + K), or (B·H, prefix + K) with per_head
+
+    @property
+    def steps(self) -> int:
+        return ratio_steps(self.ratio)
+
+    def choose(self, selector: nn.Module) -> torch.Tensor | None:
+        """The positions that attend, from what the layer before left in the relay.
+
+        Without a new forward of the layer before (gradient checkpointing runs a block again for
+        its backward), the choice of the last forward stands.
+        """
+        if self.relay.keys is not None:
+            queries, keys = self.relay.take()
+            with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
+                scores = selector.scores(queries, keys)
+            scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
+            self.chosen = top_tokens(scores, self.prefix, self.steps)
+        if self.chosen is None:
+            raise TosaError(
+                f"layer {self.layer} is selective but layer {self.layer - 1} has not run before it; "
+                "run the model from its first layer on"
+            )
+        return self.chosen
+
+
+@functools.cache
+def selective_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a host's block that runs ``base.forward`` on the chosen tokens only.
+
+    The base is held here rather than found through the instance's class, which wrappers such as
+    FSDP replace.
+    """
+
+    def forward(self, tokens, *args, **kwargs):
+        selection = self.selection
+        if not selection.active:
+            return base.forward(self, tokens, *args, **kwargs)
+        _refuse_per_token_arguments(selection.layer, args, kwargs)
+        if selection.steps == RATIO_STEPS and not selection.per_head:
+            selection.relay.take()
+            return base.forward(self, tokens, *args, **kwargs)
+        chosen = selection.choose(self.selector)
+        if selection.per_head:  # the attention inside reads the choice itself
+            return base.forward(self, tokens, *args, **kwargs)
+        attended = base.forward(self, gather_tokens(tokens, chosen), *args, **kwargs)
+        return rejoin_tokens(tokens, chosen, attended)
+
+    return type(f"Selective{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def _refuse_per_token_arguments(layer: int, args: tuple, kwargs: dict) -> None:
+    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        raise TosaError(
+            f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
+            "run the model without an attention mask"
+        )
+
+
+@functools.cache
+def per_head_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a host's attention in which each head attends over its own tokens.
+
+    ToSA, Eq. 4: per head, the chosen tokens are replaced by their attention and the others pass
+    that head's slice of the input through; the heads are concatenated, then projected.
+    """
+
+    def forward(self, *args, **kwargs):
+        selection, host = self.selection, self.selection_host
+        if not selection.active:
+            return base.forward(self, *args, **kwargs)
+        tokens = args[0] if args else kwargs["hidden_states"]
+        queries, keys, values = host.project(self, tokens)
+        batch, heads, count, width = queries.shape
+        chosen = selection.chosen
+        parts = (part.flatten(0, 1) for part in (queries, keys, values))
+        picked = [gather_tokens(part, chosen).unflatten(0, (batch, heads)) for part in parts]
+        dropout = host.attention_dropout(self) if self.training else 0.0
+        attended = F.scaled_dot_product_attention(*picked, dropout_p=dropout)
+        slices = tokens.reshape(batch, count, heads, width).transpose(1, 2).flatten(0, 1)
+        joined = rejoin_tokens(slices, chosen, attended.flatten(0, 1)).unflatten(0, (batch, heads))
+        return host.finish(self, joined.transpose(1, 2).reshape(batch, count, heads * width), tokens)
+
+    return type(f"PerHead{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def selective_blocks(model: nn.Module) -> list[nn.Module]:
+    """The selective blocks of a converted model, in order of their layers; empty for an ordinary model."""
+    found = [module for module in model.modules() if isinstance(getattr(module, "selection", None), Selection)]
+    blocks = [module for module in found if isinstance(getattr(module, "selector", None), nn.Module)]
+    return sorted(blocks, key=lambda block: block.selection.layer)
+
+
+@contextmanager
+def all_tokens(model: nn.Module) -> Iterator[None]:
+    """Within this block the model runs every layer on every token, as before its conversion."""
+    selections = [block.selection for block in selective_blocks(model)]
+    before = [selection.active for selection in selections]
+    for selection in selections:
+        selection.active = False
+    try:
+        yield
+    finally:
+        for selection, active in zip(selections, before, strict=True):
+            selection.active = active
+            selection.relay.take()
+
+
+def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Which tokens attended in the last forward pass: layer → positions, prefix tokens first."""
+    return {
+        block.selection.layer: block.selection.chosen
+        for block in selective_blocks(model)
+        if block.selection.chosen is not None
+    }

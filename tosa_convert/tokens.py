@@ -1,0 +1,66 @@
+"""Pure tensor functions on tokens: how many, which, take out, put back. No modules, no model names.
+
+Everything here keeps batch and token count symbolic, so that one conversion runs, traces and
+exports at any batch size and image size.
+"""
+
+import torch
+
+RATIO_STEPS = 10_000
+"""Keep ratios are held as whole ten-thousandths: K then follows from integers alone."""
+
+
+def ratio_steps(ratio: float) -> int:
+    """A keep ratio in (0, 1] as whole ten-thousandths, at least one."""
+    return max(1, round(ratio * RATIO_STEPS))
+
+
+def keep_count(patches: int, steps: int) -> int:
+    """K = ⌈ratio · patches⌉ in integer arithmetic: exact at every size, and never zero.
+
+    ``patches`` may be symbolic (``torch.export``) or a traced 0-d tensor (fvcore): only ``*``,
+    ``+`` and ``//`` touch it.
+    """
+    return (patches * steps + (RATIO_STEPS - 1)) // RATIO_STEPS
+
+
+def top_tokens(scores: torch.Tensor, prefix: int, steps: int) -> torch.Tensor:
+    """Positions of the tokens that attend: every prefix token, then the best patch tokens.
+
+    Args:
+        scores: (B, N), one score per token; those of prefix tokens are not looked at.
+        prefix: number of leading class, distillation and register tokens.
+        steps: keep ratio of the patch tokens, see :func:`ratio_steps`.
+
+    Returns:
+        (B, prefix + K) int64 positions, K = :func:`keep_count` of N − prefix. Equal scores are
+        ordered by position, so that torch and ONNX Runtime choose alike.
+    """
+    batch, tokens = scores.shape
+    kept = keep_count(tokens - prefix, steps)
+    # A stable sort, since torch.topk leaves the order of equal scores open.
+    order = torch.sort(scores[:, prefix:], dim=1, descending=True, stable=True).indices
+    leading = torch.arange(prefix, device=scores.device).expand(batch, prefix)
+    return torch.cat([leading, order[:, :kept] + prefix], dim=1)
+
+
+def flat_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(B, K) positions within each image → (B·K,) rows of the (B·N, D) matrix of all tokens."""
+    first_rows = torch.arange(positions.shape[0], device=positions.device) * tokens
+    return (positions + first_rows[:, None]).reshape(-1)
+
+
+def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) and (B, K) → (B, K, D). A flat index_select: the fastest form in ONNX Runtime."""
+    batch, count, width = tokens.shape
+    rows = flat_positions(positions, count)
+    return tokens.reshape(batch * count, width).index_select(0, rows).reshape(batch, -1, width)
+
+
+def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) with the rows at ``positions`` (B, K) replaced by ``updated`` (B, K, D); order kept."""
+    batch, count, width = tokens.shape
+    rows = flat_positions(positions, count)
+    everything = tokens.reshape(batch * count, width)
+    joined = everything.index_copy(0, rows, updated.reshape(-1, width).to(tokens.dtype))
+    return joined.reshape(batch, count, width)

@@ -1,0 +1,187 @@
+"""One training engine for every stage, on accelerate: any device, mixed precision, several processes.
+
+What a step does depends on the seed and the step number alone: the pictures it draws, how they
+are augmented, the dropout. So a training that was interrupted goes on to the same result.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from tosa_convert import runs
+from tosa_convert.data import Images, seed_everything, training_loader
+from tosa_convert.errors import TosaError
+from tosa_convert.files import read_json, write_json
+from tosa_convert.progress import Progress
+from tosa_convert.settings import TrainSettings
+
+CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
+
+
+@dataclass
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: "distill" or "finetune"; it labels metrics and checkpoints.
+        objective: module; ``forward(images, labels)`` gives {"loss": scalar, other figures}. Its
+            trainable parameters are what the stage trains.
+        settings: of the optimiser and the loop.
+        seed: of everything random.
+        out: run directory for metrics and checkpoints; None keeps nothing.
+        resume: go on from the checkpoint in ``out``, if there is one.
+    """
+
+    name: str
+    objective: nn.Module
+    settings: TrainSettings
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+
+
+def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
+    """Where and how training runs; under torchrun, one per process."""
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+        # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Progress) -> dict:
+    """Run a stage to its end.
+
+    Returns:
+        Its last figures, averaged over the last steps, with steps, pictures seen, seconds, and the
+        names of pictures that could not be read.
+    """
+    settings, world = stage.settings, accelerator.num_processes
+    steps = settings.total_steps(len(images), world)
+    optimizer = torch.optim.AdamW(_parameter_groups(stage.objective, settings.weight_decay), lr=settings.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps, settings.warmup))
+    per_step = settings.batch_size * settings.accumulate * world
+    objective, optimizer = accelerator.prepare(stage.objective, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    first = _resume(stage, accelerator) if stage.resume else 0
+    loader = training_loader(images, settings.batch_size, first * per_step, steps * per_step, settings.workers)
+    loader = accelerator.prepare(loader)
+    recorder = _Recorder(stage, accelerator, first)
+    with progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
+        for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
+            seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
+            for batch in passes:
+                with accelerator.accumulate(objective):
+                    figures = objective(batch["images"], batch["labels"])
+                    accelerator.backward(figures["loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(objective.parameters(), settings.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                recorder.broken.update(batch["broken"])
+            scheduler.step()
+            recorder.note(step, figures, scheduler.get_last_lr()[0], pictures=step * per_step, final=step == steps)
+            recorder.checkpoint_when_due(step, final=step == steps)
+            advance(f"loss {recorder.last.get('loss', float('nan')):.4f}")
+    accelerator.wait_for_everyone()
+    return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": sorted(recorder.broken)}
+
+
+def _grouped(loader, size: int) -> Iterator[list[dict]]:
+    """Batches in groups of one optimiser step."""
+    group = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def _parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    others = [p for p in trainable if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rising = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    return factor
+
+
+def _resume(stage: Stage, accelerator: Accelerator) -> int:
+    """Load the stage's checkpoint; the number of steps that are done."""
+    folder = stage.out / CHECKPOINT
+    if not (folder / STEP_FILE).exists():
+        return 0
+    noted = read_json(folder / STEP_FILE)
+    if noted.get("stage") != stage.name:
+        return 0
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:
+        raise TosaError(f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out") from error
+    if accelerator.is_main_process:
+        runs.cut_metrics(stage.out, stage.name, noted["step"])
+    return noted["step"]
+
+
+class _Recorder:
+    """Writes metrics and checkpoints as training goes."""
+
+    def __init__(self, stage: Stage, accelerator: Accelerator, first: int):
+        self.stage, self.accelerator = stage, accelerator
+        self.broken: set[str] = set()
+        self.last: dict[str, float] = {}
+        self.started = self.saved = time.monotonic()
+        self.first = first
+
+    def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, pictures: int, final: bool) -> None:
+        if step % self.stage.settings.log_every and not final:
+            return
+        means = self.accelerator.reduce({key: value.detach().float() for key, value in figures.items()}, "mean")
+        self.last = {key: value.item() for key, value in means.items()}
+        if not math.isfinite(self.last["loss"]):
+            raise TosaError(f"the loss became {self.last['loss']} at step {step}; try a smaller --lr")
+        if self.stage.out and self.accelerator.is_main_process:
+            seconds = time.monotonic() - self.started
+            line = {key: round(value, 6) for key, value in self.last.items()}
+            runs.append_metrics(
+                self.stage.out,
+                **{"stage": self.stage.name, "step": step, **line, "lr": lr, "pictures": pictures, "seconds": round(seconds, 1)},
+            )
+
+    def checkpoint_when_due(self, step: int, final: bool) -> None:
+        """Every few minutes, all processes together; the old checkpoint goes only when the new one is whole."""
+        if self.stage.out is None or final:
+            return
+        due = time.monotonic() - self.saved > 60 * self.stage.settings.checkpoint_minutes
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(due), device=self.accelerator.device)
+            due = self.accelerator.reduce(flag, "max").item() > 0
+        if not due:
+            return
+        fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(fresh / STEP_FILE, {"stage": self.stage.name, "step": step})
+            shutil.rmtree(kept, ignore_errors=True)
+            fresh.rename(kept)
+        self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
