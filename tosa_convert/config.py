@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tosa_convert.errors import UsageError
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 
@@ -38,3 +40,65 @@ class ConvertConfig(BaseModel):
         if value % 2 == 0:
             raise ValueError("must be odd, so that the output keeps the number of keys")
         return value
+
+    @field_validator("layers")
+    @classmethod
+    def _apart(cls, layers: list[int] | None) -> list[int] | None:
+        """Layer l reads layer l − 1, which must be an ordinary one."""
+        if layers is None:
+            return None
+        if not layers:
+            raise ValueError("name at least one selective layer, for example 2,4,6")
+        ordered = sorted(layers)
+        if ordered[0] == 1:
+            raise ValueError("layer 1 cannot be selective: there is no layer before it to listen to; start at 2")
+        if ordered[0] < 1:
+            raise ValueError(f"layer {ordered[0]} does not exist: layers are counted from 1")
+        for lower, upper in zip(ordered, ordered[1:], strict=False):
+            if lower == upper:
+                raise ValueError(f"layer {lower} is listed twice; name each layer once")
+            if lower + 1 == upper:
+                raise ValueError(
+                    f"layers {lower} and {upper} are neighbours: layer {upper} listens to layer {lower}, which must "
+                    "be ordinary; leave one layer between selective layers"
+                )
+        return layers
+
+    @model_validator(mode="after")
+    def _one_ratio_each(self) -> "ConvertConfig":
+        if isinstance(self.ratio, list) and self.layers is not None and len(self.ratio) != len(self.layers):
+            raise ValueError(
+                f"{len(self.ratio)} ratios for {len(self.layers)} selective layers; give one, or one per layer"
+            )
+        return self
+
+    def plan(self, depth: int) -> list[tuple[int, float]]:
+        """(layer, keep ratio) of each selective layer of a model with ``depth`` layers, in order.
+
+        Raises:
+            ValueError: a layer beyond the depth, or as many ratios as there are not layers.
+        """
+        layers = list(range(2, depth - 1, 2)) if self.layers is None else self.layers
+        if not layers or max(layers) > depth:
+            raise ValueError(f"layer {max(layers, default=2)} does not exist: the model has layers 1 to {depth}")
+        ratios = self.ratio if isinstance(self.ratio, list) else [self.ratio] * len(layers)
+        if len(ratios) != len(layers):
+            raise ValueError(f"{len(ratios)} ratios for {len(layers)} selective layers; give one, or one per layer")
+        return sorted(zip(layers, ratios, strict=True))
+
+
+def build_config(kind: type[BaseModel], values: dict):
+    """A validated ``kind``, or a UsageError that names everything wrong with the values."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UsageError("; ".join(dict.fromkeys(map(_describe, error.errors())))) from None
+
+
+def _describe(item: dict) -> str:
+    """One of pydantic's findings in plain words, behind the name of the option."""
+    name = str(item["loc"][0]) if item["loc"] else ""
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("less_than_equal", "greater_than") and name == "ratio":
+        message = f"{item['input']} is out of range: a keep ratio is above 0 and at most 1"
+    return f"{name}: {message}" if name else message

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
 
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.preprocessing import Preprocessing
@@ -27,16 +28,19 @@ class Images(Dataset):
     """The pictures of a folder. Sub-folders are classes; pictures at the top level have no labels.
 
     An item is (image (C, H, W) float32, label, None), or (None, None, name) for a picture that
-    cannot be read. With ``training`` the transform is random, seeded by the draw, and a broken
-    picture is replaced by the next good one.
+    cannot be read. With ``augment`` the pictures are for training: an item is asked for by a draw
+    (see :class:`Draws`), which seeds its random transform, and a broken picture is replaced by the
+    next good one.
     """
 
-    def __init__(self, source: str | Path | None, preprocessing: Preprocessing, training: bool = False, seed: int = 0):
+    def __init__(
+        self, source: str | Path | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
+    ):
         self.name = BUILT_IN if source is None else str(source)
         self.reader = _reader(built_in_photos() if source is None else Path(source))
         self.classes = _classes(self.reader)
-        self.preprocessing, self.training, self.seed = preprocessing, training, seed
-        self.transform = _transform(preprocessing, training)
+        self.preprocessing, self.training, self.seed = preprocessing, augment is not None, seed
+        self.transform = _transform(preprocessing, augment)
 
     @property
     def labelled(self) -> bool:
@@ -81,10 +85,11 @@ def _classes(reader: ReaderImageFolder) -> list[str]:
     return [] if "" in names else sorted(names, key=names.get)
 
 
-def _transform(preprocessing: Preprocessing, training: bool):
-    return create_transform(
+def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.Compose:
+    cropped = augment == "crop"
+    transform = create_transform(
         (preprocessing.channels, *preprocessing.size),
-        is_training=training,
+        is_training=cropped,
         mean=preprocessing.mean,
         std=preprocessing.std,
         interpolation=preprocessing.interpolation,
@@ -92,6 +97,7 @@ def _transform(preprocessing: Preprocessing, training: bool):
         scale=(0.5, 1.0),
         color_jitter=0.0,
     )
+    return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if augment == "flip" else transform
 
 
 def seed_everything(seed: int) -> None:

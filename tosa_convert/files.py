@@ -17,11 +17,18 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make private files
         os.replace(temporary, path)
     except OSError as error:
         raise TosaError(f"cannot write {path}: {error.strerror or error}; choose another --out or free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -56,7 +56,7 @@ def load(
         model = _load_transformers(str(folder or source.removeprefix("hf:")), local=bool(folder), pretrained=pretrained)
     else:
         model = _load_timm(resolve_timm_name(source.removeprefix("timm:")), checkpoint, num_classes, pretrained)
-    if not hasattr(model, "tosa_origin"):
+    if model.tosa_origin.source is None:
         _note_origin(model, str(folder.resolve()) if folder else source, checkpoint)
     if img_size is not None:
         set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))

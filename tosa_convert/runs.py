@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tosa_convert.config import ConvertConfig
-from tosa_convert.convert import convert, is_converted
+from tosa_convert.surgery import convert, is_converted
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.files import atomic, check_writable, read_json, write_json
 from tosa_convert.origin import Origin, build, origin_of

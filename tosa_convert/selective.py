@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.errors import TosaError
-from tosa_convert.tokens import RATIO_STEPS, gather_tokens, ratio_steps, rejoin_tokens, top_tokens
+from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_steps, rejoin_tokens, top_tokens
 
 
 @dataclass
@@ -50,6 +50,10 @@ class Selection:
     def steps(self) -> int:
         return ratio_steps(self.ratio)
 
+    def keep(self, patches: int) -> int:
+        """How many of so many patch tokens attend."""
+        return keep_count(patches, self.steps)
+
     def choose(self, selector: nn.Module) -> torch.Tensor | None:
         """The positions that attend, from what the layer before left in the relay.
 
@@ -59,7 +63,7 @@ class Selection:
         if self.relay.keys is not None:
             queries, keys = self.relay.take()
             with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
-                scores = selector.scores(queries, keys)
+                scores = selector(queries, keys)
             scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
             self.chosen = top_tokens(scores, self.prefix, self.steps)
         if self.chosen is None:

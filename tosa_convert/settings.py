@@ -20,6 +20,8 @@ class TrainSettings(BaseModel):
         warmup: share of the steps that warm up.
         weight_decay: AdamW's, on matrices only.
         clip_norm: largest gradient norm.
+        augment: what training pictures go through: "crop" (random resized crop of at least half the
+            area, mirror), "flip" (mirror only) or "none".
         precision: "no" for float32, or mixed precision.
         workers: processes that read pictures.
         checkpoint_minutes: how much work an interruption may cost at most.
@@ -36,6 +38,7 @@ class TrainSettings(BaseModel):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: NotNegative = 0.0
     clip_norm: Positive = 1.0
+    augment: Literal["crop", "flip", "none"] = "crop"
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = Field(default=0, ge=0)
     checkpoint_minutes: Positive = 5.0

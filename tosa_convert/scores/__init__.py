@@ -1,7 +1,7 @@
 """Scorers: which tokens of a layer should attend, judged by what the layer before left behind.
 
-A scorer is a module with ``scores(queries, keys) -> (B, H, N)``; both inputs are (B, H, N, D) of
-the ordinary layer before the selective one. Higher means: rather attend.
+A scorer is a module (queries, keys) → (B, H, N); both inputs are (B, H, N, D) of the ordinary
+layer before the selective one. Higher means: rather attend.
 """
 
 from torch import nn

@@ -44,10 +44,10 @@ class AttentionSelector(nn.Module):
         rows = maps.transpose(1, 2).reshape(batch * tokens, heads, tokens)
         return self.narrow(F.relu(self.widen(rows))).reshape(batch, tokens, heads, tokens)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def log_maps(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Log of the predicted attention maps of the next layer, (B, H, N, N), each row a distribution."""
         return self._logits(queries, keys).log_softmax(-1).transpose(1, 2)
 
-    def scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Column sums of the predicted maps, (B, H, N): how much attention each token will receive."""
         return self._logits(queries, keys).softmax(-1).sum(1)

@@ -16,7 +16,7 @@ class RandomScore(nn.Module):
         self.seed = seed
         self.layer = layer
 
-    def scores(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, H, N, D) twice → (B, H, N); only the shape of ``keys`` is read."""
         batch, heads, tokens, _ = keys.shape
         position = torch.arange(tokens, device=keys.device)[None, :]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tosa_convert.convert import is_converted
+from tosa_convert.surgery import is_converted
 from tosa_convert.data import Images
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import host_of
@@ -47,7 +47,7 @@ def distill(
     check_distillable(model)
     settings = settings or DistillSettings()
     accelerator = make_accelerator(device, settings)
-    images = Images(data, origin_of(model).preprocessing, training=True, seed=seed)
+    images = Images(data, origin_of(model).preprocessing, settings.augment, seed)
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     stage = Stage("distill", SelectorDistillation(model), settings, seed, out, resume)
     try:
@@ -108,7 +108,7 @@ def _learn(block: nn.Module, target: Relay) -> tuple[torch.Tensor, torch.Tensor]
     """Loss and overlap of one selector after a forward pass over all tokens."""
     selection: Selection = block.selection
     selector: AttentionSelector = block.selector
-    predicted = selector(*selection.relay.take())
+    predicted = selector.log_maps(*selection.relay.take())
     queries, keys = target.take()
     real = ((queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)).float().log_softmax(-1)
     loss = divergence(predicted.float(), real)

@@ -3,10 +3,9 @@
 import copy
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from tosa_convert.config import ConvertConfig
+from tosa_convert.config import ConvertConfig, build_config
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import Host, Tap, host_of
 from tosa_convert.scores import build_score
@@ -34,60 +33,28 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     if is_converted(model):
         raise UsageError("this model is converted already; start from original(model) to convert it anew")
     host = host_of(model)
-    layers = check_layers(config.layers, depth=len(host.blocks))
-    ratios = layer_ratios(config.ratio, layers)
+    try:
+        plan = config.plan(depth=len(host.blocks))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if config.selection == "per_head":
         _check_head_slices(host)
-    for layer, ratio in zip(layers, ratios, strict=True):
+    for layer, ratio in plan:
         _make_selective(host, layer, ratio, config)
-    model.tosa_config = config.model_copy(update={"layers": layers})
+    layers, ratios = map(list, zip(*plan, strict=True))
+    ratio = ratios if isinstance(config.ratio, list) else config.ratio
+    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
     return model
 
 
 def make_config(config: ConvertConfig | None, options: dict) -> ConvertConfig:
     """``config`` with ``options`` over it, validated; every mistake is named in one message."""
     given = config.model_dump(exclude_unset=True) if config else {}
-    try:
-        return ConvertConfig(**{**given, **options})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc'][:1]))}: {item['msg']}" for item in error.errors()]
-        raise UsageError("; ".join(dict.fromkeys(problems))) from None
+    return build_config(ConvertConfig, {**given, **options})
 
 
 def is_converted(model: nn.Module) -> bool:
     return getattr(model, "tosa_config", None) is not None
-
-
-def check_layers(layers: list[int] | None, depth: int) -> list[int]:
-    """The selective layers in order. Layer l reads layer l − 1, which must be an ordinary one."""
-    if layers is None:
-        layers = list(range(2, depth - 1, 2))
-    if not layers:
-        raise UsageError(f"no selective layers given; choose from 2 to {depth}, for example 2,4,6")
-    ordered = sorted(layers)
-    for layer in ordered:
-        if layer == 1:
-            raise UsageError("layer 1 cannot be selective: there is no layer before it to listen to; start at 2")
-        if not 2 <= layer <= depth:
-            raise UsageError(f"layer {layer} does not exist: the model has layers 1 to {depth}")
-    for lower, upper in zip(ordered, ordered[1:], strict=False):
-        if lower == upper:
-            raise UsageError(f"layer {lower} is listed twice; name each layer once")
-        if lower + 1 == upper:
-            raise UsageError(
-                f"layers {lower} and {upper} are neighbours: layer {upper} listens to layer {lower}, which must be "
-                "ordinary; leave one layer between selective layers"
-            )
-    return ordered
-
-
-def layer_ratios(ratio: float | list[float], layers: list[int]) -> list[float]:
-    """One keep ratio for each of ``layers``."""
-    if isinstance(ratio, list):
-        if len(ratio) != len(layers):
-            raise UsageError(f"{len(ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
-        return ratio
-    return [ratio] * len(layers)
 
 
 def _check_head_slices(host: Host) -> None:

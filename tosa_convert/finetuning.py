@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.convert import is_converted, original
+from tosa_convert.surgery import is_converted, original
 from tosa_convert.data import Images, check_classes
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import host_of
@@ -47,7 +47,7 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    images = Images(data, origin_of(model).preprocessing, training=True, seed=seed)
+    images = Images(data, origin_of(model).preprocessing, settings.augment, seed)
     weights = loss_weights(settings, images, model)
     accelerator = make_accelerator(device, settings)
     objective = SelectiveFinetuning(model, weights, settings)

@@ -1,0 +1,475 @@
+"""The command line: parse, call a verb, print. No logic lives here."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tosa_convert.errors import TosaError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Make pretrained Vision Transformers token-selective: distill, fine-tune, measure, export.",
+    epilog="Add --debug to any command for the traceback of an error.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+
+class Selection(StrEnum):
+    shared = "shared"
+    per_head = "per_head"
+
+
+class Score(StrEnum):
+    attention = "attention"
+    random = "random"
+
+
+class Augment(StrEnum):
+    crop = "crop"
+    flip = "flip"
+    none = "none"
+
+
+class Precision(StrEnum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
+Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
+Run = Annotated[str | None, typer.Argument(help="run directory; left out: the newest", show_default=False)]
+Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
+Layers = Annotated[str | None, typer.Option(help="selective layers from 1, such as 2,4,6", show_default="every second")]
+Ratio = Annotated[str | None, typer.Option(help="share of patches that attend, one or one per layer", show_default="0.8")]
+SelectionOption = Annotated[Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")]
+ScoreOption = Annotated[Score | None, typer.Option(help="who chooses the tokens; random is the control", show_default="attention")]
+Hidden = Annotated[int | None, typer.Option(help="channels of the selector", show_default="2 per head")]
+Kernel = Annotated[int | None, typer.Option(help="width of the selector's convolutions", show_default="3")]
+DataOption = Annotated[str | None, typer.Option(help="folder of images, one sub-folder per class if labelled", show_default="built-in photos")]
+RecipeOption = Annotated[str | None, typer.Option(help="recipe that the other options override", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="folder for the results", show_default="runs/…")]
+Checkpoint = Annotated[Path | None, typer.Option(help="weights for a timm name: .safetensors or .pth", show_default=False)]
+ImgSize = Annotated[int | None, typer.Option(help="image side in pixels", show_default="the model's")]
+NumClasses = Annotated[int | None, typer.Option(help="outputs of the head", show_default="the model's")]
+Steps = Annotated[int | None, typer.Option(help="optimiser steps", show_default="100")]
+Epochs = Annotated[float | None, typer.Option(help="passes over the data, in place of steps", show_default=False)]
+BatchSize = Annotated[int | None, typer.Option(help="pictures per forward pass", show_default="8")]
+Lr = Annotated[float | None, typer.Option(help="peak learning rate", show_default="the stage's")]
+AugmentOption = Annotated[Augment | None, typer.Option(help="of the training pictures", show_default="crop")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="mixed precision", show_default="no")]
+Workers = Annotated[int | None, typer.Option(help="processes that read pictures", show_default="0")]
+Seed = Annotated[int | None, typer.Option(help="of everything random", show_default="0")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …", show_default="a GPU if there is one")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the interrupted run in --out")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@app.command()
+def distill(
+    model: Model = None,
+    layers: Layers = None,
+    ratio: Ratio = None,
+    data: DataOption = None,
+    recipe: RecipeOption = None,
+    out: Out = None,
+    selection: SelectionOption = None,
+    hidden: Hidden = None,
+    kernel: Kernel = None,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    precision: AugmentOption = Annotated[Augment | None, typer.Option(help="of the training pictures", show_default="crop")]
+PrecisionOption = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a model and train its selectors by distillation from the model itself. Needs no labels."""
+    from tosa_convert import stages
+
+    plan = _recipe(recipe, "distill", locals())
+    folder = _out(out, _stem(plan.model), resume)
+    if plan.data.train is None and not as_json:
+        _say("no --data given: distilling on the small built-in set of public-domain photos")
+    results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=_progress(as_json))
+    _show(results, "training_table", as_json)
+
+
+@app.command()
+def finetune(
+    run: Source = None,
+    data: DataOption = None,
+    recipe: RecipeOption = None,
+    out: Out = None,
+    layers: Layers = None,
+    ratio: Ratio = None,
+    selection: SelectionOption = None,
+    score: ScoreOption = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    labels: Annotated[float | None, typer.Option(help="weight of the cross-entropy", show_default="1 with labels")] = None,
+    logits: Annotated[float | None, typer.Option(help="weight of the original's logits", show_default="1 without labels")] = None,
+    features: Annotated[float | None, typer.Option(help="weight of the original's tokens", show_default="1 without labels")] = None,
+    precision: AugmentOption = Annotated[Augment | None, typer.Option(help="of the training pictures", show_default="crop")]
+PrecisionOption = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train a run's model to work with its layers selective. The result is a new run.
+
+    Given a model instead of a run, it is converted first (--score random: the control).
+    """
+    from tosa_convert import runs, stages
+
+    source = _source(run)
+    is_run = Path(source).is_dir() and runs.is_run(Path(source))
+    if is_run and any(value is not None for value in (layers, ratio, selection, score)):
+        raise UsageError("--layers, --ratio, --selection and --score are fixed in a run; distill the model anew with them")
+    options = {**locals(), "model": None if is_run else source}  # a run's recipe knows its model
+    plan = _recipe(recipe or (str(Path(source) / "recipe.yaml") if is_run else None), "finetune", options)
+    folder = _out(out, f"{_stem(source)}-finetuned", resume)
+    results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=_progress(as_json))
+    _show(results, "training_table", as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a built-in one")],
+    out: Out = None,
+    device: Device = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Run all stages of a recipe."""
+    from tosa_convert import stages
+    from tosa_convert.recipe import find_recipe, read_recipe
+
+    path = find_recipe(recipe)
+    plan = read_recipe(path)
+    folder = _out(out, path.stem, resume)
+
+    def report(stage: str, results: dict) -> None:
+        if not as_json:
+            _show(results, "export_table" if stage == "export" else "training_table", False)
+
+    results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=_progress(as_json), report=report)
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def flops(
+    source: Source = None,
+    layers: Layers = None,
+    ratio: Ratio = None,
+    selection: SelectionOption = None,
+    score: ScoreOption = None,
+    hidden: Hidden = None,
+    kernel: Kernel = None,
+    img_size: ImgSize = None,
+    as_json: Json = False,
+) -> None:
+    """Count multiply–adds per layer, original against converted. Needs no weights.
+
+    With --layers or --ratio a model is converted first, to see what that would save.
+    """
+    from tosa_convert.loading import load
+    from tosa_convert.macs import flops as count
+    from tosa_convert.surgery import convert
+
+    source = _source(source)
+    model = load(source, img_size=img_size, pretrained=False)
+    options = _convert_options(locals())
+    if options:
+        convert(model, **options)
+    _show(count(model).to_dict(), "flops_table", as_json, source)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Source = None,
+    data: DataOption = None,
+    img_size: ImgSize = None,
+    batch_size: Annotated[int, typer.Option(help="pictures per forward pass")] = 32,
+    workers: Annotated[int, typer.Option(help="processes that read pictures")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    control: Annotated[bool, typer.Option(help="measure random selection at the same ratio too")] = True,
+    as_json: Json = False,
+) -> None:
+    """Top-1 on labelled pictures, closeness to the original on any."""
+    from tosa_convert import stages
+
+    results = stages.eval_stage(
+        _source(source), data, img_size=img_size, control=control, progress=_progress(as_json),
+        batch_size=batch_size, workers=workers, device=device,
+    )
+    _show(results, "eval_table", as_json)
+
+
+@app.command()
+def export(
+    source: Source = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="write ONNX (the only format so far)")] = True,
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the files", show_default="the run")] = None,
+    img_size: ImgSize = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
+    threshold: Annotated[float, typer.Option(help="agreement with torch below which the export fails")] = 0.99,
+    images: Annotated[int, typer.Option(help="at most so many pictures in the check")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Write ONNX and check it in ONNX Runtime on real pictures before anyone ships it."""
+    from tosa_convert import stages
+    from tosa_convert.config import build_config
+    from tosa_convert.settings import ExportSettings
+
+    source = _source(source)
+    settings = build_config(ExportSettings, {"opset": opset, "threshold": threshold, "images": images})
+    if out is None and not _is_run(source):
+        out = _out(None, f"{_stem(source)}-onnx", False)
+    results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=_progress(as_json))
+    _show(results, "export_table", as_json)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="part of a timm name, or a pattern such as '*dinov2*'")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which models are supported, which are refused and why."""
+    from tosa_convert import catalog
+    from tosa_convert.report import Table
+
+    if pattern:
+        rows = catalog.models(pattern, _progress(as_json))
+        if not rows:
+            raise UsageError(f"no timm model matches {pattern!r}; try a shorter part of its name")
+        columns = ["model", "supported", "remark"]
+    else:
+        rows = [(name, "" if count is None else str(count), *rest) for name, count, *rest in catalog.families()]
+        columns = ["family", "models", "supported", "remark"]
+    if as_json:
+        _print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        Table("Models", columns, [list(row) for row in rows], []).print(Console(), left=True)
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: Json = False) -> None:
+    """List the built-in recipes."""
+    from tosa_convert.recipe import recipes_folder
+    from tosa_convert.report import Table
+
+    rows = [[path.stem, path.read_text().splitlines()[0].lstrip("# ")] for path in sorted(recipes_folder().glob("*.yaml"))]
+    if as_json:
+        _print_json(dict(rows))
+    else:
+        Table("Recipes", ["name", "what"], rows, []).print(Console(), left=True)
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, to: Annotated[Path | None, typer.Argument(show_default="NAME.yaml here")] = None) -> None:
+    """Copy a built-in recipe, to make your own from it."""
+    from tosa_convert.files import write_text
+    from tosa_convert.recipe import find_recipe
+
+    found = find_recipe(name)
+    target = to or Path(found.name)
+    target = target / found.name if target.is_dir() else target
+    if target.exists():
+        raise UsageError(f"{target} exists already; name another file")
+    write_text(target, found.read_text())
+    _say(f"wrote {target}; run it with: tosa-convert run {target}")
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: list[str]) -> None:
+    """Check recipes without running them."""
+    from tosa_convert.recipe import find_recipe, read_recipe
+
+    problems = []
+    for name in files:
+        try:
+            read_recipe(find_recipe(name))
+            _say(f"{name}: valid")
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("tosa-quickstart"),
+    as_json: Json = False,
+) -> None:
+    """All of it in minutes: distill, fine-tune, count, evaluate, export a small ViT on real pictures. No network."""
+    from tosa_convert.quickstart import run_quickstart
+
+    def execute(command: list[str]) -> None:
+        Console(stderr=as_json).print(f"\n$ tosa-convert {shlex.join(command)}", style="bold", soft_wrap=True)
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            app(command, standalone_mode=False)
+
+    table, results = run_quickstart(out, execute)
+    print(file=sys.stderr)
+    if as_json:
+        _print_json(results)
+    else:
+        table.print(Console())
+
+
+def _recipe(path: str | None, stage: str, options: dict):
+    """The recipe to work by: a file's, with the options of the command over it."""
+    from tosa_convert.config import ConvertConfig, build_config
+    from tosa_convert.recipe import Recipe, find_recipe, read_recipe
+    from tosa_convert.settings import DistillSettings, FinetuneSettings
+
+    base = read_recipe(find_recipe(path)) if path else None
+    if base is None and options["model"] is None:
+        raise UsageError("name a model, for example: tosa-convert distill deit_tiny (or give a --recipe)")
+    plan = base.model_dump(exclude_unset=True) if base else {}
+    kind = {"distill": DistillSettings, "finetune": FinetuneSettings}[stage]
+    plan[stage] = build_config(kind, {**(plan.get(stage) or {}), **_given(options, kind.model_fields)})
+    plan["convert"] = build_config(ConvertConfig, {**plan.get("convert", {}), **_convert_options(options)})
+    if options.get("data") is not None:
+        plan["data"] = {**plan.get("data", {}), "train": options["data"]}
+    return build_config(Recipe, {**plan, **_given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))})
+
+
+def _given(options: dict, names) -> dict:
+    """Options that were typed, as plain values."""
+    found = {name: options[name] for name in names if options.get(name) is not None}
+    return {name: str(value) if isinstance(value, (Path, StrEnum)) else value for name, value in found.items()}
+
+
+def _convert_options(options: dict) -> dict:
+    found = _given(options, ("selection", "score", "hidden", "kernel"))
+    if options.get("layers") is not None:
+        found["layers"] = _numbers(options["layers"], int, "--layers")
+    if options.get("ratio") is not None:
+        ratios = _numbers(options["ratio"], float, "--ratio")
+        found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    return found
+
+
+def _numbers(text: str, kind: type, option: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "2,4,6" if kind is int else "0.8 or 0.9,0.8,0.7"
+        raise UsageError(f"{option} {text!r} is not a list of numbers; write it like {example}") from None
+
+
+def _source(source: str | None) -> str:
+    from tosa_convert import runs
+
+    if source is not None:
+        return source
+    found = str(runs.newest())
+    _say(f"using the newest run, {found}")
+    return found
+
+
+def _is_run(source: str) -> bool:
+    from tosa_convert import runs
+
+    return Path(source).is_dir() and runs.is_run(Path(source))
+
+
+def _stem(source: str) -> str:
+    """A folder name for a source."""
+    return Path(source.split(":")[-1]).name
+
+
+def _out(out: Path | None, stem: str, resume: bool) -> Path:
+    from tosa_convert import processes, runs
+
+    if out is None and resume:
+        raise UsageError("--resume needs --out, the folder of the interrupted run")
+    return processes.agree(out or runs.new_folder(stem))
+
+
+def _progress(as_json: bool):
+    from tosa_convert import processes
+    from tosa_convert.progress import Progress
+
+    return Progress(shown=processes.is_main() and not as_json)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, style="dim", highlight=False, soft_wrap=True)
+
+
+def _show(results: dict, table: str, as_json: bool, *arguments) -> None:
+    from tosa_convert import processes, report
+
+    if not processes.is_main():
+        return
+    if as_json:
+        _print_json(results)
+    else:
+        getattr(report, table)(results, *arguments).print(Console())
+
+
+def _print_json(content) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exit code 0 only on success, 2 for usage, 1 for failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not debug:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(arguments)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's answer to Ctrl-C
+            _fail("interrupted; go on with the same command, its --out folder and --resume", 130, debug)
+        raise
+    except TosaError as error:
+        _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}; check the path and the free space, or choose another --out", 1, debug)
+    except Exception as error:
+        gist = " ".join(str(error).split())[:300]
+        _fail(f"{type(error).__name__}: {gist}; add --debug for the traceback, and report it if it persists", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        raise
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Results as tables, the same ones on the terminal and in a run's report.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from tosa_convert import runs
+from tosa_convert.files import read_json, write_text
+
+
+@dataclass
+class Table:
+    """A titled table of texts, with notes below it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def print(self, console: Console, left: bool = False) -> None:
+        """On the terminal; figures stand to the right, texts (``left``) to the left."""
+        table = RichTable()
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if index and not left else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(self.title, style="bold", highlight=False, soft_wrap=True)
+        console.print(table)
+        for note in self.notes:
+            console.print(note, style="dim", highlight=False)
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", _row(self.columns), _row(["---"] + ["---:"] * (len(self.columns) - 1))]
+        lines += [_row(row) for row in self.rows]
+        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def mega(macs: int) -> str:
+    """Multiply–adds in a readable unit."""
+    return f"{macs / 1e9:.3f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
+
+
+def training_table(results: dict) -> Table:
+    """What a distill or finetune stage ended with."""
+    cost = results["flops"]
+    figures = [
+        [name, percent(value) if name == "overlap" else f"{value:.4f}"]
+        for name, value in results.items()
+        if isinstance(value, float)
+    ]
+    rows = [["steps", str(results["steps"])], ["pictures seen", str(results["pictures"])], *figures, *_cost_rows(cost)]
+    notes = broken_notes(results["broken"])
+    if "overlap" in results:
+        notes.append("overlap: share of the selected patches that the next layer's real attention would select")
+    return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
+
+
+def _cost_rows(cost: dict) -> list[list[str]]:
+    return [
+        ["MACs, original", mega(cost["original"])],
+        ["MACs, converted", mega(cost["macs"])],
+        ["saved", percent(cost["saved"])],
+        ["saved before paying the selectors", percent(cost["saved_without_selectors"])],
+    ]
+
+
+def flops_table(cost: dict, source: str) -> Table:
+    """Multiply–adds per layer, and in sum, original against converted."""
+    rows = [
+        [
+            str(layer["layer"]),
+            str(layer["tokens"]),
+            mega(layer["macs"]),
+            percent(layer["macs"] / cost["macs"]),
+            mega(layer["selector"]) if layer["selector"] else "",
+            mega(layer["original"]),
+        ]
+        for layer in cost["layers"]
+    ]
+    in_layers = sum(layer["macs"] for layer in cost["layers"])
+    before_layers = sum(layer["original"] for layer in cost["layers"])
+    outside = cost["macs"] - in_layers
+    rows.append(["other", "", mega(outside), percent(outside / cost["macs"]), "", mega(cost["original"] - before_layers)])
+    rows.append(["all", "", mega(cost["macs"]), "100 %", mega(cost["selectors"]) if cost["selectors"] else "", mega(cost["original"])])
+    notes = []
+    if cost["macs"] != cost["original"]:
+        notes.append(
+            f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} before paying the selectors"
+        )
+    uncounted = ", ".join(f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items()))
+    notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
+    height, width = cost["size"]
+    columns = ["layer", "patches", "MACs", "share", "of it selector", "original"]
+    return Table(f"{source} at {height}×{width}", columns, rows, notes)
+
+
+def eval_table(results: dict) -> Table:
+    figures = list(next(iter(results["models"].values())))
+    shown = {"top1": lambda v: percent(v, 2), "agreement": lambda v: percent(v, 2), "cosine": lambda v: f"{v:.4f}"}
+    rows = [[name, *(shown[key](values[key]) for key in figures)] for name, values in results["models"].items()]
+    notes = broken_notes(results["broken"])
+    if not figures:
+        notes.append("nothing to compare with: the pictures have no labels and the original is not at hand")
+    if "agreement" in figures:
+        notes.append("agreement and cosine are with the original")
+    return Table(f"{results['images']} pictures of {results['data']}", ["", *figures], rows, notes)
+
+
+def export_table(results: dict) -> Table:
+    rows = [
+        ["pictures checked", str(results["images"])],
+        ["largest difference", f"{results['difference']:.2e}"],
+        ["agreement with torch", percent(results["agreement"], 2)],
+        *([f"top-1, {name}", percent(value, 2)] for name, value in results["top1"].items()),
+        *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
+        ["check", "passed" if results["passed"] else "FAILED"],
+    ]
+    return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
+
+
+def broken_notes(names: list[str]) -> list[str]:
+    """Which pictures could not be read, named up to five."""
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{len(names)} broken pictures skipped: {', '.join(names[:5])}{more}"]
+
+
+def write_report(run: Path) -> None:
+    """``report.md`` of a run, from its ``config.json`` and ``metrics.jsonl``."""
+    config = read_json(run / "config.json")
+    tables = [training_table(config["results"]), flops_table(config["results"]["flops"], run.name)]
+    latest = {line["stage"]: line for line in runs.read_metrics(run)}
+    if "eval" in latest:
+        tables.append(eval_table(latest["eval"]))
+    if "export" in latest:
+        tables.append(export_table(latest["export"]))
+    head = f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
+    write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables)]))

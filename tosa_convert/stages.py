@@ -1,0 +1,130 @@
+"""The stages of the work on files: each takes a recipe or a run, and leaves a run directory."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from tosa_convert import processes, runs
+from tosa_convert.surgery import convert, is_converted
+from tosa_convert.distillation import check_distillable, distill
+from tosa_convert.errors import UsageError
+from tosa_convert.evaluation import evaluate, random_control
+from tosa_convert.export import export_onnx
+from tosa_convert.files import read_json, write_text
+from tosa_convert.finetuning import finetune
+from tosa_convert.macs import flops
+from tosa_convert.loading import load, original_of
+from tosa_convert.progress import Progress
+from tosa_convert.recipe import Recipe
+from tosa_convert.report import write_report
+from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.train import CHECKPOINT
+
+
+def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
+    """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
+    if resume and runs.is_run(out):
+        return read_json(out / "config.json")["results"]
+    model = _converted(recipe)
+    check_distillable(model)
+    return _train_stage("distill", model, recipe, out, resume, device, progress)
+
+
+def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
+    """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
+    if resume and runs.is_run(out):
+        return read_json(out / "config.json")["results"]
+    model = load(source, img_size=recipe.img_size) if _is_run(source) else _converted(recipe)
+    if not is_converted(model):
+        convert(model, recipe.convert)
+    return _train_stage("finetune", model, recipe, out, resume, device, progress)
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable = print) -> dict:
+    """Every stage that the recipe has, each into a folder of ``out`` named after it.
+
+    ``report(stage, results)`` is called after each. With ``resume`` finished stages are not run again.
+    """
+    stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
+    if not stages:
+        raise UsageError("the recipe has no stage to run; add distill:, finetune: or export:")
+    runs.prepare(out, resume)
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    results, run = {}, None
+    for name in stages:
+        folder = out / name
+        options = {"resume": resume and folder.exists(), "device": device, "progress": progress}
+        if name == "distill":
+            results[name] = distill_stage(recipe, folder, **options)
+        elif name == "finetune":
+            results[name] = finetune_stage(str(run or recipe.model), recipe, folder, **options)
+        else:
+            if run is None:
+                raise UsageError("the recipe exports but trains nothing: add distill:, or use `tosa-convert export MODEL`")
+            results[name] = export_stage(run, recipe.export, recipe.data.eval, progress=progress)
+        run = folder if name != "export" else run
+        report(name, results[name])
+    return results
+
+
+def eval_stage(source: str, data: str | None, *, img_size=None, control=True, progress=None, **options) -> dict:
+    """A model, or a run's model beside its original and the random-selection control."""
+    model = load(source, img_size=img_size)
+    models: dict[str, nn.Module] = {"converted" if is_converted(model) else "model": model}
+    before = original_of(model) if is_converted(model) else None
+    if before is not None:
+        models = {"original": before, **models}
+    if control and is_converted(model) and model.tosa_config.score != "random":
+        models["random selection"] = random_control(model)
+    reference = "original" if before is not None else None
+    results = evaluate(models, data, reference=reference, progress=progress, **options)
+    if _is_run(source):
+        runs.append_metrics(Path(source), stage="eval", **results)
+        write_report(Path(source))
+    return results
+
+
+def export_stage(source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, progress=None) -> dict:
+    """ONNX and its check, beside the run unless ``out`` says otherwise."""
+    model = load(source, img_size=img_size)
+    folder = Path(out) if out else Path(source)
+    before = original_of(model) if is_converted(model) else None
+    check = export_onnx(model, folder, data, settings, original=before, progress=progress)
+    results = {"file": str(folder / "model.onnx"), **check.to_dict()}
+    if _is_run(str(source)) and out is None:
+        runs.append_metrics(Path(source), stage="export", **results)
+        write_report(Path(source))
+    return results
+
+
+def _converted(recipe: Recipe) -> nn.Module:
+    model = load(
+        recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes
+    )
+    return convert(model, recipe.convert)
+
+
+def _is_run(source: str) -> bool:
+    return Path(source).is_dir() and runs.is_run(Path(source))
+
+
+def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
+    settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
+    verb = {"distill": distill, "finetune": finetune}[name]
+    if processes.is_main():
+        runs.prepare(out, resume)
+        resolved = recipe.model_copy(update={"convert": model.tosa_config})
+        write_text(out / "recipe.yaml", resolved.to_yaml())
+    processes.join()
+    figures = verb(
+        model, recipe.data.train, settings, out=out, resume=resume, seed=recipe.seed, device=device, progress=progress
+    )
+    results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
+    if processes.is_main():
+        runs.save(model, out, stage=name, results=results)
+        shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
+        write_report(out)
+    processes.join()
+    return results
