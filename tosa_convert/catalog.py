@@ -23,7 +23,9 @@ def families() -> list[tuple[str, int | None, str, str]]:
     ]
     rows += [(f"transformers {layer}", None, "yes", "every model built from it") for layer in sorted(PREFIX_TOKENS)]
     modules = [module for module in timm.list_modules() if module in REFUSED]
-    return rows + [(f"timm {name}", len(timm.list_models(module=name)), "no", REFUSED[name]) for name in sorted(modules)]
+    return rows + [
+        (f"timm {name}", len(timm.list_models(module=name)), "no", REFUSED[name]) for name in sorted(modules)
+    ]
 
 
 def models(pattern: str, progress: Progress | None = None) -> list[tuple[str, str, str]]:

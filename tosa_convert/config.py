@@ -1,12 +1,22 @@
 """The options of a conversion, typed and JSON-able."""
 
-from typing import Annotated, Literal
+import itertools
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tosa_convert.errors import UsageError
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
+
+def _keep_ratio(value: Any) -> float | list[float]:
+    """One number in (0, 1], or a list of them; one message whatever is wrong."""
+    ratios = value if isinstance(value, list) else [value]
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+            raise ValueError(f"{ratio!r} is not a number; a keep ratio is above 0 and at most 1, such as 0.8")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{ratio} is out of range; a keep ratio is above 0 and at most 1, such as 0.8")
+    return value
 
 
 class ConvertConfig(BaseModel):
@@ -27,7 +37,7 @@ class ConvertConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: list[int] | None = None
-    ratio: Ratio | list[Ratio] = 0.8
+    ratio: Annotated[float | list[float], BeforeValidator(_keep_ratio)] = 0.8
     score: Literal["attention", "random"] = "attention"
     selection: Literal["shared", "per_head"] = "shared"
     hidden: int | None = Field(default=None, ge=1)
@@ -54,7 +64,7 @@ class ConvertConfig(BaseModel):
             raise ValueError("layer 1 cannot be selective: there is no layer before it to listen to; start at 2")
         if ordered[0] < 1:
             raise ValueError(f"layer {ordered[0]} does not exist: layers are counted from 1")
-        for lower, upper in zip(ordered, ordered[1:], strict=False):
+        for lower, upper in itertools.pairwise(ordered):
             if lower == upper:
                 raise ValueError(f"layer {lower} is listed twice; name each layer once")
             if lower + 1 == upper:
@@ -99,6 +109,4 @@ def _describe(item: dict) -> str:
     """One of pydantic's findings in plain words, behind the name of the option."""
     name = str(item["loc"][0]) if item["loc"] else ""
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("less_than_equal", "greater_than") and name == "ratio":
-        message = f"{item['input']} is out of range: a keep ratio is above 0 and at most 1"
     return f"{name}: {message}" if name else message

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tosa_convert.surgery import is_converted
 from tosa_convert.data import Images
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import host_of
@@ -14,6 +13,7 @@ from tosa_convert.progress import Progress
 from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import Relay, Selection, selective_blocks
 from tosa_convert.settings import DistillSettings
+from tosa_convert.surgery import is_converted
 from tosa_convert.tokens import top_tokens
 from tosa_convert.train import Stage, make_accelerator, train
 
@@ -31,8 +31,8 @@ def distill(
 ) -> dict:
     """Train the selectors of a converted model to predict the next layer's attention maps.
 
-    ToSA (arXiv 2406.08816), section 3: Σ_heads KL(predicted map ‖ real map of the selective layer),
-    averaged over images and query rows. All selectors learn in the same forward pass.
+    ToSA (arXiv 2406.08816), section 3: Σ_heads KL between the predicted map and the real map of the
+    selective layer, averaged over images and query rows. All selectors learn in the same forward pass.
 
     Args:
         model: converted with ``score="attention"``; trained in place.
@@ -49,7 +49,7 @@ def distill(
     accelerator = make_accelerator(device, settings)
     images = Images(data, origin_of(model).preprocessing, settings.augment, seed)
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    stage = Stage("distill", SelectorDistillation(model), settings, seed, out, resume)
+    stage = Stage("distill", SelectorDistillation(model, settings.kl), settings, seed, out, resume)
     try:
         return train(stage, images, accelerator, progress or Progress())
     finally:
@@ -69,9 +69,9 @@ def check_distillable(model: nn.Module) -> None:
 class SelectorDistillation(nn.Module):
     """The objective of stage 1 over a whole model. Only its selectors require gradients."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, kl: str = "forward"):
         super().__init__()
-        self.model = model
+        self.model, self.kl = model, kl
         host = host_of(model)
         self.blocks = selective_blocks(model)
         self.targets = [Relay() for _ in self.blocks]
@@ -100,25 +100,26 @@ class SelectorDistillation(nn.Module):
         finally:
             for block in self.blocks:
                 block.selection.active = True
-        losses, overlaps = zip(*map(_learn, self.blocks, self.targets), strict=True)
+        learnt = [_learn(block, target, self.kl) for block, target in zip(self.blocks, self.targets, strict=True)]
+        losses, overlaps = zip(*learnt, strict=True)
         return {"loss": torch.stack(losses).sum(), "overlap": torch.stack(overlaps).mean()}
 
 
-def _learn(block: nn.Module, target: Relay) -> tuple[torch.Tensor, torch.Tensor]:
+def _learn(block: nn.Module, target: Relay, kl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and overlap of one selector after a forward pass over all tokens."""
     selection: Selection = block.selection
     selector: AttentionSelector = block.selector
     predicted = selector.log_maps(*selection.relay.take())
     queries, keys = target.take()
     real = ((queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)).float().log_softmax(-1)
-    loss = divergence(predicted.float(), real)
+    loss = divergence(predicted.float(), real) if kl == "reverse" else divergence(real, predicted.float())
     with torch.no_grad():
         return loss, overlap(predicted.exp().sum((1, 2)), real.exp().sum((1, 2)), selection)
 
 
-def divergence(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Σ_heads KL(predicted ‖ real) of log maps (B, H, N, N), averaged over images and query rows."""
-    return (predicted.exp() * (predicted - real)).sum(-1).sum(1).mean()
+def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Σ_heads KL(first ‖ second) of log maps (B, H, N, N), averaged over images and query rows."""
+    return (first.exp() * (first - second)).sum(-1).sum(1).mean()
 
 
 def overlap(predicted: torch.Tensor, real: torch.Tensor, selection: Selection) -> torch.Tensor:

@@ -214,7 +214,9 @@ def _check(model, path: Path, images: Images, settings: ExportSettings, original
 
 def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if found.shape != wanted.shape:
-        raise TosaError(f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: the export is wrong")
+        raise TosaError(
+            f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: the export is wrong"
+        )
     return (found - wanted).abs().max().item()
 
 

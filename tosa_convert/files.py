@@ -20,7 +20,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # some writers make private files
         os.replace(temporary, path)
     except OSError as error:
-        raise TosaError(f"cannot write {path}: {error.strerror or error}; choose another --out or free some space") from error
+        raise TosaError(
+            f"cannot write {path}: {error.strerror or error}; choose another --out or free some space"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.surgery import is_converted, original
 from tosa_convert.data import Images, check_classes
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import host_of
@@ -14,6 +13,7 @@ from tosa_convert.origin import origin_of
 from tosa_convert.progress import Progress
 from tosa_convert.selective import selective_blocks
 from tosa_convert.settings import FinetuneSettings
+from tosa_convert.surgery import is_converted, original
 from tosa_convert.train import Stage, make_accelerator, train
 
 
@@ -53,7 +53,9 @@ def finetune(
     objective = SelectiveFinetuning(model, weights, settings)
     objective.teacher[0].to(accelerator.device)
     try:
-        return train(Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress())
+        return train(
+            Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress()
+        )
     finally:
         for block in selective_blocks(model):
             block.selector.requires_grad_(True)

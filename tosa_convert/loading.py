@@ -109,7 +109,7 @@ def resolve_timm_name(name: str) -> str:
         return found[0] + (f".{tag}" if tag else "")
     if found:
         raise UsageError(f"{name!r} is ambiguous: it could be {_listing(found)}; give the full name")
-    near = timm.list_models(f"*{base}*") or difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
+    near = timm.list_models(f"*{base}*") or _similar(base)
     hint = f"nearest are {_listing(near)}" if near else "`tosa-convert models` lists what there is"
     raise UsageError(f"no model or folder is called {name!r}; {hint}")
 
@@ -125,10 +125,14 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        reason = "it holds more than tensors, and running its code is refused" if "weights_only" in str(error) else (
-            "it is truncated or not a checkpoint"
+        reason = (
+            "it holds more than tensors, and running its code is refused"
+            if "weights_only" in str(error)
+            else ("it is truncated or not a checkpoint")
         )
-        raise TosaError(f"cannot read {path}: {reason}; save the model's state dict as .safetensors and use that") from None
+        raise TosaError(
+            f"cannot read {path}: {reason}; save the model's state dict as .safetensors and use that"
+        ) from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -145,6 +149,12 @@ def _folder(source: str) -> Path | None:
     if source.startswith((".", "/", "~")):
         raise UsageError(f"there is no folder {source}")
     return None
+
+
+def _similar(name: str) -> list[str]:
+    """timm names whose part before the patch size is spelt much like ``name``."""
+    stems = {full.split("_patch")[0]: full for full in timm.list_models()}
+    return [stems[stem] for stem in difflib.get_close_matches(name, stems, n=5, cutoff=0.5)]
 
 
 def _listing(names: list[str]) -> str:
@@ -207,6 +217,7 @@ def _load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
     except ImportError:
         raise UsageError("Hugging Face models need transformers: pip install 'tosa-convert[hf]'") from None
     try:
+        transformers.utils.logging.disable_progress_bar()
         with _quiet("transformers", "huggingface_hub"):
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
             kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)

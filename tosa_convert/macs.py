@@ -9,10 +9,10 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from tosa_convert.surgery import original
 from tosa_convert.hosts import host_of
 from tosa_convert.origin import origin_of
 from tosa_convert.selective import selective_blocks
+from tosa_convert.surgery import original
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,21 @@ def commands(out: Path, data: Path) -> list[list[str]]:
     tuning = ["--data", train, "--steps", "150", "--batch-size", "64", "--augment", "flip"]
     distilled, finetuned, random = (str(out / name) for name in ("distilled", "finetuned", "random"))
     return [
-        ["distill", "quickstart", *selective, "--data", train, "--steps", "60", "--augment", "flip", "--batch-size", "64", "--out", distilled],
+        [
+            "distill",
+            "quickstart",
+            *selective,
+            "--data",
+            train,
+            "--steps",
+            "60",
+            "--augment",
+            "flip",
+            "--batch-size",
+            "64",
+            "--out",
+            distilled,
+        ],
         ["eval", distilled, "--data", test],
         ["finetune", distilled, *tuning, "--out", finetuned],
         ["finetune", "quickstart", *selective, "--score", "random", *tuning, "--out", random],

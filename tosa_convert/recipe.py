@@ -96,29 +96,35 @@ def read_recipe(path: Path) -> Recipe:
         recipe = Recipe(**content)
     except (ValidationError, TypeError) as error:
         found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error), "type": ""}]
-        problems += [(_line(tree, item["loc"]), _describe(item)) for item in found]
+        # A union reports once per member that did not fit; the first says enough.
+        firsts = {_key(item["loc"]): item for item in reversed(found)}
+        problems += [(_line(tree, item["loc"]), _describe(item)) for item in firsts.values()]
     if problems:
-        lines = [f"line {line}: {text}" for line, text in sorted(dict.fromkeys(problems))]
+        lines = [f"line {line}: {text}" for line, text in sorted(problems)]
         raise UsageError(f"{path}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)))
     return recipe
 
 
 def _describe(item: dict) -> str:
-    names = [str(part) for part in item["loc"] if not _is_type(part)]
-    key = ".".join(names)
+    key = _key(item["loc"])
+    names = key.split(".")
     if item["type"] == "extra_forbidden":
         known = _fields(names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
-    given = f" (given: {item['input']!r})" if isinstance(item.get("input"), (str, int, float, bool)) else ""
+    custom = item["type"] == "value_error"
+    given = (
+        f" (given: {item['input']!r})" if not custom and isinstance(item.get("input"), (str, int, float, bool)) else ""
+    )
     return f"{key}: {message}{given}"
 
 
-def _is_type(part) -> bool:
-    """pydantic puts the tried member of a union into the location, such as "float" or "list[...]"."""
-    return isinstance(part, str) and (part in ("int", "float", "str") or "[" in part)
+def _key(location: tuple) -> str:
+    """A location as dotted keys, without what pydantic adds of the types it tried ("constrained-int", "list[...]")."""
+    types = ("int", "float", "str", "constrained-int", "constrained-float")
+    return ".".join(str(part) for part in location if part not in types and "[" not in str(part))
 
 
 def _fields(path: list[str]) -> list[str]:

@@ -90,14 +90,27 @@ def flops_table(cost: dict, source: str) -> Table:
     in_layers = sum(layer["macs"] for layer in cost["layers"])
     before_layers = sum(layer["original"] for layer in cost["layers"])
     outside = cost["macs"] - in_layers
-    rows.append(["other", "", mega(outside), percent(outside / cost["macs"]), "", mega(cost["original"] - before_layers)])
-    rows.append(["all", "", mega(cost["macs"]), "100 %", mega(cost["selectors"]) if cost["selectors"] else "", mega(cost["original"])])
+    rows.append(
+        ["other", "", mega(outside), percent(outside / cost["macs"]), "", mega(cost["original"] - before_layers)]
+    )
+    rows.append(
+        [
+            "all",
+            "",
+            mega(cost["macs"]),
+            "100 %",
+            mega(cost["selectors"]) if cost["selectors"] else "",
+            mega(cost["original"]),
+        ]
+    )
     notes = []
     if cost["macs"] != cost["original"]:
         notes.append(
             f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} before paying the selectors"
         )
-    uncounted = ", ".join(f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items()))
+    uncounted = ", ".join(
+        f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
+    )
     notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
     height, width = cost["size"]
     columns = ["layer", "patches", "MACs", "share", "of it selector", "original"]
@@ -145,5 +158,7 @@ def write_report(run: Path) -> None:
         tables.append(eval_table(latest["eval"]))
     if "export" in latest:
         tables.append(export_table(latest["export"]))
-    head = f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
+    head = (
+        f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
+    )
     write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables)]))

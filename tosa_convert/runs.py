@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tosa_convert.config import ConvertConfig
-from tosa_convert.surgery import convert, is_converted
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.files import atomic, check_writable, read_json, write_json
 from tosa_convert.origin import Origin, build, origin_of
+from tosa_convert.surgery import convert, is_converted
 
 FORMAT, FORMAT_VERSION = "tosa-convert run", 1
 RUNS = Path("runs")
@@ -72,7 +72,9 @@ def load_run(folder: str | Path) -> nn.Module:
         raise UsageError(f"{folder} is neither a run nor a model folder: it has no config.json")
     config = read_json(folder / "config.json")
     if config.get("version", 0) > FORMAT_VERSION:
-        raise TosaError(f"{folder} was written by a newer tosa-convert ({config.get('tosa_convert')}); upgrade to open it")
+        raise TosaError(
+            f"{folder} was written by a newer tosa-convert ({config.get('tosa_convert')}); upgrade to open it"
+        )
     try:
         model = build(Origin(**config["origin"]))
         if config["convert"]:
@@ -97,7 +99,11 @@ def newest(start: Path = Path()) -> Path:
 def new_folder(name: str) -> Path:
     """A fresh folder name under ./runs for a model and the time of day."""
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return next(path for path in (RUNS / f"{stem}{tail}" for tail in ("", *(f"-{i}" for i in range(2, 100)))) if not path.exists())
+    return next(
+        path
+        for path in (RUNS / f"{stem}{tail}" for tail in ("", *(f"-{i}" for i in range(2, 100))))
+        if not path.exists()
+    )
 
 
 def prepare(folder: Path, resume: bool) -> None:

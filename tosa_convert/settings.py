@@ -56,7 +56,16 @@ class TrainSettings(BaseModel):
 
 
 class DistillSettings(TrainSettings):
-    """Stage 1: the selectors learn to predict the next layer's attention (ToSA, section 3)."""
+    """Stage 1: the selectors learn to predict the next layer's attention (ToSA, section 3).
+
+    Attributes:
+        kl: "forward" learns from KL(real ‖ predicted), what torch's kl_div computes from a selector's
+            log-softmax; "reverse" from KL(predicted ‖ real), the paper's formula read literally. Forward
+            selects more of the tokens that the real attention would (benchmarks/selector_training.py).
+    """
+
+    lr: Positive = 2e-2
+    kl: Literal["forward", "reverse"] = "forward"
 
 
 class FinetuneSettings(TrainSettings):

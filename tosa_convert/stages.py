@@ -7,19 +7,19 @@ from pathlib import Path
 from torch import nn
 
 from tosa_convert import processes, runs
-from tosa_convert.surgery import convert, is_converted
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import UsageError
 from tosa_convert.evaluation import evaluate, random_control
 from tosa_convert.export import export_onnx
 from tosa_convert.files import read_json, write_text
 from tosa_convert.finetuning import finetune
-from tosa_convert.macs import flops
 from tosa_convert.loading import load, original_of
+from tosa_convert.macs import flops
 from tosa_convert.progress import Progress
 from tosa_convert.recipe import Recipe
 from tosa_convert.report import write_report
 from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.surgery import convert, is_converted
 from tosa_convert.train import CHECKPOINT
 
 
@@ -42,7 +42,9 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
 
 
-def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable = print) -> dict:
+def run_recipe(
+    recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable = print
+) -> dict:
     """Every stage that the recipe has, each into a folder of ``out`` named after it.
 
     ``report(stage, results)`` is called after each. With ``resume`` finished stages are not run again.
@@ -62,7 +64,9 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
             results[name] = finetune_stage(str(run or recipe.model), recipe, folder, **options)
         else:
             if run is None:
-                raise UsageError("the recipe exports but trains nothing: add distill:, or use `tosa-convert export MODEL`")
+                raise UsageError(
+                    "the recipe exports but trains nothing: add distill:, or use `tosa-convert export MODEL`"
+                )
             results[name] = export_stage(run, recipe.export, recipe.data.eval, progress=progress)
         run = folder if name != "export" else run
         report(name, results[name])
@@ -86,7 +90,9 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, pr
     return results
 
 
-def export_stage(source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, progress=None) -> dict:
+def export_stage(
+    source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, progress=None
+) -> dict:
     """ONNX and its check, beside the run unless ``out`` says otherwise."""
     model = load(source, img_size=img_size)
     folder = Path(out) if out else Path(source)
@@ -100,9 +106,7 @@ def export_stage(source: str | Path, settings: ExportSettings, data: str | None,
 
 
 def _converted(recipe: Recipe) -> nn.Module:
-    model = load(
-        recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes
-    )
+    model = load(recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes)
     return convert(model, recipe.convert)
 
 

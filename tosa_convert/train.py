@@ -135,7 +135,9 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
-        raise TosaError(f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out") from error
+        raise TosaError(
+            f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out"
+        ) from error
     if accelerator.is_main_process:
         runs.cut_metrics(stage.out, stage.name, noted["step"])
     return noted["step"]
@@ -163,7 +165,14 @@ class _Recorder:
             line = {key: round(value, 6) for key, value in self.last.items()}
             runs.append_metrics(
                 self.stage.out,
-                **{"stage": self.stage.name, "step": step, **line, "lr": lr, "pictures": pictures, "seconds": round(seconds, 1)},
+                **{
+                    "stage": self.stage.name,
+                    "step": step,
+                    **line,
+                    "lr": lr,
+                    "pictures": pictures,
+                    "seconds": round(seconds, 1),
+                },
             )
 
     def checkpoint_when_due(self, step: int, final: bool) -> None:

@@ -85,8 +85,6 @@ class Host(ABC):
         """Height and width of a patch in pixels."""
 
 
-
-
 def host_of(model: nn.Module) -> Host:
     """The host of a model.
 

@@ -1,0 +1,113 @@
+"""The options that commands share, and how they turn into a recipe."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tosa_convert.errors import UsageError
+
+
+class Selection(StrEnum):
+    shared = "shared"
+    per_head = "per_head"
+
+
+class Score(StrEnum):
+    attention = "attention"
+    random = "random"
+
+
+class Augment(StrEnum):
+    crop = "crop"
+    flip = "flip"
+    none = "none"
+
+
+class Precision(StrEnum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
+Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
+Run = Annotated[str | None, typer.Argument(help="run directory; left out: the newest", show_default=False)]
+Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
+Layers = Annotated[str | None, typer.Option(help="selective layers from 1, such as 2,4,6", show_default="every second")]
+Ratio = Annotated[
+    str | None, typer.Option(help="share of patches that attend, one or one per layer", show_default="0.8")
+]
+SelectionOption = Annotated[
+    Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")
+]
+ScoreOption = Annotated[
+    Score | None, typer.Option(help="who chooses the tokens; random is the control", show_default="attention")
+]
+Hidden = Annotated[int | None, typer.Option(help="channels of the selector", show_default="2 per head")]
+Kernel = Annotated[int | None, typer.Option(help="width of the selector's convolutions", show_default="3")]
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="folder of images, one sub-folder per class if labelled", show_default="built-in photos"),
+]
+RecipeOption = Annotated[str | None, typer.Option(help="recipe that the other options override", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="folder for the results", show_default="runs/…")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="weights for a timm name: .safetensors or .pth", show_default=False)
+]
+ImgSize = Annotated[int | None, typer.Option(help="image side in pixels", show_default="the model's")]
+NumClasses = Annotated[int | None, typer.Option(help="outputs of the head", show_default="the model's")]
+Steps = Annotated[int | None, typer.Option(help="optimiser steps", show_default="100")]
+Epochs = Annotated[float | None, typer.Option(help="passes over the data, in place of steps", show_default=False)]
+BatchSize = Annotated[int | None, typer.Option(help="pictures per forward pass", show_default="8")]
+Lr = Annotated[float | None, typer.Option(help="peak learning rate", show_default="the stage's")]
+AugmentOption = Annotated[Augment | None, typer.Option(help="of the training pictures", show_default="crop")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="mixed precision", show_default="no")]
+Workers = Annotated[int | None, typer.Option(help="processes that read pictures", show_default="0")]
+Seed = Annotated[int | None, typer.Option(help="of everything random", show_default="0")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …", show_default="a GPU if there is one")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the interrupted run in --out")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def make_recipe(path: str | None, stage: str, options: dict):
+    """The recipe to work by: a file's, with the options of the command over it."""
+    from tosa_convert.config import ConvertConfig, build_config
+    from tosa_convert.recipe import Recipe, find_recipe, read_recipe
+    from tosa_convert.settings import DistillSettings, FinetuneSettings
+
+    base = read_recipe(find_recipe(path)) if path else None
+    if base is None and options["model"] is None:
+        raise UsageError("name a model, for example: tosa-convert distill deit_tiny (or give a --recipe)")
+    plan = base.model_dump(exclude_unset=True) if base else {}
+    kind = {"distill": DistillSettings, "finetune": FinetuneSettings}[stage]
+    plan[stage] = build_config(kind, {**(plan.get(stage) or {}), **_given(options, kind.model_fields)})
+    plan["convert"] = build_config(ConvertConfig, {**plan.get("convert", {}), **convert_options(options)})
+    if options.get("data") is not None:
+        plan["data"] = {**plan.get("data", {}), "train": options["data"]}
+    return build_config(Recipe, {**plan, **_given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))})
+
+
+def _given(options: dict, names) -> dict:
+    """Options that were typed, as plain values."""
+    found = {name: options[name] for name in names if options.get(name) is not None}
+    return {name: str(value) if isinstance(value, (Path, StrEnum)) else value for name, value in found.items()}
+
+
+def convert_options(options: dict) -> dict:
+    found = _given(options, ("selection", "score", "hidden", "kernel"))
+    if options.get("layers") is not None:
+        found["layers"] = _numbers(options["layers"], int, "--layers")
+    if options.get("ratio") is not None:
+        ratios = _numbers(options["ratio"], float, "--ratio")
+        found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    return found
+
+
+def _numbers(text: str, kind: type, option: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "2,4,6" if kind is int else "0.8 or 0.9,0.8,0.7"
+        raise UsageError(f"{option} {text!r} is not a list of numbers; write it like {example}") from None
