@@ -151,9 +151,9 @@ def run(
 ) -> None:
     """Run all stages of a recipe."""
     from tosa_convert import stages
-    from tosa_convert.recipe import read_recipe
+    from tosa_convert.recipe import find_recipe, read_recipe
 
-    path = findmake_recipe(recipe)
+    path = find_recipe(recipe)
     plan = read_recipe(path)
     folder = _out(out, path.stem, resume)
 
