@@ -1,0 +1,127 @@
+"""Small random-weight instances of the real classes, small pictures, and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+torch.set_num_threads(2)
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
+HF_SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def _timm(kind=VisionTransformer, **options):
+    return lambda: kind(**{**SMALL, "dynamic_img_size": True, **options})
+
+
+def _hf(kind: str, **options):
+    def build():
+        config = getattr(transformers, f"{kind.removesuffix('Model').removesuffix('ForImageClassification')}Config")
+        return getattr(transformers, kind)(config(**{**HF_SMALL, **options}))
+
+    return build
+
+
+FAMILIES = {
+    "timm vit": _timm(),
+    "timm deit distilled": _timm(VisionTransformerDistilled),
+    "timm dinov2 registers": _timm(init_values=0.5, reg_tokens=4, num_classes=0),
+    "timm qk-norm": _timm(qk_norm=True),
+    "timm siglip": _timm(class_token=False, global_pool="avg"),
+    "timm post-norm": _timm(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=0.5),
+    "hf ViTModel": _hf("ViTModel"),
+    "hf ViT classifier": _hf("ViTForImageClassification", num_labels=5),
+    "hf DeiTModel": _hf("DeiTModel"),
+    "hf Dinov2Model": _hf("Dinov2Model", mlp_ratio=2, layerscale_value=0.5),
+    "hf Dinov2 swiglu": _hf("Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
+    "hf Dinov2 registers": _hf("Dinov2WithRegistersModel", mlp_ratio=2, num_register_tokens=4),
+    "hf CLIPVisionModel": _hf("CLIPVisionModel"),
+    "hf SiglipVisionModel": _hf("SiglipVisionModel"),
+}
+LAYERS = [2, 4, 6]
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights large enough that attention is not uniform and choices differ between images."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> nn.Module:
+    """One model of each supported family."""
+    torch.manual_seed(0)
+    return lively(FAMILIES[request.param]())
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """A small timm ViT that knows its pictures and can be saved."""
+    from tosa_convert import load
+
+    model = load("quickstart")
+    model.eval()
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def write_pictures(folder, count: int, classes: list[str] | None = None, size: int = 32) -> None:
+    """Random pictures, spread over class folders if there are any."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        place = folder / classes[index % len(classes)] if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 255, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:03d}.png")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A flat folder of eight pictures."""
+    write_pictures(tmp_path / "pictures", 8)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Twenty pictures in the ten class folders of the quickstart's model."""
+    write_pictures(tmp_path / "labelled", 20, [f"{label}-class" for label in range(10)])
+    return tmp_path / "labelled"
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """A finished distill run of the quickstart's model, made by the command line."""
+    from tosa_convert.cli import main
+
+    out = tmp_path_factory.mktemp("session") / "run"
+    arguments = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "quickstart", *arguments, "--out", str(out)])
+    assert stop.value.code == 0
+    return out

@@ -1,0 +1,87 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tosa_convert.scores.random import RandomScore
+from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_steps, rejoin_tokens, top_tokens
+
+batches = st.integers(1, 4)
+patch_counts = st.integers(1, 40)
+prefixes = st.integers(0, 5)
+ratios = st.integers(1, RATIO_STEPS).map(lambda steps: steps / RATIO_STEPS)
+
+
+@given(patches=st.integers(1, 100_000), ratio=ratios)
+def test_keep_count_is_the_exact_ceiling(patches, ratio):
+    kept = keep_count(patches, ratio_steps(ratio))
+    assert 1 <= kept <= patches
+    assert (kept - 1) * RATIO_STEPS < patches * ratio_steps(ratio) <= kept * RATIO_STEPS
+
+
+@given(patches=st.integers(1, 10_000))
+def test_ratio_one_keeps_everything(patches):
+    assert keep_count(patches, ratio_steps(1.0)) == patches
+
+
+@settings(deadline=None)
+@given(batch=batches, patches=patch_counts, prefix=prefixes, ratio=ratios, seed=st.integers(0, 99))
+def test_top_tokens_are_the_prefix_and_the_best_patches(batch, patches, prefix, ratio, seed):
+    scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
+    positions = top_tokens(scores, prefix, ratio_steps(ratio))
+    kept = keep_count(patches, ratio_steps(ratio))
+    assert positions.shape == (batch, prefix + kept)
+    for row, chosen in zip(scores, positions, strict=True):
+        assert chosen[:prefix].tolist() == list(range(prefix))
+        assert len(set(chosen.tolist())) == prefix + kept
+        left_out = sorted(set(range(prefix + patches)) - set(chosen.tolist()))
+        if left_out:
+            assert row[chosen[prefix:]].min() >= row[left_out].max()
+
+
+@given(batch=batches, patches=patch_counts, prefix=prefixes, ratio=ratios)
+def test_ties_go_to_the_first_positions(batch, patches, prefix, ratio):
+    positions = top_tokens(torch.zeros(batch, prefix + patches), prefix, ratio_steps(ratio))
+    assert (positions == torch.arange(positions.shape[1])).all()
+
+
+@settings(deadline=None)
+@given(batch=batches, patches=patch_counts, width=st.integers(1, 8), ratio=ratios, seed=st.integers(0, 99))
+def test_gather_then_rejoin_changes_just_the_chosen_rows(batch, patches, width, ratio, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, patches, width, generator=generator)
+    positions = top_tokens(torch.randn(batch, patches, generator=generator), 0, ratio_steps(ratio))
+    picked = gather_tokens(tokens, positions)
+    assert torch.equal(picked, tokens.gather(1, positions[..., None].expand(-1, -1, width)))
+    assert torch.equal(rejoin_tokens(tokens, positions, picked), tokens)
+    joined = rejoin_tokens(tokens, positions, picked + 1)
+    changed = torch.zeros(batch, patches).scatter(1, positions, 1.0)[..., None]
+    assert torch.equal(joined, tokens + changed)
+
+
+def test_rejoin_passes_gradients_to_both_sides():
+    tokens = torch.randn(2, 5, 3, requires_grad=True)
+    positions = torch.tensor([[0, 2], [4, 1]])
+    updated = torch.randn(2, 2, 3, requires_grad=True)
+    rejoin_tokens(tokens, positions, updated).sum().backward()
+    assert (updated.grad == 1).all()
+    assert tokens.grad.sum() == 2 * 3 * 3
+
+
+@given(seed=st.integers(0, 1000), layer=st.integers(2, 40), tokens=st.integers(20, 400))
+def test_random_scores_are_an_order_without_many_ties(seed, layer, tokens):
+    maps = torch.zeros(2, 3, tokens, 4)
+    scores = RandomScore(seed, layer)(maps, maps)
+    assert scores.shape == (2, 3, tokens)
+    assert torch.equal(scores[0], scores[1])
+    assert len(scores[0].sum(0).unique()) > 0.9 * tokens
+    assert torch.equal(scores, RandomScore(seed, layer)(maps, maps))
+    assert not torch.equal(scores, RandomScore(seed, layer + 1)(maps, maps))
+
+
+def test_random_scores_choose_every_position_alike():
+    maps = torch.zeros(1, 3, 50, 4)
+    counts = torch.zeros(50)
+    for seed in range(400):
+        counts[top_tokens(RandomScore(seed, 2)(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
+    assert 140 < counts.min()
+    assert counts.max() < 260
