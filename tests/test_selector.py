@@ -42,16 +42,21 @@ def test_each_query_row_is_predicted_on_its_own():
 def test_it_starts_close_to_the_map_it_listens_to():
     queries, keys = maps()
     listened = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1)
-    correlation = torch.corrcoef(torch.stack([AttentionSelector(3)(queries, keys).flatten(), listened.sum(2).flatten()]))
+    correlation = torch.corrcoef(
+        torch.stack([AttentionSelector(3)(queries, keys).flatten(), listened.sum(2).flatten()])
+    )
     assert correlation[0, 1] > 0.8
 
 
 def test_divergence_is_zero_for_equal_maps_and_sums_over_heads():
-    first, second = (torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (0, 1))
+    first, second = (
+        torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (0, 1)
+    )
     assert divergence(first, first) == 0
     by_hand = sum(
         torch.distributions.kl_divergence(
-            torch.distributions.Categorical(logits=first[:, head]), torch.distributions.Categorical(logits=second[:, head])
+            torch.distributions.Categorical(logits=first[:, head]),
+            torch.distributions.Categorical(logits=second[:, head]),
         ).mean()
         for head in range(3)
     )

@@ -83,5 +83,5 @@ def test_random_scores_choose_every_position_alike():
     counts = torch.zeros(50)
     for seed in range(400):
         counts[top_tokens(RandomScore(seed, 2)(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
-    assert 140 < counts.min()
+    assert counts.min() > 140
     assert counts.max() < 260

@@ -84,7 +84,7 @@ def distill(
     from tosa_convert import stages
 
     plan = make_recipe(recipe, "distill", locals())
-    folder = _out(out, _stem(plan.model), resume)
+    folder = _out(out, _stem(plan.model), resume, device)
     if plan.data.train is None and not as_json:
         _say("no --data given: distilling on the small built-in set of public-domain photos")
     results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=_progress(as_json))
@@ -136,7 +136,7 @@ def finetune(
         )
     options = {**locals(), "model": None if is_run else source}  # a run's recipe knows its model
     plan = make_recipe(recipe or (str(Path(source) / "recipe.yaml") if is_run else None), "finetune", options)
-    folder = _out(out, f"{_stem(source)}-finetuned", resume)
+    folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=_progress(as_json))
     _show(results, "training_table", as_json)
 
@@ -155,7 +155,7 @@ def run(
 
     path = find_recipe(recipe)
     plan = read_recipe(path)
-    folder = _out(out, path.stem, resume)
+    folder = _out(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
         if not as_json:
@@ -357,12 +357,12 @@ def _stem(source: str) -> str:
     return Path(source.split(":")[-1]).name
 
 
-def _out(out: Path | None, stem: str, resume: bool) -> Path:
+def _out(out: Path | None, stem: str, resume: bool, device: str | None = None) -> Path:
     from tosa_convert import processes, runs
 
     if out is None and resume:
         raise UsageError("--resume needs --out, the folder of the interrupted run")
-    return processes.agree(out or runs.new_folder(stem))
+    return processes.agree(out or runs.new_folder(stem), device)
 
 
 def _progress(as_json: bool):

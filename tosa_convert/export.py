@@ -120,7 +120,7 @@ def _write_graph(model: nn.Module, path: Path, opset: int) -> None:
     with torch.no_grad():
         names = list(graph(example))
     try:
-        with _silence(), torch.no_grad():
+        with _silence(), torch.no_grad(), host_of(model).exporting():
             program = torch.onnx.export(
                 graph,
                 (example,),

@@ -17,17 +17,20 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def agree(value: Any) -> Any:
+def agree(value: Any, device: str | None = None) -> Any:
     """The main process's value, in every process."""
     if not several():
         return value
-    join()
+    join(device)
     return broadcast_object_list([value])[0]
 
 
-def join() -> None:
-    """Meet the other processes; on a machine without a GPU they talk through gloo."""
+def on_cpu(device: str | None) -> bool:
+    """Whether training runs on the CPU: asked for, or for want of a GPU."""
+    return device == "cpu" or not torch.cuda.is_available()
+
+
+def join(device: str | None = None) -> None:
+    """Meet the other processes; on CPUs they talk through gloo."""
     if several():
-        if not torch.cuda.is_available():
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-        PartialState().wait_for_everyone()
+        PartialState(cpu=on_cpu(device)).wait_for_everyone()

@@ -121,7 +121,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         runs.prepare(out, resume)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
-    processes.join()
+    processes.join(device)
     figures = verb(
         model, recipe.data.train, settings, out=out, resume=resume, seed=recipe.seed, device=device, progress=progress
     )
@@ -130,5 +130,5 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         runs.save(model, out, stage=name, results=results)
         shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         write_report(out)
-    processes.join()
+    processes.join(device)
     return results

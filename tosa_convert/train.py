@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from tosa_convert import runs
+from tosa_convert import processes, runs
 from tosa_convert.data import Images, seed_everything, training_loader
 from tosa_convert.errors import TosaError
 from tosa_convert.files import read_json, write_json
@@ -50,7 +50,7 @@ class Stage:
 def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
     """Where and how training runs; under torchrun, one per process."""
     return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
+        cpu=processes.on_cpu(device),
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.accumulate,
         # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
@@ -66,6 +66,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
         names of pictures that could not be read.
     """
     settings, world = stage.settings, accelerator.num_processes
+    if stage.out:
+        stage.out.mkdir(parents=True, exist_ok=True)
     steps = settings.total_steps(len(images), world)
     optimizer = torch.optim.AdamW(_parameter_groups(stage.objective, settings.weight_decay), lr=settings.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps, settings.warmup))

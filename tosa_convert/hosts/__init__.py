@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -78,6 +79,10 @@ class Host(ABC):
     @abstractmethod
     def spec(self) -> dict:
         """JSON-able arguments that build this model's class again; see :func:`tosa_convert.origin.build`."""
+
+    def exporting(self) -> AbstractContextManager:
+        """Within this block the model is fit to be exported."""
+        return nullcontext()
 
     @property
     @abstractmethod

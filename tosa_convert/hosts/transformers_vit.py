@@ -2,6 +2,8 @@
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ PREFIX_TOKENS = {
     "SiglipEncoderLayer": lambda config: 0,
 }
 """Layer class → how many tokens stand in front of the patches."""
+UNMASKED = "sdpa_without_mask"
 
 
 def find(model: nn.Module) -> Host | None:
@@ -97,6 +100,19 @@ class TransformersVit(Host):
 
     def resize(self, size: tuple[int, int]) -> None:
         """Nothing to do: these models resample their position embeddings in each forward."""
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """transformers gives every exported layer an all-true mask. An attention that has no mask function
+        gets none, as in an ordinary forward; registered under a name of ours, it is its own sdpa otherwise."""
+        config, before = self._vision_config, self._vision_config._attn_implementation
+        sdpa = sys.modules["transformers"].modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        sys.modules["transformers"].AttentionInterface.register(UNMASKED, sdpa)
+        config._attn_implementation = UNMASKED
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     @property
     def patch(self) -> tuple[int, int]:

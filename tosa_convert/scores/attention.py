@@ -21,15 +21,16 @@ class AttentionSelector(nn.Module):
         self.heads = heads
         hidden = hidden or 2 * heads
         self.widen = nn.Conv1d(heads, hidden, kernel, padding=kernel // 2)
-        self.narrow = nn.Conv1d(hidden, heads, kernel, padding=kernel // 2)
+        # No bias: a constant along the keys would vanish in the softmax.
+        self.narrow = nn.Conv1d(hidden, heads, kernel, padding=kernel // 2, bias=False)
         if hidden >= 2 * heads:
             self._start_as_identity(kernel // 2)
 
     @torch.no_grad()
     def _start_as_identity(self, centre: int) -> None:
-        for conv in (self.widen, self.narrow):
-            conv.weight.mul_(0.1)
-            conv.bias.zero_()
+        self.widen.weight.mul_(0.1)
+        self.widen.bias.zero_()
+        self.narrow.weight.mul_(0.1)
         for head in range(self.heads):
             positive, negative = 2 * head, 2 * head + 1
             self.widen.weight[positive, head, centre] += 1

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import FAMILIES, lively
+
+from tosa_convert import ExportSettings, TosaError, convert, export, export_onnx, load
+from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import Origin
+
+
+def known(model):
+    """A model made in a test, with its origin noted so that it need not be rebuilt."""
+    host = host_of(model)
+    model.tosa_origin = Origin(library=host.library, spec={}, preprocessing=host.preprocessing())
+    return model
+
+
+@pytest.mark.parametrize("selection", ["shared", "per_head"])
+@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
+def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, tmp_path):
+    model = convert(known(lively(FAMILIES[name]())), layers=[2, 4], ratio=0.5, selection=selection)
+    check = export_onnx(model, tmp_path, pictures)
+    assert check.passed
+    assert check.images == 8
+    assert check.difference < 1e-4
+    assert check.selected == {2: 1.0, 4: 1.0}
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            wanted = run(model, images)
+        found = session.run(None, {"images": images.numpy()})
+        assert [output.name for output in session.get_outputs()] == list(wanted)
+        for ours, theirs in zip(found, wanted.values(), strict=True):
+            assert np.allclose(ours, theirs, atol=1e-4)
+
+
+def test_ties_are_broken_alike(pictures, tmp_path):
+    """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
+    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2], ratio=0.5)
+    selector = model.blocks[1].selector
+    selector.forward = lambda queries, keys: (queries * 0).sum(-1)
+    assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0}
+
+
+def test_random_selection_exports_too(pictures, tmp_path):
+    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2, 4], ratio=0.3, score="random")
+    assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0, 4: 1.0}
+
+
+def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
+    model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
+    check = export_onnx(model, tmp_path, labelled, original=load("quickstart"))
+    assert set(check.top1) == {"original", "torch", "onnx"}
+    facts = json.loads((tmp_path / "preprocessing.json").read_text())
+    assert facts["status"] == "passed"
+    assert facts["input"]["shape"] == ["batch", 1, 28, 28]
+    assert facts["mean"] == [0.286]
+    assert len(facts["classes"]) == 10
+
+
+def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
+    """The check runs the file itself: a graph with other weights must not pass."""
+    write = export._write_graph
+
+    def wrong(model, path, opset):
+        write(model, path, opset)
+        proto = onnx.load(path)
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith("head.weight"):
+                values = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(-values, tensor.name))
+        onnx.save_model(proto, path)
+
+    monkeypatch.setattr(export, "_write_graph", wrong)
+    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2], ratio=0.5)
+    (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
+    with pytest.raises(TosaError, match="below the threshold of 99%"):
+        export_onnx(model, tmp_path, pictures)
+    assert not (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "model.failed.onnx").exists()
+    assert json.loads((tmp_path / "preprocessing.json").read_text())["status"] == "failed"
+
+
+def test_without_a_readable_picture_nothing_is_called_checked(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(TosaError, match="unchecked"):
+        export_onnx(convert(load("quickstart"), layers=[2], ratio=0.5), tmp_path / "out", folder)
+    assert not (tmp_path / "out/model.onnx").exists()
+
+
+def test_the_threshold_is_the_users(pictures, tmp_path):
+    model = convert(load("quickstart"), layers=[2], ratio=0.5)
+    assert export_onnx(model, tmp_path, pictures, ExportSettings(threshold=1.0)).threshold == 1.0
+
+
+def test_an_export_leaves_the_model_usable(pictures, tmp_path):
+    model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
+    images = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        wanted = model(images)
+        export_onnx(model, tmp_path, pictures)
+        assert torch.equal(model(images), wanted)

@@ -1,0 +1,180 @@
+"""Seeded against seeded, interrupted against uninterrupted, one process against two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import write_pictures
+
+from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
+from tosa_convert import train as engine
+from tosa_convert.data import Draws
+from tosa_convert.runs import read_metrics
+
+OPTIONS = {"layers": [2, 4, 6], "ratio": 0.5}
+
+
+def converted(**options):
+    return convert(load("quickstart"), **{**OPTIONS, **options})
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(first, second, tolerance=0.0):
+    return all(torch.allclose(first[key], second[key], rtol=0, atol=tolerance) for key in first)
+
+
+def test_draws_are_permutations_and_start_anywhere():
+    draws = list(Draws(5, 0, 20, seed=3))
+    assert [position for position, _ in draws] == list(range(20))
+    for start in range(0, 20, 5):
+        assert sorted(index for _, index in draws[start : start + 5]) == list(range(5))
+    assert list(Draws(5, 7, 20, seed=3)) == draws[7:]
+    assert list(Draws(5, 0, 20, seed=4)) != draws
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune"])
+def test_one_seed_gives_one_result(verb, labelled):
+    run, settings = {"distill": (distill, DistillSettings), "finetune": (finetune, FinetuneSettings)}[verb]
+    results = []
+    for seed in (1, 1, 2):
+        model = converted()
+        run(model, labelled, settings(steps=3, batch_size=4), seed=seed)
+        results.append(state(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune"])
+def test_a_killed_training_resumes_to_the_same_result(verb, labelled, tmp_path, monkeypatch):
+    run, kind = {"distill": (distill, DistillSettings), "finetune": (finetune, FinetuneSettings)}[verb]
+    settings = kind(steps=6, batch_size=4, accumulate=2, log_every=1, checkpoint_minutes=1e-9)
+    whole = converted()
+    run(whole, labelled, settings, out=tmp_path / "whole", seed=5)
+
+    class Killed(Exception):
+        pass
+
+    note = engine._Recorder.note
+
+    def killed_at_five(self, step, *args, **kwargs):
+        if step == 5:
+            raise Killed
+        note(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(engine._Recorder, "note", killed_at_five)
+    with pytest.raises(Killed):
+        run(converted(), labelled, settings, out=tmp_path / "cut", seed=5)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "cut/checkpoint/step.json").read_text())["step"] == 4
+    resumed = converted()
+    run(resumed, labelled, settings, out=tmp_path / "cut", seed=5, resume=True)
+    assert same(state(whole), state(resumed))
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_finetuning_moves_the_backbone_and_not_the_selectors(labelled):
+    model = converted()
+    before = state(model)
+    figures = finetune(model, labelled, FinetuneSettings(steps=3, batch_size=4))
+    assert set(figures) >= {"loss", "labels"}
+    assert "features" not in figures
+    after = state(model)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved
+    assert not any(".selector." in key for key in moved)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_finetuning_without_labels_comes_closer_to_the_original(pictures):
+    model = converted()
+    first = finetune(model, pictures, FinetuneSettings(steps=1, batch_size=8, lr=1e-9, augment="none"))
+    last = finetune(model, pictures, FinetuneSettings(steps=25, batch_size=8, lr=5e-4, augment="none"))
+    assert set(last) >= {"logits", "features"}
+    assert "labels" not in last
+    assert last["loss"] < 0.8 * first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": 1.0}, "has no labels"),
+        ({"labels": 0.0, "logits": 0.0, "features": 0.0}, "nothing to learn"),
+    ],
+)
+def test_losses_that_cannot_be_had_are_refused(settings, message, pictures):
+    with pytest.raises(UsageError, match=message):
+        finetune(converted(), pictures, FinetuneSettings(steps=1, **settings))
+
+
+def test_a_wrong_class_count_is_refused(tmp_path):
+    write_pictures(tmp_path / "three", 6, ["a", "b", "c"])
+    with pytest.raises(UsageError, match="3 class folders but the model has 10 outputs"):
+        finetune(converted(), tmp_path / "three", FinetuneSettings(steps=1))
+
+
+def test_random_selection_has_nothing_to_distill():
+    with pytest.raises(UsageError, match="nothing to learn"):
+        distill(converted(score="random"))
+
+
+def test_an_ordinary_model_has_nothing_to_train():
+    with pytest.raises(UsageError, match="convert the model first"):
+        distill(load("quickstart"))
+    with pytest.raises(UsageError, match="not converted"):
+        finetune(load("quickstart"))
+
+
+def test_a_diverging_loss_stops_with_advice(pictures):
+    model = converted()
+    with torch.no_grad():
+        model.blocks[1].selector.widen.weight.fill_(float("nan"))
+    with pytest.raises(TosaError, match="smaller --lr"):
+        distill(model, pictures, DistillSettings(steps=1, batch_size=2))
+
+
+def test_epochs_count_in_passes_over_the_data():
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(pictures=80, processes=1) == 20
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(pictures=80, processes=2) == 10
+    assert DistillSettings(epochs=0.01).total_steps(pictures=8, processes=1) == 1
+
+
+def test_two_processes_learn_what_one_does(labelled, tmp_path):
+    common = [
+        "distill",
+        "quickstart",
+        "--layers",
+        "2,4,6",
+        "--steps",
+        "3",
+        "--augment",
+        "none",
+        "--data",
+        str(labelled),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, "-m", "tosa_convert", *common, "--batch-size", "4", "--out", str(tmp_path / "one")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    two = [
+        *launcher,
+        "-m",
+        "tosa_convert",
+        *common,
+        "--batch-size",
+        "2",
+        "--out",
+        str(tmp_path / "two"),
+        "--device",
+        "cpu",
+    ]
+    for command in (one, two):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+    assert same(state(load(tmp_path / "one")), state(load(tmp_path / "two")), tolerance=1e-4)
+    assert len(read_metrics(tmp_path / "two")) == len(read_metrics(tmp_path / "one")) == 1
