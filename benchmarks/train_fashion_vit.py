@@ -5,7 +5,8 @@
 The data is the original four IDX files (Debian: ``apt install dataset-fashion-mnist``, MIT licence).
 Two thirds of the epochs run on a random half of the patches to save time (PatchDropout, arXiv
 2208.07220); the last third sees every patch. A checkpoint is written after each epoch, and every
-epoch seeds its own generator, so an interrupted training can go on. The result is a timm folder: ``config.json`` + ``model.safetensors``.
+epoch seeds its own generator, so an interrupted training can go on. The result is a timm folder:
+``config.json`` + ``model.safetensors``.
 """
 
 import argparse

@@ -57,18 +57,18 @@ def test_a_killed_training_resumes_to_the_same_result(verb, labelled, tmp_path, 
     whole = converted()
     run(whole, labelled, settings, out=tmp_path / "whole", seed=5)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     note = engine._Recorder.note
 
     def killed_at_five(self, step, *args, **kwargs):
         if step == 5:
-            raise Killed
+            raise KilledError
         note(self, step, *args, **kwargs)
 
     monkeypatch.setattr(engine._Recorder, "note", killed_at_five)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(converted(), labelled, settings, out=tmp_path / "cut", seed=5)
     monkeypatch.undo()
     assert json.loads((tmp_path / "cut/checkpoint/step.json").read_text())["step"] == 4
@@ -158,8 +158,9 @@ def test_two_processes_learn_what_one_does(labelled, tmp_path):
         "--data",
         str(labelled),
     ]
+    data = ["--data", str(labelled)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m", "tosa_convert", *common, "--batch-size", "4", "--out", str(tmp_path / "one")]
+    one = [sys.executable, "-m", "tosa_convert", *common, *data, "--batch-size", "4", "--out", str(tmp_path / "one")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     two = [
         *launcher,

@@ -145,6 +145,7 @@ def finetune(
 def run(
     recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a built-in one")],
     out: Out = None,
+    seed: Seed = None,
     device: Device = None,
     resume: Resume = False,
     as_json: Json = False,
@@ -155,6 +156,8 @@ def run(
 
     path = find_recipe(recipe)
     plan = read_recipe(path)
+    if seed is not None:
+        plan = plan.model_copy(update={"seed": seed})
     folder = _out(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
@@ -201,7 +204,8 @@ def evaluate(
     img_size: ImgSize = None,
     batch_size: Annotated[int, typer.Option(help="pictures per forward pass")] = 32,
     workers: Annotated[int, typer.Option(help="processes that read pictures")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of the random selection")] = 0,
+    device: Device = None,
     control: Annotated[bool, typer.Option(help="measure random selection at the same ratio too")] = True,
     as_json: Json = False,
 ) -> None:
@@ -213,6 +217,7 @@ def evaluate(
         data,
         img_size=img_size,
         control=control,
+        seed=seed,
         progress=_progress(as_json),
         batch_size=batch_size,
         workers=workers,

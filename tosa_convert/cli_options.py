@@ -66,7 +66,7 @@ AugmentOption = Annotated[Augment | None, typer.Option(help="of the training pic
 PrecisionOption = Annotated[Precision | None, typer.Option(help="mixed precision", show_default="no")]
 Workers = Annotated[int | None, typer.Option(help="processes that read pictures", show_default="0")]
 Seed = Annotated[int | None, typer.Option(help="of everything random", show_default="0")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, …", show_default="a GPU if there is one")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="a GPU if there is one")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the interrupted run in --out")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 

@@ -12,6 +12,7 @@ from tosa_convert.errors import TosaError
 from tosa_convert.finetuning import outputs_of
 from tosa_convert.hosts import host_of
 from tosa_convert.origin import origin_of
+from tosa_convert.processes import pick_device
 from tosa_convert.progress import Progress
 from tosa_convert.scores.random import RandomScore
 from tosa_convert.selective import selective_blocks
@@ -27,7 +28,7 @@ def evaluate(
     reference: str | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Measure one model, or several on the same pictures in the same pass.
@@ -36,6 +37,7 @@ def evaluate(
         models: a model, or name → model.
         data: folder of images; class sub-folders give top-1. None takes the built-in photos.
         reference: name of the model that the others are compared with.
+        device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
         {"images", "broken", "models": {name: figures}}. Figures: "top1" with labels; with a
@@ -48,6 +50,7 @@ def evaluate(
     labelled = images.labelled and outputs_of(first) > 0
     if labelled:
         check_classes(images, outputs_of(first))
+    device = pick_device(device)
     for model in models.values():
         model.to(device).eval()
     sums = {name: dict.fromkeys(("top1", "agreement", "cosine"), 0.0) for name in models}

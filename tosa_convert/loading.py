@@ -57,7 +57,7 @@ def load(
     else:
         model = _load_timm(resolve_timm_name(source.removeprefix("timm:")), checkpoint, num_classes, pretrained)
     if model.tosa_origin.source is None:
-        _note_origin(model, str(folder.resolve()) if folder else source, checkpoint)
+        _note_origin(model, str(folder.resolve()) if folder and source != QUICKSTART else source, checkpoint)
     if img_size is not None:
         set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
     return model.eval()
@@ -243,7 +243,9 @@ def _transformers_preprocessing(folder: Path, default: Preprocessing) -> Preproc
     crop, resize = known.get("crop_size"), known.get("size")
     if crop and resize and "shortest_edge" in resize:
         found["crop_pct"] = crop["height"] / resize["shortest_edge"]
-    return default.model_copy(update={key: value for key, value in found.items() if value is not None})
+    return Preprocessing(
+        **{**default.model_dump(), **{key: value for key, value in found.items() if value is not None}}
+    )
 
 
 def _note_origin(model: nn.Module, source: str, checkpoint) -> None:

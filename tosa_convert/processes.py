@@ -7,6 +7,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from tosa_convert.errors import UsageError
+
 
 def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -25,12 +27,20 @@ def agree(value: Any, device: str | None = None) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def on_cpu(device: str | None) -> bool:
-    """Whether training runs on the CPU: asked for, or for want of a GPU."""
-    return device == "cpu" or not torch.cuda.is_available()
+def pick_device(device: str | None) -> str:
+    """ "cpu" or "cuda": as asked for, or a GPU if there is one.
+
+    Raises:
+        UsageError: another name, or no GPU.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not known; use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but torch sees no GPU; leave --device out or use cpu")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def join(device: str | None = None) -> None:
     """Meet the other processes; on CPUs they talk through gloo."""
     if several():
-        PartialState(cpu=on_cpu(device)).wait_for_everyone()
+        PartialState(cpu=pick_device(device) == "cpu").wait_for_everyone()

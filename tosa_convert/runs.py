@@ -120,6 +120,15 @@ def prepare(folder: Path, resume: bool) -> None:
     check_writable(folder)
 
 
+def discard(folder: Path) -> None:
+    """Take back a run that was refused before its work began; anything else in the folder stays."""
+    if {path.name for path in folder.iterdir()} == {"recipe.yaml"}:
+        (folder / "recipe.yaml").unlink()
+        folder.rmdir()
+        if folder.parent == RUNS and not any(RUNS.iterdir()):
+            RUNS.rmdir()
+
+
 def append_metrics(folder: Path, **values) -> None:
     """One line of ``metrics.jsonl``."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

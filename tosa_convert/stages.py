@@ -73,7 +73,7 @@ def run_recipe(
     return results
 
 
-def eval_stage(source: str, data: str | None, *, img_size=None, control=True, progress=None, **options) -> dict:
+def eval_stage(source: str, data: str | None, *, img_size=None, control=True, seed=0, progress=None, **options) -> dict:
     """A model, or a run's model beside its original and the random-selection control."""
     model = load(source, img_size=img_size)
     models: dict[str, nn.Module] = {"converted" if is_converted(model) else "model": model}
@@ -81,7 +81,7 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, pr
     if before is not None:
         models = {"original": before, **models}
     if control and is_converted(model) and model.tosa_config.score != "random":
-        models["random selection"] = random_control(model)
+        models["random selection"] = random_control(model, seed)
     reference = "original" if before is not None else None
     results = evaluate(models, data, reference=reference, progress=progress, **options)
     if _is_run(source):
@@ -122,9 +122,13 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
-    figures = verb(
-        model, recipe.data.train, settings, out=out, resume=resume, seed=recipe.seed, device=device, progress=progress
-    )
+    options = {"seed": recipe.seed, "device": device, "progress": progress}
+    try:
+        figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
+    except UsageError:
+        if processes.is_main():
+            runs.discard(out)  # nothing was done yet
+        raise
     results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
     if processes.is_main():
         runs.save(model, out, stage=name, results=results)

@@ -50,7 +50,7 @@ class Stage:
 def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
     """Where and how training runs; under torchrun, one per process."""
     return Accelerator(
-        cpu=processes.on_cpu(device),
+        cpu=processes.pick_device(device) == "cpu",
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.accumulate,
         # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.

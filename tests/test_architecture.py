@@ -1,0 +1,60 @@
+"""Imports run downward only, and the heavy libraries stay in their rooms."""
+
+import ast
+from pathlib import Path
+
+import tosa_convert
+
+ROOT = Path(tosa_convert.__file__).parent
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROOT.rglob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def users(library: str) -> set[str]:
+    return {name for name in FILES if any(part.split(".")[0] == library for part in imports(name))}
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    assert users("typer") == {"cli", "cli_options"}
+    assert users("fvcore") == {"macs"}
+    assert users("onnx") | users("onnxruntime") | users("onnxscript") == {"export"}
+    assert users("accelerate") <= {"train", "processes"}
+    assert users("transformers") <= {"loading", "origin"}
+
+
+def test_tokens_and_scores_know_no_model_library():
+    for name in FILES:
+        if name.startswith("scores/") or name in ("tokens", "selective", "config"):
+            for part in imports(name):
+                assert part.split(".")[0] not in ("timm", "transformers"), (name, part)
+                assert not part.startswith("tosa_convert.hosts"), (name, part)
+
+
+def test_hosts_know_no_method():
+    for name in FILES:
+        if name.startswith("hosts/"):
+            ours = {part for part in imports(name) if part.startswith("tosa_convert")}
+            allowed = ("tosa_convert.errors", "tosa_convert.hosts", "tosa_convert.preprocessing")
+            assert all(part.startswith(allowed) for part in ours), (name, ours)
+
+
+def test_files_are_read_in_one_sitting():
+    long = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert {name for name, lines in long.items() if lines > 450} == set()
+
+
+def test_public_verbs_are_what_they_say():
+    for name in tosa_convert.__all__:
+        value = getattr(tosa_convert, name)
+        assert value is not None
+        if callable(value):
+            assert value.__doc__, name

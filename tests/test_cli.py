@@ -1,0 +1,264 @@
+"""The command line as a person runs it: what it prints, what it leaves, how it exits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import write_pictures
+
+from tosa_convert import load, runs
+from tosa_convert.cli import main
+
+QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
+
+
+@pytest.fixture
+def tosa(capsys, tmp_path, monkeypatch):
+    """Runs a command in a folder of its own; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def test_the_whole_way_from_a_model_to_a_checked_file(tosa, labelled, tmp_path):
+    code, out, err = tosa("distill", "quickstart", *QUICK, "--data", labelled, "--out", "a")
+    assert code == 0, err
+    assert "overlap" in out
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "recipe.yaml",
+        "report.md",
+    }
+    code, out, err = tosa("finetune", "a", "--data", labelled, "--steps", "2", "--batch-size", "2", "--out", "b")
+    assert code == 0, err
+    code, out, err = tosa("eval", "b", "--data", labelled)
+    assert code == 0, err
+    assert all(word in out for word in ("original", "converted", "random selection", "top1", "agreement"))
+    code, out, err = tosa("flops", "b")
+    assert code == 0, err
+    assert "saved" in out
+    code, out, err = tosa("export", "b", "--onnx", "--data", labelled)
+    assert code == 0, err
+    assert "passed" in out
+    assert (tmp_path / "b/model.onnx").exists()
+    report = (tmp_path / "b/report.md").read_text()
+    assert all(word in report for word in ("finetune →", "random selection", "in ONNX Runtime", "MACs"))
+
+
+def test_the_newest_run_is_used_when_none_is_named(tosa, tmp_path):
+    assert tosa("flops")[0] == 2
+    assert tosa("distill", "quickstart", *QUICK)[0] == 0
+    assert tosa("distill", "quickstart", *QUICK, "--out", "later")[0] == 0
+    code, out, err = tosa("flops", "--json")
+    assert code == 0
+    assert "using the newest run, later" in err
+    assert json.loads(out)["saved"] > 0
+    assert runs.newest(tmp_path) == tmp_path / "later"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["distill", "quickstart", *QUICK, "--out", "made"],
+        ["finetune", "{run}", "--steps", "1", "--batch-size", "2", "--out", "made"],
+        ["flops", "{run}"],
+        ["flops", "deit_tiny", "--layers", "2,4"],
+        ["eval", "{run}"],
+        ["export", "{run}", "--onnx", "--out", "made"],
+        ["models", "deit_tiny"],
+        ["models"],
+        ["recipes", "ls"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_json_is_json_and_nothing_else(command, tosa, quick_run):
+    code, out, err = tosa(*(part.format(run=quick_run) for part in command), "--json")
+    assert code == 0, err
+    assert json.loads(out)
+
+
+def test_a_recipe_runs_all_its_stages_and_resumes(tosa, labelled, tmp_path):
+    text = f"""
+model: quickstart
+data: {{train: {labelled}, eval: {labelled}}}
+convert: {{layers: [2, 4], ratio: 0.5}}
+distill: {{steps: 2, batch_size: 2}}
+finetune: {{steps: 2, batch_size: 2}}
+export: {{images: 8}}
+"""
+    (tmp_path / "mine.yaml").write_text(text)
+    code, out, err = tosa("run", "mine.yaml", "--out", "all")
+    assert code == 0, err
+    assert (tmp_path / "all/finetune/model.onnx").exists()
+    assert load(tmp_path / "all/distill").tosa_config.layers == [2, 4]
+    assert tosa("run", "mine.yaml", "--out", "all")[0] == 2
+    stamp = (tmp_path / "all/distill/model.safetensors").stat().st_mtime_ns
+    (tmp_path / "all/finetune/config.json").unlink()
+    code, out, err = tosa("run", "mine.yaml", "--out", "all", "--resume")
+    assert code == 0, err
+    assert (tmp_path / "all/distill/model.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "all/finetune/config.json").exists()
+
+
+def test_options_override_the_recipe_and_the_resolved_one_is_kept(tosa, tmp_path):
+    recipe = "model: quickstart\nconvert: {layers: [2], ratio: 0.5}\ndistill: {steps: 1, batch_size: 2, lr: 0.01}\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    code, _, err = tosa("distill", "--recipe", "mine.yaml", "--ratio", "0.25", "--steps", "2", "--out", "made")
+    assert code == 0, err
+    from tosa_convert.recipe import read_recipe
+
+    kept = read_recipe(tmp_path / "made/recipe.yaml")
+    assert (kept.convert.layers, kept.convert.ratio) == ([2], 0.25)
+    assert (kept.distill.steps, kept.distill.lr) == (2, 0.01)
+
+
+def test_recipes_are_listed_copied_and_checked(tosa, tmp_path):
+    assert "dinov2_small_518" in tosa("recipes", "ls")[1]
+    assert tosa("recipes", "cp", "quickstart", "mine.yaml")[0] == 0
+    assert tosa("recipes", "validate", "mine.yaml")[0] == 0
+    assert tosa("recipes", "cp", "quickstart", "mine.yaml")[0] == 2
+    (tmp_path / "mine.yaml").write_text("modle: x\n")
+    code, _, err = tosa("recipes", "validate", "mine.yaml")
+    assert code == 2
+    assert "did you mean 'model'" in err
+
+
+def test_models_are_told_apart_by_the_code_that_converts(tosa):
+    rows = {row["model"]: row for row in json.loads(tosa("models", "*tiny_patch*", "--json")[1])}
+    assert rows["deit_tiny_patch16_224"]["supported"] == "yes"
+    assert rows["swin_tiny_patch4_window7_224"]["supported"] == "no"
+    assert "windowed" in rows["swin_tiny_patch4_window7_224"]["remark"]
+    assert tosa("models", "no-such-model")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (["distill"], 2, "name a model"),
+        (["distill", "quickstart", "--layers", "1"], 2, "start at 2"),
+        (["distill", "quickstart", "--layers", "2,99"], 2, "layers 1 to 12"),
+        (["distill", "quickstart", "--layers", "2,3"], 2, "neighbours"),
+        (["distill", "quickstart", "--layers", "two"], 2, "write it like 2,4,6"),
+        (["distill", "quickstart", "--ratio", "0"], 2, "above 0 and at most 1"),
+        (["distill", "quickstart", "--ratio", "1.2"], 2, "above 0 and at most 1"),
+        (["distill", "quickstart", "--steps", "0"], 2, "steps"),
+        (["distill", "resnet18", "--out", "made"], 1, "resnet18"),
+        (["flops", "swin_tiny_patch4_window7_224"], 1, "windowed"),
+        (["flops", "nonsuch"], 2, "tosa-convert models"),
+        (["distill", "deit_tiny", "--out", "made"], 1, "--checkpoint FILE"),
+        (["distill", "quickstart", "--data", "nowhere"], 2, "--data"),
+        (["distill", "quickstart", "--resume"], 2, "--resume needs --out"),
+        (["distill", "quickstart", "--bogus"], 2, "--bogus"),
+        (["distill", "quickstart", "--device", "warp"], 2, "device"),
+        (["finetune", "nowhere"], 2, "nowhere"),
+        (["eval", "/nonexistent"], 2, "no folder"),
+        (["run", "nowhere.yaml"], 2, "no recipe"),
+        (["export", "quickstart", "--threshold", "7"], 2, "threshold"),
+        (["flops", "quickstart", "--img-size", "29"], 2, "multiple of the patch size"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(command, code, words, tosa, tmp_path):
+    found, out, err = tosa(*command)
+    assert found == code, err
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err + out
+    if "bogus" not in err:
+        assert len(err.strip().splitlines()) <= 2
+        assert err.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tmp_path):
+    write_pictures(tmp_path / "three", 3, ["a", "b", "c"])
+    (tmp_path / "empty").mkdir()
+    code, _, err = tosa("finetune", quick_run, "--data", "three")
+    assert (code, "3 class folders but the model has 10" in err) == (2, True)
+    code, _, err = tosa("eval", quick_run, "--data", "three")
+    assert (code, "3 class folders but the model has 10" in err) == (2, True)
+    code, _, err = tosa("finetune", quick_run, "--data", "empty")
+    assert (code, "holds no images" in err) == (2, True)
+
+
+def test_broken_pictures_are_named_in_the_result(tosa, pictures):
+    (pictures / "bad.png").write_bytes(b"no")
+    _, out, _ = tosa("distill", "quickstart", *QUICK[:4], "--steps", "3", "--batch-size", "4", "--data", pictures)
+    assert "1 broken pictures skipped: bad.png" in out
+
+
+@pytest.mark.parametrize("place", ["file", "occupied", "under a file"])
+def test_places_that_cannot_be_written_are_refused_before_the_work(place, tosa, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied/mine.txt").write_text("mine")
+    out = {"file": "file", "occupied": "occupied", "under a file": "file/deeper"}[place]
+    code, _, err = tosa("distill", "quickstart", *QUICK, "--out", out)
+    assert code in (1, 2)
+    assert "--out" in err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "occupied").iterdir()] == ["mine.txt"]
+
+
+def test_a_finished_run_is_not_overwritten(tosa, quick_run):
+    before = (quick_run / "model.safetensors").read_bytes()
+    assert tosa("distill", "quickstart", *QUICK, "--out", quick_run)[0] == 2
+    assert (quick_run / "model.safetensors").read_bytes() == before
+
+
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "tosa_convert", "flops", "nonsuch"]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
+    assert (plain.returncode, "Traceback" in plain.stderr) == (2, False)
+    assert debug.returncode != 0
+    assert "UsageError" in debug.stderr
+    assert "loading.py" in debug.stderr
+
+
+def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
+    """Ctrl-C, as the terminal sends it, in the middle of the training."""
+    (tmp_path / "slow.yaml").write_text(
+        f"model: quickstart\ndata: {{train: {labelled}}}\nconvert: {{layers: [2]}}\n"
+        "distill: {steps: 40, batch_size: 16, checkpoint_minutes: 0.00001, log_every: 1}\n"
+    )
+    command = ["distill", "--recipe", "slow.yaml", "--out", "cut"]
+    process = subprocess.Popen([sys.executable, "-m", "tosa_convert", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "cut/checkpoint/step.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert tosa("export", "cut")[0] == 1
+    code, out, err = tosa(*command, "--resume", "--json")
+    assert code == 0, err
+    steps = [line["step"] for line in runs.read_metrics(tmp_path / "cut")]
+    assert steps == list(range(1, 41))
+
+
+def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, monkeypatch):
+    monkeypatch.setattr("tosa_convert.export.agreement", lambda found, wanted: found.new_zeros(len(found)))
+    code, _, err = tosa("export", quick_run, "--onnx", "--out", "made")
+    assert code == 1
+    assert "below the threshold" in err
+
+
+def test_help_names_every_command(tosa):
+    out = tosa("--help")[1]
+    for command in ("distill", "finetune", "run", "flops", "eval", "export", "models", "recipes", "quickstart"):
+        assert command in out

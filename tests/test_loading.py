@@ -1,0 +1,251 @@
+import copy
+import io
+import json
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+import transformers
+from conftest import FAMILIES, HF_SMALL, lively
+from safetensors.torch import save_file
+
+from tosa_convert import TosaError, UnsupportedModelError, UsageError, convert, load, save
+from tosa_convert.hosts import host_of, run
+from tosa_convert.loading import read_checkpoint, resolve_timm_name
+
+TINY = "vit_tiny_patch16_224"
+
+
+def outputs(model, images):
+    with torch.no_grad():
+        return next(iter(run(model, images).values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("deit_tiny", "deit_tiny_patch16_224"),
+        ("deit_tiny_patch16_224", "deit_tiny_patch16_224"),
+        ("deit3_large_patch16_384", "deit3_large_patch16_384"),
+    ],
+)
+def test_names_resolve(name, full):
+    assert resolve_timm_name(name) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_small", "ambiguous.*vit_small_patch16_224|ambiguous.*in all"),
+        ("deittiny", "deit_tiny_patch16_224"),
+        ("qqqqqqqqqqqq", "tosa-convert models"),
+    ],
+)
+def test_names_that_do_not_resolve_list_the_nearest(name, message):
+    with pytest.raises(UsageError, match=message):
+        resolve_timm_name(name)
+
+
+def test_the_quickstart_model_is_the_one_that_was_measured():
+    model = load("quickstart")
+    assert model.num_classes == 10
+    assert model.tosa_origin.source == "quickstart"
+    assert model.tosa_origin.preprocessing.channels == 1
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_timm_checkpoint_brings_its_own_head(suffix, tmp_path):
+    torch.manual_seed(0)
+    trained = timm.create_model(TINY, num_classes=7).eval()
+    path = tmp_path / f"trained.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in trained.state_dict().items()}}, path)
+    else:
+        save_file(trained.state_dict(), path)
+    model = load(TINY, checkpoint=path)
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(outputs(model, images), outputs(trained, images))
+    assert model.tosa_origin.checkpoint == str(path)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    path = tmp_path / "hostile.pth"
+    path.write_bytes(pickle.dumps(Hostile()))
+    torch.save({"state_dict": Hostile()}, tmp_path / "zipped.pth")
+    for name in ("hostile.pth", "zipped.pth"):
+        with pytest.raises(TosaError, match="cannot read"):
+            load(TINY, checkpoint=tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_truncated_checkpoint_is_refused(suffix, tmp_path):
+    whole = io.BytesIO()
+    torch.save({"head.weight": torch.ones(100, 100)}, whole)
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(TosaError, match="truncated"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(TosaError, match="does not fit"):
+        load("deit_small_patch16_224", checkpoint=tmp_path / "other.safetensors")
+    save_file({"something": torch.ones(2)}, tmp_path / "strange.safetensors")
+    with pytest.raises(TosaError, match="does not fit"):
+        load(TINY, checkpoint=tmp_path / "strange.safetensors")
+
+
+def test_a_missing_checkpoint_or_folder_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint file"):
+        load(TINY, checkpoint=tmp_path / "none.pth")
+    with pytest.raises(UsageError, match="no folder"):
+        load(str(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load(tmp_path)
+
+
+def test_an_unreachable_hub_says_what_to_do():
+    with pytest.raises(TosaError, match="--checkpoint FILE"):
+        load("deit_tiny")
+    with pytest.raises(TosaError, match="local folder"):
+        load("hf:some-org/some-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "windowed"),
+        ("xcit_nano_12_p16_224", "channels"),
+        ("resnet18", "not a ViT"),
+        ("eva02_tiny_patch14_224", "positions"),
+    ],
+)
+def test_models_that_cannot_be_converted_say_why(name, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        convert(timm.create_model(name))
+
+
+def test_unknown_modules_and_text_models_are_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        convert(torch.nn.Linear(2, 2))
+    bert = transformers.BertModel(
+        transformers.BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    )
+    with pytest.raises(UnsupportedModelError, match="BertModel"):
+        convert(bert)
+
+
+def test_a_transformers_folder_loads_with_its_preprocessing(tmp_path):
+    model = lively(transformers.Dinov2Model(transformers.Dinov2Config(**HF_SMALL, mlp_ratio=2)))
+    model.save_pretrained(tmp_path)
+    facts = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    loaded = load(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(outputs(loaded, images), outputs(model, images))
+    preprocessing = loaded.tosa_origin.preprocessing
+    assert preprocessing.mean == (0.1, 0.2, 0.3)
+    assert preprocessing.crop_pct == 0.8
+
+
+def test_a_damaged_transformers_folder_is_one_clear_error(tmp_path):
+    lively(FAMILIES["hf Dinov2Model"]()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(TosaError, match="damaged or incomplete"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf Dinov2Model", "hf Dinov2 registers", "hf CLIPVisionModel", "hf ViT classifier"])
+def test_a_saved_transformers_model_comes_back(name, tmp_path):
+    model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=[0.5, 0.25], selection="per_head")
+    _comes_back(model, torch.randn(2, 3, 32, 32), tmp_path)
+
+
+def test_a_saved_timm_model_made_in_python_comes_back(tmp_path):
+    model = lively(timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=3))
+    _comes_back(convert(model, layers=[2, 4], ratio=0.5), torch.randn(2, 3, 64, 64), tmp_path)
+
+
+def test_an_unconverted_model_comes_back_too(tmp_path):
+    _comes_back(load("quickstart"), torch.randn(2, 1, 28, 28), tmp_path)
+
+
+def _comes_back(model, images, folder):
+    wanted = outputs(model, images)
+    save(model, folder / "saved")
+    back = load(folder / "saved")
+    assert torch.equal(outputs(back, images), wanted)
+    assert getattr(back, "tosa_config", None) == getattr(model, "tosa_config", None)
+    assert not list((folder / "saved").glob(".*"))
+
+
+def test_a_model_that_could_not_be_rebuilt_is_not_saved(tmp_path):
+    with pytest.raises(TosaError, match="cannot be read back"):
+        save(timm.create_model("deit_tiny_patch16_224", embed_dim=48), tmp_path / "saved")
+    assert not (tmp_path / "saved/config.json").exists()
+
+
+def test_a_run_opens_at_another_image_size(quick_run):
+    model = load(quick_run, img_size=56)
+    assert model.tosa_origin.preprocessing.size == (56, 56)
+    assert outputs(model, torch.randn(1, 1, 56, 56)).shape == (1, 10)
+    assert host_of(load(quick_run)).preprocessing().size == (28, 28)
+
+
+def test_an_image_size_that_patches_do_not_divide_is_refused(quick_run):
+    with pytest.raises(UsageError, match="use 28×28 or 32×32"):
+        load(quick_run, img_size=30)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "newer", "interrupted", "not json"])
+def test_damaged_runs_are_refused_with_advice(damage, quick_run, tmp_path):
+    import shutil
+
+    run_folder = tmp_path / "run"
+    shutil.copytree(quick_run, run_folder)
+    config = json.loads((run_folder / "config.json").read_text())
+    if damage == "weights":
+        whole = (run_folder / "model.safetensors").read_bytes()
+        (run_folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "config":
+        config["convert"]["layers"] = [2]
+        (run_folder / "config.json").write_text(json.dumps(config))
+    elif damage == "newer":
+        config["version"] = 99
+        (run_folder / "config.json").write_text(json.dumps(config))
+    elif damage == "interrupted":
+        (run_folder / "config.json").unlink()
+    else:
+        (run_folder / "config.json").write_text("{")
+    wanted = {
+        "weights": "damaged",
+        "config": "damaged",
+        "newer": "newer",
+        "interrupted": "--resume",
+        "not json": "damaged",
+    }
+    with pytest.raises(TosaError, match=wanted[damage]):
+        load(run_folder)
+
+
+def test_a_full_disk_leaves_no_half_written_run(tmp_path, monkeypatch):
+    model = convert(load("quickstart"), layers=[2])
+    save(model, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full(*args, **kwargs):
+        args[1].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tosa_convert.runs.save_file", full)
+    with pytest.raises(TosaError, match="No space left on device"):
+        save(copy.deepcopy(model), tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

@@ -1,0 +1,92 @@
+import pytest
+import yaml
+
+from tosa_convert import UsageError
+from tosa_convert.recipe import Recipe, find_recipe, read_recipe, recipes_folder
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_recipes_are_valid_and_say_how_to_run_them(path):
+    recipe = read_recipe(path)
+    assert recipe.distill is not None
+    assert "tosa-convert" in path.read_text().split("model:")[0]
+
+
+def test_the_recipes_the_issue_asks_for_are_there():
+    names = {path.stem for path in recipes_folder().glob("*.yaml")}
+    assert {"quickstart", "deit_tiny_imagenet", "dinov2_small_518"} <= names
+
+
+def test_everything_wrong_is_reported_at_once_with_lines(tmp_path):
+    text = "model: x\nconvert:\n  layrs: [2]\n  ratio: 1.5\ndistil: {}\ndistill:\n  steps: many\n  lr: -1\n  kl: sideways\n"
+    with pytest.raises(UsageError) as caught:
+        read_recipe(written(tmp_path, text))
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 6
+    for line, (number, words) in zip(
+        lines,
+        [
+            (3, "convert.layrs: unknown key; did you mean 'layers'?"),
+            (4, "convert.ratio: 1.5 is out of range"),
+            (5, "distil: unknown key; did you mean 'distill'?"),
+            (7, "distill.steps"),
+            (8, "distill.lr"),
+            (9, "distill.kl"),
+        ],
+        strict=True,
+    ):
+        assert f"line {number}: " in line
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "line 1: not valid YAML"),
+        ("- a\n- b\n", "is not a recipe"),
+        ("", "is not a recipe"),
+        ("convert: {}\n", "model: Field required"),
+        ("model: a\nmodel: b\n", "line 2: model: is given twice"),
+        ("model: a\nconvert: {layers: [1]}\n", "layer 1 cannot be selective"),
+        ("model: a\nconvert: {layers: [2, 3]}\n", "neighbours"),
+        ("model: a\nimg_size: big\n", "img_size"),
+    ],
+)
+def test_single_mistakes_are_named(text, message, tmp_path):
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")) as caught:
+        read_recipe(written(tmp_path, text))
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_a_stage_without_settings_runs_with_defaults(tmp_path):
+    recipe = read_recipe(written(tmp_path, "model: a\ndistill:\nexport:\n"))
+    assert recipe.distill.batch_size == 8
+    assert recipe.export.threshold == 0.99
+    assert recipe.finetune is None
+
+
+def test_a_resolved_recipe_reads_back_the_same(tmp_path):
+    recipe = read_recipe(find_recipe("dinov2_small_518"))
+    again = read_recipe(written(tmp_path, recipe.to_yaml()))
+    assert again == recipe
+    assert yaml.safe_load(recipe.to_yaml())["distill"]["lr"] == recipe.distill.lr
+
+
+def test_recipes_cannot_name_python_objects(tmp_path):
+    with pytest.raises(UsageError, match="not valid YAML"):
+        read_recipe(written(tmp_path, "model: !!python/object/apply:os.system ['true']\n"))
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'quickstart'"):
+        find_recipe("quickstrat")
+
+
+def test_every_field_has_a_default_but_the_model():
+    assert [name for name, field in Recipe.model_fields.items() if field.is_required()] == ["model"]
