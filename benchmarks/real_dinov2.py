@@ -13,7 +13,6 @@ a transformers folder (``OUT/transformers``) and as a timm checkpoint (``OUT/tim
 import argparse
 import io
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import record
 import timm
 import torch
 import transformers
@@ -199,11 +199,7 @@ def main() -> None:
     if arguments.wheel:
         build(arguments.wheel, arguments.out)
     if arguments.measure:
-        versions = {kind.__name__: kind.__version__ for kind in (torch, timm, transformers, onnxruntime)}
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **versions}
-        record = {"machine": machine, "results": measure(arguments.out, arguments.steps)}
-        arguments.measure.parent.mkdir(parents=True, exist_ok=True)
-        arguments.measure.write_text(json.dumps(record, indent=2) + "\n")
+        record.write(arguments.measure, {"results": measure(arguments.out, arguments.steps)})
 
 
 if __name__ == "__main__":

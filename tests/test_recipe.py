@@ -24,7 +24,8 @@ def test_the_recipes_the_issue_asks_for_are_there():
 
 
 def test_everything_wrong_is_reported_at_once_with_lines(tmp_path):
-    text = "model: x\nconvert:\n  layrs: [2]\n  ratio: 1.5\ndistil: {}\ndistill:\n  steps: many\n  lr: -1\n  kl: sideways\n"
+    text = "model: x\nconvert:\n  layrs: [2]\n  ratio: 1.5\ndistil: {}\n"
+    text += "distill:\n  steps: many\n  lr: -1\n  kl: sideways\n"
     with pytest.raises(UsageError) as caught:
         read_recipe(written(tmp_path, text))
     lines = str(caught.value).splitlines()[1:]

@@ -151,7 +151,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run all stages of a recipe."""
-    from tosa_convert import stages
+    from tosa_convert import processes, stages
     from tosa_convert.recipe import find_recipe, read_recipe
 
     path = find_recipe(recipe)
@@ -161,11 +161,12 @@ def run(
     folder = _out(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
+        tables = {"export": "export_table", "eval": "eval_table"}
         if not as_json:
-            _show(results, "export_table" if stage == "export" else "training_table", False)
+            _show(results, tables.get(stage, "training_table"), False)
 
     results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=_progress(as_json), report=report)
-    if as_json:
+    if as_json and processes.is_main():
         _print_json(results)
 
 
@@ -378,6 +379,10 @@ def _progress(as_json: bool):
 
 
 def _say(text: str) -> None:
+    from tosa_convert import processes
+
+    if not processes.is_main():
+        return
     Console(stderr=True).print(text, style="dim", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from tosa_convert.hosts import host_of
 from tosa_convert.origin import origin_of
 from tosa_convert.progress import Progress
 from tosa_convert.scores.attention import AttentionSelector
-from tosa_convert.selective import Relay, Selection, selective_blocks
+from tosa_convert.selective import Relay, Selection, all_tokens, selective_blocks
 from tosa_convert.settings import DistillSettings
 from tosa_convert.surgery import is_converted
 from tosa_convert.tokens import top_tokens
@@ -92,14 +92,8 @@ class SelectorDistillation(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """(B, C, H, W) → {"loss", "overlap"}, scalars."""
-        for block in self.blocks:
-            block.selection.active = False
-        try:
-            with torch.no_grad():
-                host_of(self.model).outputs(images)
-        finally:
-            for block in self.blocks:
-                block.selection.active = True
+        with torch.no_grad(), all_tokens(self.model):
+            host_of(self.model).outputs(images)
         learnt = [_learn(block, target, self.kl) for block, target in zip(self.blocks, self.targets, strict=True)]
         losses, overlaps = zip(*learnt, strict=True)
         return {"loss": torch.stack(losses).sum(), "overlap": torch.stack(overlaps).mean()}

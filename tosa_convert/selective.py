@@ -143,7 +143,8 @@ def selective_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
-    """Within this block the model runs every layer on every token, as before its conversion."""
+    """Within this block the model runs every layer on every token, as before its conversion. What the layers
+    before the selective ones leave stays in the relays."""
     selections = [block.selection for block in selective_blocks(model)]
     before = [selection.active for selection in selections]
     for selection in selections:
@@ -153,7 +154,6 @@ def all_tokens(model: nn.Module) -> Iterator[None]:
     finally:
         for selection, active in zip(selections, before, strict=True):
             selection.active = active
-            selection.relay.take()
 
 
 def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor]:

@@ -42,34 +42,34 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
 
 
-def run_recipe(
-    recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable = print
-) -> dict:
+def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable) -> dict:
     """Every stage that the recipe has, each into a folder of ``out`` named after it.
 
-    ``report(stage, results)`` is called after each. With ``resume`` finished stages are not run again.
+    Trained runs are evaluated on ``data: eval``. ``report(stage, results)`` is called after each
+    stage. With ``resume`` finished stages are not run again.
     """
     stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
-    if not stages:
-        raise UsageError("the recipe has no stage to run; add distill:, finetune: or export:")
-    runs.prepare(out, resume)
-    write_text(out / "recipe.yaml", recipe.to_yaml())
-    results, run = {}, None
+    if stages in ([], ["export"]):
+        raise UsageError("the recipe trains nothing; add distill: or finetune:")
+    if processes.is_main():
+        runs.prepare(out, resume)
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+    results, options = {}, {"resume": resume, "device": device, "progress": progress}
+    run = None
     for name in stages:
-        folder = out / name
-        options = {"resume": resume and folder.exists(), "device": device, "progress": progress}
         if name == "distill":
-            results[name] = distill_stage(recipe, folder, **options)
+            run, results[name] = out / name, distill_stage(recipe, out / name, **options)
         elif name == "finetune":
-            results[name] = finetune_stage(str(run or recipe.model), recipe, folder, **options)
-        else:
-            if run is None:
-                raise UsageError(
-                    "the recipe exports but trains nothing: add distill:, or use `tosa-convert export MODEL`"
-                )
-            results[name] = export_stage(run, recipe.export, recipe.data.eval, progress=progress)
-        run = folder if name != "export" else run
-        report(name, results[name])
+            source = str(run or recipe.model)
+            run, results[name] = out / name, finetune_stage(source, recipe, out / name, **options)
+        elif processes.is_main():
+            results[name] = export_stage(run, recipe.export, recipe.data.eval or recipe.data.train, progress=progress)
+        if processes.is_main():
+            report(name, results[name])
+            if name != "export" and recipe.data.eval is not None:
+                results[f"eval {name}"] = eval_stage(str(run), recipe.data.eval, device=device, progress=progress)
+                report("eval", results[f"eval {name}"])
+        processes.join(device)
     return results
 
 

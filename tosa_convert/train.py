@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from tosa_convert import processes, runs
@@ -49,6 +50,9 @@ class Stage:
 
 def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
     """Where and how training runs; under torchrun, one per process."""
+    # accelerate keeps the precision and accumulation of the first stage for the whole program otherwise.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     return Accelerator(
         cpu=processes.pick_device(device) == "cpu",
         mixed_precision=settings.precision,
@@ -62,8 +66,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     """Run a stage to its end.
 
     Returns:
-        Its last figures, averaged over the last steps, with steps, pictures seen, seconds, and the
-        names of pictures that could not be read.
+        The figures of its last step, averaged over processes, with the number of steps and pictures
+        seen, and the names of pictures that could not be read.
     """
     settings, world = stage.settings, accelerator.num_processes
     if stage.out:
@@ -93,7 +97,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
             scheduler.step()
             recorder.note(step, figures, scheduler.get_last_lr()[0], pictures=step * per_step, final=step == steps)
             recorder.checkpoint_when_due(step, final=step == steps)
-            advance(f"loss {recorder.last.get('loss', float('nan')):.4f}")
+            advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
     accelerator.wait_for_everyone()
     return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": sorted(recorder.broken)}
 
@@ -127,13 +131,16 @@ def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def _resume(stage: Stage, accelerator: Accelerator) -> int:
-    """Load the stage's checkpoint; the number of steps that are done."""
-    folder = stage.out / CHECKPOINT
-    if not (folder / STEP_FILE).exists():
+    """Load the stage's newest whole checkpoint; the number of steps that are done."""
+    whole = {}
+    for folder in (stage.out / CHECKPOINT, stage.out / f"{CHECKPOINT}.part"):
+        if (folder / STEP_FILE).exists():  # written last
+            noted = read_json(folder / STEP_FILE)
+            if noted.get("stage") == stage.name:
+                whole[noted["step"]] = folder
+    if not whole:
         return 0
-    noted = read_json(folder / STEP_FILE)
-    if noted.get("stage") != stage.name:
-        return 0
+    step, folder = max(whole.items())
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
@@ -141,8 +148,8 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
             f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out"
         ) from error
     if accelerator.is_main_process:
-        runs.cut_metrics(stage.out, stage.name, noted["step"])
-    return noted["step"]
+        runs.cut_metrics(stage.out, stage.name, step)
+    return step
 
 
 class _Recorder:
@@ -188,6 +195,9 @@ class _Recorder:
         if not due:
             return
         fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
+        if self.accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
