@@ -122,7 +122,7 @@ def test_an_unreachable_hub_says_what_to_do():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", "windowed"),
+        ("swin_tiny_patch4_window7_224", "within windows"),
         ("xcit_nano_12_p16_224", "channels"),
         ("resnet18", "not a ViT"),
         ("eva02_tiny_patch14_224", "positions"),

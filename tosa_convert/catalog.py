@@ -7,25 +7,27 @@ import torch
 
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import host_of
-from tosa_convert.hosts.timm_vit import REFUSED
+from tosa_convert.hosts.timm_vit import NOT_A_VIT, REASONS, REFUSED
 from tosa_convert.hosts.transformers_vit import PREFIX_TOKENS
 from tosa_convert.progress import Progress
 
-SERVED = ("vision_transformer", "deit", "vision_transformer_hybrid")
+SERVED = ("vision_transformer", "deit")
 """timm's modules that build VisionTransformers; models() asks each single model."""
 
 
 def families() -> list[tuple[str, int | None, str, str]]:
-    """(family, timm names in it, "yes" or "no", remark) of all that this version knows about."""
+    """(families, number of timm names, "yes" or "no", remark) of all that this version knows about."""
+    count = {module: len(timm.list_models(module=module)) for module in timm.list_modules()}
     rows = [
-        (f"timm {module}", len(timm.list_models(module=module)), "yes", "ask with a pattern for single models")
-        for module in SERVED[:2]
+        (f"timm: {', '.join(SERVED)}", sum(count[module] for module in SERVED), "yes", "most; ask with a pattern"),
+        (f"transformers: {', '.join(sorted(PREFIX_TOKENS))}", None, "yes", "any model built from these layers"),
     ]
-    rows += [(f"transformers {layer}", None, "yes", "every model built from it") for layer in sorted(PREFIX_TOKENS)]
-    modules = [module for module in timm.list_modules() if module in REFUSED]
-    return rows + [
-        (f"timm {name}", len(timm.list_models(module=name)), "no", REFUSED[name]) for name in sorted(modules)
-    ]
+    for reason, text in REASONS.items():
+        known = [module for module in text.split() if module in count]
+        rows.append((f"timm: {', '.join(known)}", sum(count[module] for module in known), "no", reason))
+    others = [module for module in count if module not in SERVED and module not in REFUSED]
+    rows.append(("timm: all others", sum(count[module] for module in others), "no", NOT_A_VIT))
+    return rows
 
 
 def models(pattern: str, progress: Progress | None = None) -> list[tuple[str, str, str]]:

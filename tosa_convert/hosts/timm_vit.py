@@ -10,19 +10,26 @@ from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host, Tap, split_heads
 from tosa_convert.preprocessing import Preprocessing
 
-WINDOWED = "its attention is windowed or hierarchical: tokens cannot leave a window without changing the others"
-LATER = "its attention carries positions or biases per token, which this version does not gather yet"
-REFUSED = {
-    **dict.fromkeys(("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "hiera"), WINDOWED),
-    **dict.fromkeys(("mvitv2", "levit", "vision_transformer_sam", "hieradet_sam2", "maxxvit", "nest"), WINDOWED),
-    **dict.fromkeys(("pvt_v2", "twins", "coat", "efficientformer", "efficientformer_v2", "efficientvit_mit"), WINDOWED),
-    **dict.fromkeys(("tiny_vit", "gcvit", "davit", "focalnet", "convit", "crossvit", "tnt", "pit"), WINDOWED),
-    **dict.fromkeys(("efficientvit_msra", "edgenext", "mobilevit", "fastvit", "nextvit", "rdnet"), WINDOWED),
-    **dict.fromkeys(("visformer", "volo", "sequencer", "starnet", "swiftformer"), WINDOWED),
-    "xcit": "its attention runs over channels, not tokens: there is no token map to predict",
-    **dict.fromkeys(("eva", "beit", "vision_transformer_relpos", "naflexvit"), LATER),
-    "cait": "its class token joins after the blocks, a layout this version does not read yet",
+REASONS = {
+    "its attention runs within windows: a token cannot leave one without changing the others": (
+        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit vision_transformer_sam gcvit davit "
+        "tiny_vit nest hiera hieradet_sam2"
+    ),
+    "it is hierarchical: its stages pool tokens or mix them with convolutions, so they have no fixed places": (
+        "mvitv2 levit pvt_v2 twins coat efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra edgenext "
+        "mobilevit fastvit nextvit visformer pit volo"
+    ),
+    "its attention runs over channels, not tokens: there is no token map to predict": "xcit",
+    "its blocks hold more than one set of tokens": "crossvit tnt",
+    "its attention blends in maps of its own that QKᵀ does not show": "convit",
+    "its attention carries positions or biases per token, which this version does not gather yet": (
+        "eva beit vision_transformer_relpos naflexvit"
+    ),
+    "its class token joins after the blocks, a layout this version does not read yet": "cait",
 }
+NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
+REFUSED = {module: reason for reason, modules in REASONS.items() for module in modules.split()}
+"""timm module → why its models cannot be converted."""
 
 
 def find(model: nn.Module) -> Host | None:
@@ -30,7 +37,7 @@ def find(model: nn.Module) -> Host | None:
     if not isinstance(model, VisionTransformer):
         if not module.startswith("timm."):
             return None
-        reason = REFUSED.get(module.rsplit(".", 1)[-1], "it has no row of transformer blocks over tokens (not a ViT)")
+        reason = REFUSED.get(module.rsplit(".", 1)[-1], NOT_A_VIT)
         raise UnsupportedModelError(f"{type(model).__name__} cannot be made token-selective: {reason}")
     odd = next((block for block in model.blocks if not _understood(block)), None)
     if odd is not None:
@@ -83,9 +90,14 @@ class TimmVit(Host):
         embed = self.model.patch_embed
         return Preprocessing(
             size=embed.img_size or known["input_size"][1:],
-            channels=embed.proj.in_channels,
+            channels=self._channels,
             **{name: known[name] for name in ("mean", "std", "interpolation", "crop_pct")},
         )
+
+    @property
+    def _channels(self) -> int:
+        """Of the pictures; a hybrid's first convolution is that of its backbone."""
+        return next(conv.in_channels for conv in self.model.patch_embed.modules() if isinstance(conv, nn.Conv2d))
 
     def resize(self, size: tuple[int, int]) -> None:
         if self.model.patch_embed.img_size != size:
@@ -93,14 +105,14 @@ class TimmVit(Host):
 
     @property
     def patch(self) -> tuple[int, int]:
-        return self.model.patch_embed.patch_size
+        return tuple(self.model.patch_embed.feat_ratio(as_scalar=False))
 
     def spec(self) -> dict:
         model = self.model
         known = dict(model.pretrained_cfg or {})
         arguments = {
             "num_classes": model.num_classes,
-            "in_chans": model.patch_embed.proj.in_channels,
+            "in_chans": self._channels,
             "img_size": model.patch_embed.img_size,
             "dynamic_img_size": model.dynamic_img_size,
             "global_pool": model.global_pool,
