@@ -85,8 +85,7 @@ def distill(
 
     plan = make_recipe(recipe, "distill", locals())
     folder = _out(out, _stem(plan.model), resume, device)
-    if plan.data.train is None and not as_json:
-        _say("no --data given: distilling on the small built-in set of public-domain photos")
+    _say_data(plan)
     results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=_progress(as_json))
     _show(results, "training_table", as_json)
 
@@ -137,6 +136,7 @@ def finetune(
     options = {**locals(), "model": None if is_run else source}  # a run's recipe knows its model
     plan = make_recipe(recipe or (str(Path(source) / "recipe.yaml") if is_run else None), "finetune", options)
     folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
+    _say_data(plan)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=_progress(as_json))
     _show(results, "training_table", as_json)
 
@@ -384,6 +384,11 @@ def _say(text: str) -> None:
     if not processes.is_main():
         return
     Console(stderr=True).print(text, style="dim", highlight=False, soft_wrap=True)
+
+
+def _say_data(plan) -> None:
+    if plan.data.train is None:
+        _say("no --data given: training on the small built-in set of public-domain photos")
 
 
 def _show(results: dict, table: str, as_json: bool, *arguments) -> None:
