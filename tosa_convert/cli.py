@@ -5,12 +5,14 @@ import json
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from tosa_convert.cli_options import (
     AugmentOption,
@@ -133,8 +135,9 @@ def finetune(
         raise UsageError(
             "--layers, --ratio, --selection and --score are fixed in a run; distill the model anew with them"
         )
-    options = {**locals(), "model": None if is_run else source}  # a run's recipe knows its model
-    plan = make_recipe(recipe or (str(Path(source) / "recipe.yaml") if is_run else None), "finetune", options)
+    known = Path(source) / "recipe.yaml"  # a run saved from Python has none
+    options = {**locals(), "model": None if is_run and known.exists() else source}
+    plan = make_recipe(recipe or (str(known) if is_run and known.exists() else None), "finetune", options)
     folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
     _say_data(plan)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=_progress(as_json))
@@ -152,12 +155,13 @@ def run(
 ) -> None:
     """Run all stages of a recipe."""
     from tosa_convert import processes, stages
-    from tosa_convert.recipe import find_recipe, read_recipe
+    from tosa_convert.config import build_config
+    from tosa_convert.recipe import Recipe, find_recipe, read_recipe
 
     path = find_recipe(recipe)
     plan = read_recipe(path)
     if seed is not None:
-        plan = plan.model_copy(update={"seed": seed})
+        plan = build_config(Recipe, {**plan.model_dump(exclude_unset=True), "seed": seed})
     folder = _out(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
@@ -330,7 +334,7 @@ def quickstart(
     from tosa_convert.quickstart import run_quickstart
 
     def execute(command: list[str]) -> None:
-        Console(stderr=as_json).print(f"\n$ tosa-convert {shlex.join(command)}", style="bold", soft_wrap=True)
+        Console(stderr=as_json).print(Text(f"\n$ tosa-convert {shlex.join(command)}", "bold"), soft_wrap=True)
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             app(command, standalone_mode=False)
 
@@ -383,7 +387,7 @@ def _say(text: str) -> None:
 
     if not processes.is_main():
         return
-    Console(stderr=True).print(text, style="dim", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text(text, "dim"), soft_wrap=True)
 
 
 def _say_data(plan) -> None:
@@ -418,7 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
-            _fail("interrupted; go on with the same command, its --out folder and --resume", 130, debug)
+            _fail("interrupted; a training goes on with the same command, its --out folder and --resume", 130, debug)
         raise
     except TosaError as error:
         _fail(str(error), error.exit_code, debug)
@@ -432,8 +436,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
-        raise
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+        traceback.print_exc()
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
     raise SystemExit(code)
 
 

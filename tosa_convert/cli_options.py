@@ -82,7 +82,12 @@ def make_recipe(path: str | None, stage: str, options: dict):
         raise UsageError("name a model, for example: tosa-convert distill deit_tiny (or give a --recipe)")
     plan = base.model_dump(exclude_unset=True) if base else {}
     kind = {"distill": DistillSettings, "finetune": FinetuneSettings}[stage]
-    plan[stage] = build_config(kind, {**(plan.get(stage) or {}), **_given(options, kind.model_fields)})
+    typed = _given(options, kind.model_fields)
+    before = dict(plan.get(stage) or {})
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if length in typed:
+            before.pop(other, None)
+    plan[stage] = build_config(kind, {**before, **typed})
     plan["convert"] = build_config(ConvertConfig, {**plan.get("convert", {}), **convert_options(options)})
     if options.get("data") is not None:
         plan["data"] = {**plan.get("data", {}), "train": options["data"]}

@@ -34,7 +34,7 @@ class ConvertConfig(BaseModel):
         seed: of the selectors' initial weights and of the random control.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     layers: list[int] | None = None
     ratio: Annotated[float | list[float], BeforeValidator(_keep_ratio)] = 0.8

@@ -116,12 +116,18 @@ class _Outputs(nn.Module):
 def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, int]]:
     """Multiply–adds by module name ("" is everything), and the operators without a rule."""
     parameter = next(model.parameters())
-    analysis = FlopCountAnalysis(_Outputs(model).eval(), image.to(parameter.device, parameter.dtype))
+    analysis = FlopCountAnalysis(_Outputs(model), image.to(parameter.device, parameter.dtype))
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return analysis.by_module(), dict(analysis.unsupported_ops())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return analysis.by_module(), dict(analysis.unsupported_ops())
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _attention_macs(inputs: list, outputs: list) -> int:

@@ -1,6 +1,7 @@
 """One program, or several processes under torchrun that must agree."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from tosa_convert.errors import UsageError
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one that evaluates or exports."""
 
 
 def several() -> bool:
@@ -43,4 +47,4 @@ def pick_device(device: str | None) -> str:
 def join(device: str | None = None) -> None:
     """Meet the other processes; on CPUs they talk through gloo."""
     if several():
-        PartialState(cpu=pick_device(device) == "cpu").wait_for_everyone()
+        PartialState(cpu=pick_device(device) == "cpu", timeout=PATIENCE).wait_for_everyone()

@@ -13,13 +13,14 @@ from tosa_convert.report import Table, mega, percent
 
 LAYERS, RATIO = "2,4,6,8,10", "0.5"
 MARK = "quickstart.json"
+MADE = ("data", "distilled", "finetuned", "random")
 
 
 def run_quickstart(out: Path, execute: Callable[[list[str]], None]) -> tuple[Table, dict]:
     """Run the commands that a person would type, one after the other, and sum up what they left.
 
     Args:
-        out: folder for the pictures and the runs; an earlier quickstart there is replaced.
+        out: folder for the pictures and the runs; those of an earlier quickstart there are replaced.
         execute: runs one command line, given without the program's name.
 
     Returns:
@@ -71,7 +72,8 @@ def _clear(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():
             raise UsageError(f"{out} is not empty and not an earlier quickstart; choose another --out")
-        shutil.rmtree(out)
+        for name in MADE:
+            shutil.rmtree(out / name, ignore_errors=True)
     check_writable(out)
     write_json(out / MARK, {"status": "unfinished"})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
 from tosa_convert.config import ConvertConfig
 from tosa_convert.errors import UsageError
@@ -18,7 +18,7 @@ Pixels = Annotated[int, Field(ge=1)]
 class Data(BaseModel):
     """Folders of images. Without ``train`` the built-in photos serve, without ``eval`` the training folder."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     train: str | None = None
     eval: str | None = None
@@ -27,11 +27,11 @@ class Data(BaseModel):
 class Recipe(BaseModel):
     """All that a piece of work needs. The stages that are present run, in this order: distill, finetune, export."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     checkpoint: str | None = None
-    img_size: Pixels | tuple[Pixels, Pixels] | None = None
+    img_size: Pixels | Annotated[tuple[Pixels, Pixels], Strict(False)] | None = None
     num_classes: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0)
     data: Data = Data()
@@ -45,6 +45,13 @@ class Recipe(BaseModel):
     def _present_means_defaults(cls, value: Any) -> Any:
         """``distill:`` with nothing behind it asks for the stage with its defaults."""
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> "Recipe":
+        """The selectors and the random control follow the recipe's seed, unless they have one of their own."""
+        if "seed" not in self.convert.model_fields_set:
+            self.convert = self.convert.model_copy(update={"seed": self.seed})
+        return self
 
     def to_yaml(self) -> str:
         """Resolved: every value spelled out, stages that do not run left away."""

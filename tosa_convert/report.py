@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from tosa_convert import runs
 from tosa_convert.files import read_json, write_text
@@ -25,11 +26,11 @@ class Table:
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="right" if index and not left else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
-        console.print(self.title, style="bold", highlight=False, soft_wrap=True)
+            table.add_row(*map(Text, row))  # as text, since names may look like markup
+        console.print(Text(self.title, "bold"), soft_wrap=True)
         console.print(table)
         for note in self.notes:
-            console.print(note, style="dim", highlight=False)
+            console.print(Text(note, "dim"))
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", _row(self.columns), _row(["---"] + ["---:"] * (len(self.columns) - 1))]
@@ -152,7 +153,8 @@ def broken_notes(names: list[str]) -> list[str]:
 def write_report(run: Path) -> None:
     """``report.md`` of a run, from its ``config.json`` and ``metrics.jsonl``."""
     config = read_json(run / "config.json")
-    tables = [training_table(config["results"]), flops_table(config["results"]["flops"], run.name)]
+    results = config.get("results")  # a run saved from Python has none
+    tables = [training_table(results), flops_table(results["flops"], run.name)] if results else []
     latest = {line["stage"]: line for line in runs.read_metrics(run)}
     if "eval" in latest:
         tables.append(eval_table(latest["eval"]))

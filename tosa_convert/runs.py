@@ -29,7 +29,7 @@ def save(model: nn.Module, folder: str | Path, **extra) -> Path:
     Each file appears whole or not at all, and ``config.json`` last.
 
     Args:
-        model: a supported model; half-precision weights keep their type.
+        model: a supported model; its weights are opened as float32 again.
         folder: made if missing.
         **extra: JSON-able facts to keep in ``config.json`` (the stage, its results).
     """
@@ -55,8 +55,12 @@ def save(model: nn.Module, folder: str | Path, **extra) -> Path:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a folder holds a finished run; a folder of something else, whatever it holds, does not."""
     path = Path(folder) / "config.json"
-    return path.exists() and read_json(path).get("format") == FORMAT
+    try:
+        return path.exists() and f'"{FORMAT}"' in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def load_run(folder: str | Path) -> nn.Module:
@@ -67,6 +71,9 @@ def load_run(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
+        inside = [path.parent.name for path in folder.glob("*/config.json")]
+        if inside:
+            raise UsageError(f"{folder} holds several runs; name one of them: {', '.join(sorted(inside))}")
         if (folder / "recipe.yaml").exists():
             raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
         raise UsageError(f"{folder} is neither a run nor a model folder: it has no config.json")
@@ -136,8 +143,16 @@ def append_metrics(folder: Path, **values) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
+    """The lines of ``metrics.jsonl``; a last one that was cut off by a kill or a full disk is left out."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def cut_metrics(folder: Path, stage: str, step: int) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -28,7 +28,7 @@ class TrainSettings(BaseModel):
         log_every: steps between two lines of metrics.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Positive | None = None
@@ -43,6 +43,12 @@ class TrainSettings(BaseModel):
     workers: int = Field(default=0, ge=0)
     checkpoint_minutes: Positive = 5.0
     log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSettings":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given; keep one of them")
+        return self
 
     def total_steps(self, pictures: int, processes: int) -> int:
         """Optimiser steps for so many training pictures on so many processes."""
@@ -99,7 +105,7 @@ class ExportSettings(BaseModel):
         images: at most so many pictures in the check.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     opset: int = Field(default=20, ge=18)
     threshold: float = Field(default=0.99, ge=0, le=1)

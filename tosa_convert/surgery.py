@@ -70,12 +70,11 @@ def _make_selective(host: Host, layer: int, ratio: float, config: ConvertConfig)
     host.tap(listened, selection.relay)
     weight = next(block.parameters())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + layer)
-        with torch.device(weight.device):
-            selector = build_score(config, host.heads, layer)
+        torch.default_generator.manual_seed(config.seed * 1009 + layer)  # the CPU's only: a GPU's stays as it is
+        selector = build_score(config, host.heads, layer)
     block.__class__ = selective_class(type(block))
     block.selection = selection
-    block.selector = selector.to(weight.dtype).train(block.training)
+    block.selector = selector.to(weight.device, weight.dtype).train(block.training)
     if selection.per_head:
         attention = host.attention(block)
         attention.__class__ = per_head_class(type(attention))

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.data import Images, seed_everything, training_loader
-from tosa_convert.errors import TosaError
+from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.files import read_json, write_json
 from tosa_convert.progress import Progress
 from tosa_convert.settings import TrainSettings
@@ -50,13 +51,17 @@ class Stage:
 
 def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
     """Where and how training runs; under torchrun, one per process."""
-    # accelerate keeps the precision and accumulation of the first stage for the whole program otherwise.
-    AcceleratorState._reset_state()
+    on_cpu = processes.pick_device(device) == "cpu"
+    if on_cpu and settings.precision == "fp16":
+        raise UsageError("precision fp16 needs a GPU; use bf16 or no on the CPU")
+    # accelerate keeps the device, precision and accumulation of the first stage for the whole program otherwise.
+    AcceleratorState._reset_state(reset_partial_state=not processes.several())
     GradientState._reset_state()
     return Accelerator(
-        cpu=processes.pick_device(device) == "cpu",
+        cpu=on_cpu,
         mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
+        # The loader is read ahead, so its end must not count as the end of a group of batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulate, sync_with_dataloader=False),
         # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -74,17 +79,20 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
         stage.out.mkdir(parents=True, exist_ok=True)
     steps = settings.total_steps(len(images), world)
     optimizer = torch.optim.AdamW(_parameter_groups(stage.objective, settings.weight_decay), lr=settings.lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps, settings.warmup))
     per_step = settings.batch_size * settings.accumulate * world
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    first = _resume(stage, accelerator) if stage.resume else 0
+    objective.train()
+    schedule = _warmup_cosine(steps, settings.warmup)
+    first = min(_resume(stage, accelerator), steps) if stage.resume else 0
     loader = training_loader(images, settings.batch_size, first * per_step, steps * per_step, settings.workers)
     loader = accelerator.prepare(loader)
-    recorder = _Recorder(stage, accelerator, first)
+    recorder = _Recorder(stage, accelerator)
     with progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
         for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
+            lr = settings.lr * schedule(step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             for batch in passes:
                 with accelerator.accumulate(objective):
                     figures = objective(batch["images"], batch["labels"])
@@ -94,12 +102,12 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                     optimizer.step()
                     optimizer.zero_grad()
                 recorder.broken.update(batch["broken"])
-            scheduler.step()
-            recorder.note(step, figures, scheduler.get_last_lr()[0], pictures=step * per_step, final=step == steps)
+            recorder.note(step, figures, lr, pictures=step * per_step, final=step == steps)
             recorder.checkpoint_when_due(step, final=step == steps)
             advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
     accelerator.wait_for_everyone()
-    return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": sorted(recorder.broken)}
+    broken = sorted(set(gather_object(sorted(recorder.broken))))
+    return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": broken}
 
 
 def _grouped(loader, size: int) -> Iterator[list[dict]]:
@@ -138,29 +146,37 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
             noted = read_json(folder / STEP_FILE)
             if noted.get("stage") == stage.name:
                 whole[noted["step"]] = folder
-    if not whole:
+    step, folder = max(whole.items(), default=(0, None))
+    if accelerator.is_main_process:
+        runs.cut_metrics(stage.out, stage.name, step)
+    if folder is None:
         return 0
-    step, folder = max(whole.items())
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
         raise TosaError(
             f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out"
         ) from error
-    if accelerator.is_main_process:
-        runs.cut_metrics(stage.out, stage.name, step)
     return step
+
+
+def _settle(fresh: Path, kept: Path) -> None:
+    """A whole fresh checkpoint takes the place of the kept one; half a one goes."""
+    if (fresh / STEP_FILE).exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        fresh.rename(kept)
+    else:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 class _Recorder:
     """Writes metrics and checkpoints as training goes."""
 
-    def __init__(self, stage: Stage, accelerator: Accelerator, first: int):
+    def __init__(self, stage: Stage, accelerator: Accelerator):
         self.stage, self.accelerator = stage, accelerator
         self.broken: set[str] = set()
         self.last: dict[str, float] = {}
         self.started = self.saved = time.monotonic()
-        self.first = first
 
     def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, pictures: int, final: bool) -> None:
         if step % self.stage.settings.log_every and not final:
@@ -191,18 +207,17 @@ class _Recorder:
         due = time.monotonic() - self.saved > 60 * self.stage.settings.checkpoint_minutes
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(due), device=self.accelerator.device)
-            due = self.accelerator.reduce(flag, "max").item() > 0
+            due = self.accelerator.reduce(flag, "sum").item() > 0
         if not due:
             return
         fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
         if self.accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
+            _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(fresh / STEP_FILE, {"stage": self.stage.name, "step": step})
-            shutil.rmtree(kept, ignore_errors=True)
-            fresh.rename(kept)
+            _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()

@@ -30,8 +30,8 @@ def find(model: nn.Module) -> Host | None:
         return None
     rows = [
         list(module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and "text" not in path and _layer_class(module[0])
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _sees_patches(module[0])
     ]
     if len(rows) != 1:
         found = "no row of layers that it understands" if not rows else f"{len(rows)} rows of layers"
@@ -40,6 +40,12 @@ def find(model: nn.Module) -> Host | None:
             f"this version found {found} in it; understood are {', '.join(sorted(PREFIX_TOKENS))}"
         )
     return TransformersVit(model, rows[0])
+
+
+def _sees_patches(layer: nn.Module) -> bool:
+    """Of an understood class, and in a vision tower: CLIP and SigLIP build their text towers from the same layers."""
+    configs = [getattr(module, "config", None) for module in layer.children()]
+    return _layer_class(layer) is not None and any(hasattr(config, "patch_size") for config in configs)
 
 
 def _layer_class(layer: nn.Module) -> str | None:
