@@ -144,6 +144,8 @@ def write_folder(model: torch.nn.Module, out: Path, arguments: argparse.Namespac
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "num_classes": len(CLASSES),
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
             "label_names": CLASSES,
         },
         "training": {

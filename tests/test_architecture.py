@@ -24,7 +24,7 @@ def users(library: str) -> set[str]:
 
 
 def test_heavy_libraries_stay_in_their_rooms():
-    assert users("typer") == {"cli", "cli_options"}
+    assert users("typer") == {"cli", "cli_options", "cli_recipes"}
     assert users("fvcore") == {"macs"}
     assert users("onnx") | users("onnxruntime") | users("onnxscript") == {"export"}
     assert users("accelerate") <= {"train", "processes"}
@@ -49,7 +49,7 @@ def test_hosts_know_no_method():
 
 def test_files_are_read_in_one_sitting():
     long = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
-    assert {name for name, lines in long.items() if lines > 450} == set()
+    assert {name for name, lines in long.items() if lines > 400} == set()
 
 
 def test_public_verbs_are_what_they_say():

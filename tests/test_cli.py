@@ -252,7 +252,7 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
 
 
 def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, monkeypatch):
-    monkeypatch.setattr("tosa_convert.export.agreement", lambda found, wanted: found.new_zeros(len(found)))
+    monkeypatch.setattr("tosa_convert.export.agreement", lambda kind, found, wanted: found.new_zeros(len(found)))
     code, _, err = tosa("export", quick_run, "--onnx", "--out", "made")
     assert code == 1
     assert "below the threshold" in err

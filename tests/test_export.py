@@ -8,21 +8,13 @@ import torch
 from conftest import FAMILIES, lively
 
 from tosa_convert import ExportSettings, TosaError, convert, export, export_onnx, load
-from tosa_convert.hosts import host_of, run
-from tosa_convert.origin import Origin
-
-
-def known(model):
-    """A model made in a test, with its origin noted so that it need not be rebuilt."""
-    host = host_of(model)
-    model.tosa_origin = Origin(library=host.library, spec={}, preprocessing=host.preprocessing())
-    return model
+from tosa_convert.hosts import run
 
 
 @pytest.mark.parametrize("selection", ["shared", "per_head"])
 @pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
 def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, tmp_path):
-    model = convert(known(lively(FAMILIES[name]())), layers=[2, 4], ratio=0.5, selection=selection)
+    model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, selection=selection)
     check = export_onnx(model, tmp_path, pictures)
     assert check.passed
     assert check.images == 8
@@ -41,14 +33,14 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, t
 
 def test_ties_are_broken_alike(pictures, tmp_path):
     """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
-    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2], ratio=0.5)
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     selector = model.blocks[1].selector
     selector.forward = lambda queries, keys: (queries * 0).sum(-1)
     assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0}
 
 
 def test_random_selection_exports_too(pictures, tmp_path):
-    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2, 4], ratio=0.3, score="random")
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 4], ratio=0.3, score="random")
     assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0, 4: 1.0}
 
 
@@ -77,7 +69,7 @@ def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
         onnx.save_model(proto, path)
 
     monkeypatch.setattr(export, "_write_graph", wrong)
-    model = convert(known(lively(FAMILIES["timm vit"]())), layers=[2], ratio=0.5)
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with pytest.raises(TosaError, match="below the threshold of 99%"):
         export_onnx(model, tmp_path, pictures)

@@ -68,22 +68,13 @@ def test_ratio_two_fifths_would_save_what_the_paper_says():
 @pytest.mark.parametrize("name", ["timm vit", "hf Dinov2Model", "hf SiglipVisionModel"])
 def test_layers_add_up_and_fall_as_predicted(name):
     model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, score="random")
-    cost = flops_of_foreign(model)
+    cost = flops(model)
     assert cost.layers[1].tokens * 2 == cost.layers[0].tokens
     assert cost.macs - sum(layer.macs for layer in cost.layers) == cost.original - sum(
         layer.original for layer in cost.layers
     )
     assert cost.layers[1].macs < 0.6 * cost.layers[1].original
     assert cost.layers[2].macs == cost.layers[2].original
-
-
-def flops_of_foreign(model):
-    from tosa_convert.hosts import host_of
-    from tosa_convert.origin import Origin
-
-    host = host_of(model)
-    model.tosa_origin = Origin(library=host.library, spec={}, preprocessing=host.preprocessing())
-    return flops(model)
 
 
 def test_counting_at_another_size_scales_the_tokens(deit):

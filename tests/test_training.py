@@ -145,13 +145,17 @@ def test_epochs_count_in_passes_over_the_data():
     assert DistillSettings(epochs=0.01).total_steps(pictures=8, processes=1) == 1
 
 
+TOLERANCE = {"distill": 2e-3, "finetune": 2e-4}
+"""bf16 rounds the selectors' steps of 2e-2; the fine-tuning steps 1e-3 in float32."""
+
+
 def test_two_processes_learn_what_one_does(labelled, tmp_path):
     recipe = f"""
 model: quickstart
 data: {{train: {labelled}, eval: {labelled}}}
 convert: {{layers: [2, 4, 6], ratio: 0.5}}
 distill: {{steps: 3, batch_size: BATCH, augment: none, precision: bf16}}
-finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2}}
+finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2, lr: 1.0e-3}}
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
@@ -162,8 +166,10 @@ finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2}}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("steps") == 2, "one process should speak for all"
-    for stage in ("distill", "finetune"):
-        assert same(state(load(tmp_path / "one" / stage)), state(load(tmp_path / "two" / stage)), tolerance=2e-3)
+    for stage in TOLERANCE:
+        assert same(
+            state(load(tmp_path / "one" / stage)), state(load(tmp_path / "two" / stage)), tolerance=TOLERANCE[stage]
+        )
         trained = [read_metrics(tmp_path / name / stage) for name in ("one", "two")]
         assert [len(lines) for lines in trained] == [2, 2]
         assert trained[0][0]["loss"] == pytest.approx(trained[1][0]["loss"], rel=1e-3)

@@ -1,7 +1,6 @@
 """The command line: parse, call a verb, print. No logic lives here."""
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -25,6 +24,7 @@ from tosa_convert.cli_options import (
     ImgSize,
     Json,
     Kernel,
+    Labels,
     Layers,
     Lr,
     Model,
@@ -43,6 +43,8 @@ from tosa_convert.cli_options import (
     convert_options,
     make_recipe,
 )
+from tosa_convert.cli_output import bar, print_json, say, say_data, show
+from tosa_convert.cli_recipes import recipes_app
 from tosa_convert.errors import TosaError, UsageError
 
 app = typer.Typer(
@@ -52,7 +54,6 @@ app = typer.Typer(
     help="Make pretrained Vision Transformers token-selective: distill, fine-tune, measure, export.",
     epilog="Add --debug to any command for the traceback of an error.",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -87,9 +88,9 @@ def distill(
 
     plan = make_recipe(recipe, "distill", locals())
     folder = _out(out, _stem(plan.model), resume, device)
-    _say_data(plan)
-    results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=_progress(as_json))
-    _show(results, "training_table", as_json)
+    say_data(plan)
+    results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=bar(as_json))
+    show(results, "training_table", as_json)
 
 
 @app.command()
@@ -139,9 +140,9 @@ def finetune(
     options = {**locals(), "model": None if is_run and known.exists() else source}
     plan = make_recipe(recipe or (str(known) if is_run and known.exists() else None), "finetune", options)
     folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
-    _say_data(plan)
-    results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=_progress(as_json))
-    _show(results, "training_table", as_json)
+    say_data(plan)
+    results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
+    show(results, "training_table", as_json)
 
 
 @app.command()
@@ -167,11 +168,11 @@ def run(
     def report(stage: str, results: dict) -> None:
         tables = {"export": "export_table", "eval": "eval_table"}
         if not as_json:
-            _show(results, tables.get(stage, "training_table"), False)
+            show(results, tables.get(stage, "training_table"), False)
 
-    results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=_progress(as_json), report=report)
+    results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=bar(as_json), report=report)
     if as_json and processes.is_main():
-        _print_json(results)
+        print_json(results)
 
 
 @app.command()
@@ -199,7 +200,7 @@ def flops(
     options = convert_options(locals())
     if options:
         convert(model, **options)
-    _show(count(model).to_dict(), "flops_table", as_json, source)
+    show(count(model).to_dict(), "flops_table", as_json, source)
 
 
 @app.command(name="eval")
@@ -212,6 +213,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the random selection")] = 0,
     device: Device = None,
     control: Annotated[bool, typer.Option(help="measure random selection at the same ratio too")] = True,
+    labels: Labels = True,
     as_json: Json = False,
 ) -> None:
     """Top-1 on labelled pictures, closeness to the original on any."""
@@ -223,12 +225,13 @@ def evaluate(
         img_size=img_size,
         control=control,
         seed=seed,
-        progress=_progress(as_json),
+        labels=labels,
+        progress=bar(as_json),
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
-    _show(results, "eval_table", as_json)
+    show(results, "eval_table", as_json)
 
 
 @app.command()
@@ -241,6 +244,7 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
     threshold: Annotated[float, typer.Option(help="agreement with torch below which the export fails")] = 0.99,
     images: Annotated[int, typer.Option(help="at most so many pictures in the check")] = 512,
+    labels: Labels = True,
     as_json: Json = False,
 ) -> None:
     """Write ONNX and check it in ONNX Runtime on real pictures before anyone ships it."""
@@ -249,11 +253,13 @@ def export(
     from tosa_convert.settings import ExportSettings
 
     source = _source(source)
-    settings = build_config(ExportSettings, {"opset": opset, "threshold": threshold, "images": images})
+    settings = build_config(
+        ExportSettings, {"opset": opset, "threshold": threshold, "images": images, "labels": labels}
+    )
     if out is None and not _is_run(source):
         out = _out(None, f"{_stem(source)}-onnx", False)
-    results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=_progress(as_json))
-    _show(results, "export_table", as_json)
+    results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=bar(as_json))
+    show(results, "export_table", as_json)
 
 
 @app.command()
@@ -266,7 +272,7 @@ def models(
     from tosa_convert.report import Table
 
     if pattern:
-        rows = catalog.models(pattern, _progress(as_json))
+        rows = catalog.models(pattern, bar(as_json))
         if not rows:
             raise UsageError(f"no timm model matches {pattern!r}; try a shorter part of its name")
         columns = ["model", "supported", "remark"]
@@ -274,55 +280,9 @@ def models(
         rows = [(name, "" if count is None else str(count), *rest) for name, count, *rest in catalog.families()]
         columns = ["family", "models", "supported", "remark"]
     if as_json:
-        _print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
         Table("Models", columns, [list(row) for row in rows], []).print(Console(), left=True)
-
-
-@recipes_app.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
-    """List the built-in recipes."""
-    from tosa_convert.recipe import recipes_folder
-    from tosa_convert.report import Table
-
-    rows = [
-        [path.stem, path.read_text().splitlines()[0].lstrip("# ")] for path in sorted(recipes_folder().glob("*.yaml"))
-    ]
-    if as_json:
-        _print_json(dict(rows))
-    else:
-        Table("Recipes", ["name", "what"], rows, []).print(Console(), left=True)
-
-
-@recipes_app.command("cp")
-def recipes_cp(name: str, to: Annotated[Path | None, typer.Argument(show_default="NAME.yaml here")] = None) -> None:
-    """Copy a built-in recipe, to make your own from it."""
-    from tosa_convert.files import write_text
-    from tosa_convert.recipe import find_recipe
-
-    found = find_recipe(name)
-    target = to or Path(found.name)
-    target = target / found.name if target.is_dir() else target
-    if target.exists():
-        raise UsageError(f"{target} exists already; name another file")
-    write_text(target, found.read_text())
-    _say(f"wrote {target}; run it with: tosa-convert run {target}")
-
-
-@recipes_app.command("validate")
-def recipes_validate(files: list[str]) -> None:
-    """Check recipes without running them."""
-    from tosa_convert.recipe import find_recipe, read_recipe
-
-    problems = []
-    for name in files:
-        try:
-            read_recipe(find_recipe(name))
-            _say(f"{name}: valid")
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
 
 
 @app.command()
@@ -341,7 +301,7 @@ def quickstart(
     table, results = run_quickstart(out, execute)
     print(file=sys.stderr)
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
         table.print(Console())
 
@@ -352,7 +312,7 @@ def _source(source: str | None) -> str:
     if source is not None:
         return source
     found = str(runs.newest())
-    _say(f"using the newest run, {found}")
+    say(f"using the newest run, {found}")
     return found
 
 
@@ -373,41 +333,6 @@ def _out(out: Path | None, stem: str, resume: bool, device: str | None = None) -
     if out is None and resume:
         raise UsageError("--resume needs --out, the folder of the interrupted run")
     return processes.agree(out or runs.new_folder(stem), device)
-
-
-def _progress(as_json: bool):
-    from tosa_convert import processes
-    from tosa_convert.progress import Progress
-
-    return Progress(shown=processes.is_main() and not as_json)
-
-
-def _say(text: str) -> None:
-    from tosa_convert import processes
-
-    if not processes.is_main():
-        return
-    Console(stderr=True).print(Text(text, "dim"), soft_wrap=True)
-
-
-def _say_data(plan) -> None:
-    if plan.data.train is None:
-        _say("no --data given: training on the small built-in set of public-domain photos")
-
-
-def _show(results: dict, table: str, as_json: bool, *arguments) -> None:
-    from tosa_convert import processes, report
-
-    if not processes.is_main():
-        return
-    if as_json:
-        _print_json(results)
-    else:
-        getattr(report, table)(results, *arguments).print(Console())
-
-
-def _print_json(content) -> None:
-    print(json.dumps(content, indent=2))
 
 
 def main(arguments: list[str] | None = None) -> None:

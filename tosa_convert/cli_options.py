@@ -59,6 +59,7 @@ Checkpoint = Annotated[
 ImgSize = Annotated[int | None, typer.Option(help="image side in pixels", show_default="the model's")]
 NumClasses = Annotated[int | None, typer.Option(help="outputs of the head", show_default="the model's")]
 Steps = Annotated[int | None, typer.Option(help="optimiser steps", show_default="100")]
+Labels = Annotated[bool, typer.Option(help="the folders of the pictures are classes, if there are several")]
 Epochs = Annotated[float | None, typer.Option(help="passes over the data, in place of steps", show_default=False)]
 BatchSize = Annotated[int | None, typer.Option(help="pictures per forward pass", show_default="8")]
 Lr = Annotated[float | None, typer.Option(help="peak learning rate", show_default="the stage's")]

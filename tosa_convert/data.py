@@ -46,6 +46,16 @@ class Images(Dataset):
     def labelled(self) -> bool:
         return bool(self.classes)
 
+    @property
+    def ambiguous(self) -> str:
+        """What makes the labels doubtful: pictures beside class folders, or one class name in two places."""
+        folders = {Path(path).parent for path, _ in self.reader.samples}
+        if self.classes and len({folder.name for folder in folders}) < len(folders):
+            return "two folders have the same name, as in train/ and val/ side by side"
+        if not self.classes and len(folders) > 1:
+            return "pictures lie beside class folders"
+        return ""
+
     def __len__(self) -> int:
         return len(self.reader)
 
@@ -94,6 +104,7 @@ def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.
         std=preprocessing.std,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
         scale=(0.5, 1.0),
         color_jitter=0.0,
     )
@@ -148,10 +159,19 @@ def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
 
 
-def check_classes(images: Images, outputs: int) -> None:
-    """Labels mean something only if the folders are the model's classes."""
+def check_classes(images: Images, outputs: int, names: list[str]) -> None:
+    """Labels mean something only if the folders are the model's classes, in its order."""
+    if images.ambiguous:
+        raise UsageError(
+            f"{images.name}: {images.ambiguous}; give the folder that holds the class folders, and nothing else"
+        )
     if len(images.classes) != outputs:
         raise UsageError(
             f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the data "
             "the model was trained for, or load it with --num-classes and its own --checkpoint"
+        )
+    if set(names) == set(images.classes) and names != images.classes:
+        raise UsageError(
+            f"the class folders of {images.name} have the model's class names, but folders sort in another order than "
+            "its labels; put the label number in front of each folder's name, such as 0-name"
         )

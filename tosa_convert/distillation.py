@@ -7,8 +7,8 @@ from torch import nn
 
 from tosa_convert.data import Images
 from tosa_convert.errors import UsageError
-from tosa_convert.hosts import host_of
-from tosa_convert.origin import origin_of
+from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import preprocessing_of
 from tosa_convert.progress import Progress
 from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import Relay, Selection, all_tokens, selective_blocks
@@ -47,7 +47,8 @@ def distill(
     check_distillable(model)
     settings = settings or DistillSettings()
     accelerator = make_accelerator(device, settings)
-    images = Images(data, origin_of(model).preprocessing, settings.augment, seed)
+    images = Images(data, preprocessing_of(model), settings.augment, seed)
+    home = next(model.parameters()).device
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     stage = Stage("distill", SelectorDistillation(model, settings.kl), settings, seed, out, resume)
     try:
@@ -56,7 +57,7 @@ def distill(
         for parameter, was in frozen.items():
             parameter.requires_grad_(was)
         stage.objective.close()
-        model.cpu().eval()
+        model.to(home).eval()
 
 
 def check_distillable(model: nn.Module) -> None:
@@ -93,7 +94,7 @@ class SelectorDistillation(nn.Module):
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """(B, C, H, W) → {"loss", "overlap"}, scalars."""
         with torch.no_grad(), all_tokens(self.model):
-            host_of(self.model).outputs(images)
+            run(self.model, images)
         learnt = [_learn(block, target, self.kl) for block, target in zip(self.blocks, self.targets, strict=True)]
         losses, overlaps = zip(*learnt, strict=True)
         return {"loss": torch.stack(losses).sum(), "overlap": torch.stack(overlaps).mean()}

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.data import Images, check_classes, loader
-from tosa_convert.errors import TosaError
+from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.finetuning import outputs_of
-from tosa_convert.hosts import host_of
-from tosa_convert.origin import origin_of
+from tosa_convert.hosts import run
+from tosa_convert.origin import class_names, preprocessing_of
 from tosa_convert.processes import pick_device
 from tosa_convert.progress import Progress
 from tosa_convert.scores.random import RandomScore
@@ -26,6 +26,7 @@ def evaluate(
     data: str | Path | None = None,
     *,
     reference: str | None = None,
+    labels: bool = True,
     batch_size: int = 64,
     workers: int = 0,
     device: str | None = None,
@@ -37,19 +38,19 @@ def evaluate(
         models: a model, or name → model.
         data: folder of images; class sub-folders give top-1. None takes the built-in photos.
         reference: name of the model that the others are compared with.
+        labels: False leaves the names of the folders aside: the pictures are not sorted by class.
         device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
         {"images", "broken", "models": {name: figures}}. Figures: "top1" with labels; with a
-        reference "agreement" (same top-1, or for models without a head the share of tokens whose
-        cosine to the reference is above 0.999) and "cosine" (mean over images of logits, or tokens).
+        reference "agreement" (see :func:`agreement`) and "cosine" (mean over images of logits, or tokens).
     """
     models = {"model": models} if isinstance(models, nn.Module) else models
     first = next(iter(models.values()))
-    images = Images(data, origin_of(first).preprocessing)
-    labelled = images.labelled and outputs_of(first) > 0
-    if labelled:
-        check_classes(images, outputs_of(first))
+    images = Images(data, preprocessing_of(first))
+    if reference is not None and reference not in models:
+        raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
+    labelled = labels and has_labels(images, first)
     device = pick_device(device)
     for model in models.values():
         model.to(device).eval()
@@ -61,9 +62,11 @@ def evaluate(
             broken += batch["broken"]
             count = len(batch["images"])
             if count:
-                found = {name: predict(model, batch["images"].to(device)) for name, model in models.items()}
-                for name, prediction in found.items():
-                    _add(sums[name], prediction, batch["labels"].to(device) if labelled else None, found.get(reference))
+                inputs, truth = batch["images"].to(device), batch["labels"].to(device) if labelled else None
+                found = {name: predict(model, inputs) for name, model in models.items()}
+                against = found[reference][1] if reference else None
+                for name, (kind, prediction) in found.items():
+                    _add(sums[name], kind, prediction, truth, against)
             seen += count
             advance()
     if not seen:
@@ -73,26 +76,51 @@ def evaluate(
     return {"data": images.name, "images": seen, "broken": broken, "models": figures}
 
 
+def has_labels(images: Images, model: nn.Module) -> bool:
+    """Whether the folders are the model's classes, so that top-1 can be counted.
+
+    Raises:
+        UsageError: they look like classes, but not like this model's.
+    """
+    if not outputs_of(model) or not (images.labelled or images.ambiguous):
+        return False
+    check_classes(images, outputs_of(model), class_names(model))
+    return True
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The output that models are compared by: logits (B, classes), tokens (B, N, C), or the head's own."""
-    return next(iter(host_of(model).outputs(images).values())).float()
+def predict(model: nn.Module, images: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The output that models are compared by and its name: logits, tokens, or the head's own."""
+    kind, found = next(iter(run(model, images).items()))
+    return kind, found.float()
 
 
-def _add(sums: dict, found: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None) -> None:
+def _add(
+    sums: dict, kind: str, found: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None
+) -> None:
     if labels is not None:
         sums["top1"] += (found.argmax(-1) == labels).sum().item()
     if reference is not None:
-        sums["agreement"] += agreement(found, reference).sum().item()
+        sums["agreement"] += agreement(kind, found, reference).sum().item()
         sums["cosine"] += F.cosine_similarity(found, reference, dim=-1).reshape(len(found), -1).mean(1).sum().item()
 
 
-def agreement(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Per image, in 0…1: the same top-1 for logits (B, classes); the share of close vectors for anything else."""
-    if found.ndim == 2:
-        return (found.argmax(-1) == reference.argmax(-1)).float()
-    close = F.cosine_similarity(found, reference, dim=-1) > CLOSE
-    return close.float().reshape(len(found), -1).mean(1)
+def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Per image, in 0…1, how far two outputs say the same; an output that is not finite agrees with nothing.
+
+    "logits" (B, classes): the same top-1. "tokens" (B, N, C): the share of tokens whose cosine is
+    above 0.999. Anything else, such as a single score or a depth map: no value further off than a
+    hundredth of the reference's standard deviation.
+    """
+    if kind == "logits" and found.shape[-1] > 1:
+        agreed = (found.argmax(-1) == reference.argmax(-1)).float()
+    elif kind == "tokens":
+        agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float().mean(1)
+    else:
+        furthest = (found - reference).abs().flatten(1).amax(1)
+        agreed = (furthest <= 0.01 * reference.std()).float()
+    finite = found.flatten(1).isfinite().all(1) & reference.flatten(1).isfinite().all(1)
+    return agreed * finite
 
 
 def random_control(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -15,13 +16,12 @@ import torch
 from onnxscript import opset18
 from torch import nn
 
-from tosa_convert.data import Images, check_classes, loader
+from tosa_convert.data import Images, loader
 from tosa_convert.errors import TosaError
-from tosa_convert.evaluation import agreement
+from tosa_convert.evaluation import agreement, has_labels, predict
 from tosa_convert.files import atomic, write_json
-from tosa_convert.finetuning import outputs_of
-from tosa_convert.hosts import host_of
-from tosa_convert.origin import origin_of
+from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import class_names, preprocessing_of
 from tosa_convert.preprocessing import Preprocessing
 from tosa_convert.progress import Progress
 from tosa_convert.selective import chosen_tokens
@@ -55,7 +55,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.images > 0 and self.agreement >= self.threshold
+        return self.images > 0 and self.agreement >= self.threshold and math.isfinite(self.difference)
 
     def to_dict(self) -> dict:
         return {**asdict(self), "passed": self.passed}
@@ -72,32 +72,46 @@ def export_onnx(
 ) -> Check:
     """Write ``model.onnx`` (any batch size) and ``preprocessing.json``, and check the file in ONNX Runtime.
 
+    What an earlier export left in the folder is replaced only when the new file has been checked.
+
     Args:
-        model: a supported model, converted or not; exported at its own image size.
+        model: a supported model, converted or not; exported in float32 at its own image size.
         folder: where the files go, made if missing.
         data: pictures for the check; class sub-folders give top-1. None takes the built-in photos.
         settings: operator set, threshold, number of pictures.
         original: the model before its conversion, for its top-1 beside the others.
 
     Raises:
-        TosaError: the agreement is below the threshold; the file is then called ``model.failed.onnx``.
+        FailedCheckError: the agreement is below the threshold; the file is then called
+            ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
-    model = model.cpu().eval()
-    images = Images(data, origin_of(model).preprocessing)
-    for name in (FILE, FAILED):
-        (folder / name).unlink(missing_ok=True)
-    with atomic(folder / FAILED) as temporary:  # it gets its real name when it has passed
-        _write_graph(model, temporary, settings.opset)
-    check = _check(model, folder / FAILED, images, settings, original, progress or Progress())
+    model = model.cpu().float().eval()
+    original = original.cpu().float().eval() if original is not None else None
+    images = Images(data, preprocessing_of(model))
+    labelled = settings.labels and has_labels(images, model)
+    with atomic(folder / FILE) as fresh:
+        _write_graph(model, fresh, settings.opset)
+        check = _check(model, fresh, images, labelled, settings, original, progress or Progress())
+        if not check.passed:
+            (folder / FILE).unlink(missing_ok=True)
+            os.replace(fresh, folder / FAILED)
+            _write_facts(model, folder, check, settings)
+            raise FailedCheckError(check, folder / FAILED)
+    (folder / FAILED).unlink(missing_ok=True)
     _write_facts(model, folder, check, settings)
-    if not check.passed:
-        raise TosaError(
-            f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} pictures, below the threshold of "
-            f"{check.threshold:.0%}; the file is marked as {folder / FAILED}; try another --opset, or inspect it"
-        )
-    os.replace(folder / FAILED, folder / FILE)
     return check
+
+
+class FailedCheckError(TosaError):
+    """The ONNX file does not do what the torch model does; ``check`` says how far off it is."""
+
+    def __init__(self, check: Check, path: Path):
+        self.check = check
+        super().__init__(
+            f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} pictures, below the threshold of "
+            f"{check.threshold:.0%}; the file is marked as {path}; try another --opset, or inspect it"
+        )
 
 
 class _Graph(nn.Module):
@@ -108,13 +122,13 @@ class _Graph(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = host_of(self.model).outputs(images)
+        found = run(self.model, images)
         chosen = {f"{CHOSEN}{layer}": positions for layer, positions in chosen_tokens(self.model).items()}
         return {**found, **chosen}
 
 
 def _write_graph(model: nn.Module, path: Path, opset: int) -> None:
-    preprocessing = origin_of(model).preprocessing
+    preprocessing = preprocessing_of(model)
     example = torch.randn(2, preprocessing.channels, *preprocessing.size)
     graph = _Graph(model)
     with torch.no_grad():
@@ -166,13 +180,10 @@ def _with_chosen(path: Path) -> tuple[bytes, list[str]]:
     return proto.SerializeToString(), names
 
 
-def _check(model, path: Path, images: Images, settings: ExportSettings, original, progress: Progress) -> Check:
+def _check(model, path: Path, images, labelled: bool, settings: ExportSettings, original, progress) -> Check:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     graph, chosen_names = _with_chosen(path)
     inspected = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) if chosen_names else None
-    labelled = images.labelled and outputs_of(model) > 0
-    if labelled:
-        check_classes(images, outputs_of(model))
     check, agreed, right = Check(threshold=settings.threshold), 0.0, {"original": 0, "torch": 0, "onnx": 0}
     shared = dict.fromkeys(chosen_names, 0.0)
     # Spread over the folder, so that every class is seen.
@@ -184,18 +195,17 @@ def _check(model, path: Path, images: Images, settings: ExportSettings, original
             if len(batch["images"]):
                 feed = {"images": batch["images"].numpy()}
                 with torch.inference_mode():
-                    wanted = host_of(model).outputs(batch["images"])
+                    wanted = run(model, batch["images"])
                 positions = {f"{CHOSEN}{layer}": value for layer, value in chosen_tokens(model).items()}
                 found = [torch.from_numpy(value) for value in session.run(None, feed)]
                 check.images += len(batch["images"])
-                check.difference = max(check.difference, *map(_largest, found, wanted.values()))
-                main = next(iter(wanted.values()))
-                agreed += agreement(found[0], main).sum().item()
+                check.difference = max([check.difference, *map(_largest, found, wanted.values())])
+                kind, main = next(iter(wanted.items()))
+                agreed += agreement(kind, found[0], main).sum().item()
                 if labelled:
                     outputs = {"torch": main, "onnx": found[0]}
                     if original is not None:
-                        with torch.inference_mode():
-                            outputs["original"] = host_of(original).outputs(batch["images"])["logits"]
+                        outputs["original"] = predict(original, batch["images"])[1]
                     for name, value in outputs.items():
                         right[name] += (value.argmax(-1) == batch["labels"]).sum().item()
                 if inspected:
@@ -217,7 +227,8 @@ def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
         raise TosaError(
             f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: the export is wrong"
         )
-    return (found - wanted).abs().max().item()
+    difference = (found - wanted).abs().max().item()
+    return difference if math.isfinite(difference) else math.inf
 
 
 def _shared_tokens(found: np.ndarray, wanted: np.ndarray, images: int) -> float:
@@ -227,8 +238,7 @@ def _shared_tokens(found: np.ndarray, wanted: np.ndarray, images: int) -> float:
 
 
 def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportSettings) -> None:
-    preprocessing: Preprocessing = origin_of(model).preprocessing
-    spec = origin_of(model).spec
+    preprocessing: Preprocessing = preprocessing_of(model)
     facts = {
         "file": FILE if check.passed else FAILED,
         "status": "passed" if check.passed else "failed",
@@ -240,7 +250,7 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
             "scaled_to": [0, 1],
         },
         **preprocessing.model_dump(mode="json"),
-        "classes": (spec.get("pretrained_cfg") or {}).get("label_names") or spec.get("config", {}).get("id2label"),
+        "classes": class_names(model),
         "opset": settings.opset,
         "check": check.to_dict(),
     }

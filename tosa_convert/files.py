@@ -17,7 +17,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files
+        if temporary.exists():
+            temporary.chmod(0o666 & ~_umask())  # some writers make private files
         os.replace(temporary, path)
     except OSError as error:
         raise TosaError(

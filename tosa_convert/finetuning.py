@@ -8,8 +8,8 @@ from torch import nn
 
 from tosa_convert.data import Images, check_classes
 from tosa_convert.errors import UsageError
-from tosa_convert.hosts import host_of
-from tosa_convert.origin import origin_of
+from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import class_names, preprocessing_of
 from tosa_convert.progress import Progress
 from tosa_convert.selective import selective_blocks
 from tosa_convert.settings import FinetuneSettings
@@ -47,12 +47,13 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    images = Images(data, origin_of(model).preprocessing, settings.augment, seed)
+    images = Images(data, preprocessing_of(model), settings.augment, seed)
     weights = loss_weights(settings, images, model)
     accelerator = make_accelerator(device, settings)
+    home = next(model.parameters()).device
     objective = SelectiveFinetuning(model, weights, settings)
-    objective.teacher[0].to(accelerator.device)
     try:
+        objective.teacher[0].to(accelerator.device)
         return train(
             Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress()
         )
@@ -60,7 +61,7 @@ def finetune(
         for block in selective_blocks(model):
             block.selector.requires_grad_(True)
         objective.close()
-        model.cpu().eval()
+        model.to(home).eval()
 
 
 def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -> dict[str, float]:
@@ -71,13 +72,17 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
     """
     outputs = outputs_of(model)
     usable = images.labelled and outputs > 0
+    if settings.labels is None and outputs and images.ambiguous:
+        raise UsageError(
+            f"{images.name}: {images.ambiguous}; tidy the folder, or fine-tune without labels (--labels 0)"
+        )
     labels = settings.labels if settings.labels is not None else float(usable)
     if labels and not images.labelled:
         raise UsageError(f"{images.name} has no labels; sort it into class folders, or fine-tune with labels: 0")
     if labels and not outputs:
         raise UsageError("the model has no head to train with labels; fine-tune with labels: 0")
     if labels:
-        check_classes(images, outputs)
+        check_classes(images, outputs, class_names(model))
     alone = float(not labels)
     logits = settings.logits if settings.logits is not None else alone * (outputs > 0)
     features = settings.features if settings.features is not None else alone
@@ -117,14 +122,14 @@ class SelectiveFinetuning(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
-        found = host_of(self.model).outputs(images)
+        found = run(self.model, images)
         parts = {}
         if self.weights["labels"]:
             smoothing = self.settings.label_smoothing
             parts["labels"] = F.cross_entropy(found["logits"], labels, label_smoothing=smoothing)
         if self.weights["logits"] or self.weights["features"]:
             with torch.no_grad():
-                wanted = host_of(self.teacher[0]).outputs(images)
+                wanted = run(self.teacher[0], images)
         if self.weights["logits"]:
             parts["logits"] = _soft_divergence(found["logits"], wanted["logits"], self.settings.temperature)
         if self.weights["features"]:

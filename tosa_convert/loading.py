@@ -17,9 +17,12 @@ from tosa_convert.files import read_json
 from tosa_convert.hosts import host_of
 from tosa_convert.origin import Origin
 from tosa_convert.preprocessing import Preprocessing
+from tosa_convert.surgery import is_converted
 
 QUICKSTART = "quickstart"
 LONG_SUFFIX = "_patch*_*"
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, which transformers writes."""
 
 
 def load(
@@ -53,11 +56,15 @@ def load(
     elif folder and "architecture" in read_json(folder / "config.json"):
         model = _load_timm_folder(folder, num_classes, pretrained)
     elif folder or source.startswith("hf:"):
+        if num_classes is not None:
+            raise UsageError("--num-classes goes with timm models; give a transformers folder whose head fits")
         model = _load_transformers(str(folder or source.removeprefix("hf:")), local=bool(folder), pretrained=pretrained)
     else:
         model = _load_timm(resolve_timm_name(source.removeprefix("timm:")), checkpoint, num_classes, pretrained)
-    if model.tosa_origin.source is None:
-        _note_origin(model, str(folder.resolve()) if folder and source != QUICKSTART else source, checkpoint)
+    # A converted run saved from Python stays without a source: its own folder does not hold the original.
+    if model.tosa_origin.source is None and not is_converted(model):
+        place = str(folder.resolve()) if folder and source != QUICKSTART else source
+        _note_origin(model, place, checkpoint, num_classes)
     if img_size is not None:
         set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
     return model.eval()
@@ -89,8 +96,12 @@ def original_of(model: nn.Module) -> nn.Module | None:
     if origin is None or origin.source is None:
         return None
     try:
-        with torch.random.fork_rng(devices=[]):
-            return load(origin.source, checkpoint=origin.checkpoint, img_size=origin.preprocessing.size)
+        return load(
+            origin.source,
+            checkpoint=origin.checkpoint,
+            num_classes=origin.num_classes,
+            img_size=origin.preprocessing.size,
+        )
     except TosaError:
         return None
 
@@ -189,7 +200,7 @@ def _load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -
 
 def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Module:
     try:
-        with _quiet("timm", "huggingface_hub"):
+        with _quiet("timm", "huggingface_hub"), _same_random_weights():
             return timm.create_model(name, pretrained=pretrained, **arguments)
     except UnsupportedModelError:
         raise
@@ -205,7 +216,7 @@ def _create_with_checkpoint(name: str, checkpoint: Path, arguments: dict) -> nn.
     arguments.setdefault("num_classes", outputs)
     overlay = {"file": str(checkpoint), "num_classes": outputs, "custom_load": False}
     try:
-        with _quiet("timm"):
+        with _quiet("timm"), _same_random_weights():
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:
         raise TosaError(f"{checkpoint} does not fit {name}: {_one_line(error)}; check the model name") from error
@@ -224,32 +235,49 @@ def _load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
             if not pretrained:
                 model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
             else:
-                model = kind.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+                model, found = kind.from_pretrained(
+                    name, local_files_only=local, dtype=torch.float32, output_loading_info=True
+                )
+                if found["missing_keys"]:
+                    raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except Exception as error:
         hint = "the folder is damaged or incomplete" if local else "download it elsewhere and give its local folder"
         raise TosaError(f"cannot load {name}: {_one_line(error)}; {hint}") from error
     host = host_of(model)
-    preprocessing = _transformers_preprocessing(Path(name), host.preprocessing()) if local else host.preprocessing()
+    preprocessing = _transformers_preprocessing(name, host.preprocessing())
     model.tosa_origin = Origin(library="transformers", spec=host.spec(), preprocessing=preprocessing)
     return model
 
 
-def _transformers_preprocessing(folder: Path, default: Preprocessing) -> Preprocessing:
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
+def _transformers_preprocessing(name: str, default: Preprocessing) -> Preprocessing:
+    """What preprocessor_config.json says, of a local folder or beside a model of the hub; else the default."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        path = None
+    if path is None:
         return default
-    known = read_json(path)
-    found = {"mean": known.get("image_mean"), "std": known.get("image_std")}
+    known = read_json(Path(path))
+    found = {"interpolation": RESAMPLING.get(known.get("resample"), default.interpolation)}
+    if known.get("do_normalize", True):
+        found |= {
+            ours: known[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in known
+        }
+    else:
+        found |= {"mean": (0.0,) * default.channels, "std": (1.0,) * default.channels}
     crop, resize = known.get("crop_size"), known.get("size")
-    if crop and resize and "shortest_edge" in resize:
+    if isinstance(crop, dict) and isinstance(resize, dict) and "shortest_edge" in resize:
         found["crop_pct"] = crop["height"] / resize["shortest_edge"]
-    return Preprocessing(
-        **{**default.model_dump(), **{key: value for key, value in found.items() if value is not None}}
-    )
+    elif isinstance(resize, dict) and "height" in resize:
+        found["crop_mode"] = "squash"
+    return Preprocessing(**{**default.model_dump(), **found})
 
 
-def _note_origin(model: nn.Module, source: str, checkpoint) -> None:
-    found = {"source": source, "checkpoint": str(Path(checkpoint).resolve()) if checkpoint else None}
+def _note_origin(model: nn.Module, source: str, checkpoint, num_classes: int | None) -> None:
+    weights = str(Path(checkpoint).resolve()) if checkpoint else None
+    found = {"source": source, "checkpoint": weights, "num_classes": num_classes}
     model.tosa_origin = model.tosa_origin.model_copy(update=found)
 
 
@@ -257,6 +285,14 @@ def _one_line(error: Exception) -> str:
     """The gist of a library's message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " …"
+
+
+@contextlib.contextmanager
+def _same_random_weights():
+    """A head that no checkpoint fills is the same each time the model is loaded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from tosa_convert.hosts import host_of
-from tosa_convert.origin import origin_of
+from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import preprocessing_of
 from tosa_convert.selective import selective_blocks
 from tosa_convert.surgery import original
 
@@ -69,7 +69,7 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
         model: any supported model.
         size: image height and width; None is the model's own.
     """
-    preprocessing = origin_of(model).preprocessing
+    preprocessing = preprocessing_of(model)
     size = size or preprocessing.size
     image = torch.zeros(1, preprocessing.channels, *size)
     counted, uncounted = _count(model, image)
@@ -110,7 +110,7 @@ class _Outputs(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(host_of(self.model).outputs(images).values())
+        return tuple(run(self.model, images).values())
 
 
 def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, int]]:

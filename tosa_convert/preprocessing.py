@@ -6,14 +6,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Preprocessing(BaseModel):
-    """Resize, centre crop, scale to 0…1, normalise. Written beside each exported model as JSON.
+    """Resize, crop, scale to 0…1, normalise. Written beside each exported model as JSON.
 
     Attributes:
         size: height and width in pixels.
         channels: 3 for RGB, 1 for grey.
         mean, std: one number per channel, on pixels scaled to 0…1.
         interpolation: of the resize, "bilinear" or "bicubic" (PIL, antialiased).
-        crop_pct: share of the resized image's side that the centre crop keeps.
+        crop_pct: share of the resized image's side that the crop keeps.
+        crop_mode: "center" resizes the shorter side and cuts off what stands over, "squash" resizes
+            both sides, "border" resizes the longer side and pads.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -24,6 +26,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     @property
     def mode(self) -> str:

@@ -103,6 +103,7 @@ class ExportSettings(BaseModel):
         opset: ONNX operator set.
         threshold: agreement of torch and ONNX Runtime below which the export fails.
         images: at most so many pictures in the check.
+        labels: False leaves the names of the folders aside: the pictures are not sorted by class.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -110,3 +111,4 @@ class ExportSettings(BaseModel):
     opset: int = Field(default=20, ge=18)
     threshold: float = Field(default=0.99, ge=0, le=1)
     images: int = Field(default=512, ge=1)
+    labels: bool = True

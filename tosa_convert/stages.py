@@ -10,13 +10,13 @@ from tosa_convert import processes, runs
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import UsageError
 from tosa_convert.evaluation import evaluate, random_control
-from tosa_convert.export import export_onnx
+from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.files import read_json, write_text
-from tosa_convert.finetuning import finetune
+from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
 from tosa_convert.macs import flops
 from tosa_convert.progress import Progress
-from tosa_convert.recipe import Recipe
+from tosa_convert.recipe import Recipe, read_recipe
 from tosa_convert.report import write_report
 from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
 from tosa_convert.surgery import convert, is_converted
@@ -25,8 +25,6 @@ from tosa_convert.train import CHECKPOINT
 
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
     """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
-    if resume and runs.is_run(out):
-        return read_json(out / "config.json")["results"]
     model = _converted(recipe)
     check_distillable(model)
     return _train_stage("distill", model, recipe, out, resume, device, progress)
@@ -34,8 +32,6 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    if resume and runs.is_run(out):
-        return read_json(out / "config.json")["results"]
     model = load(source, img_size=recipe.img_size) if _is_run(source) else _converted(recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
@@ -67,7 +63,14 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
         if processes.is_main():
             report(name, results[name])
             if name != "export" and recipe.data.eval is not None:
-                results[f"eval {name}"] = eval_stage(str(run), recipe.data.eval, device=device, progress=progress)
+                results[f"eval {name}"] = eval_stage(
+                    str(run),
+                    recipe.data.eval,
+                    device=device,
+                    progress=progress,
+                    batch_size=getattr(recipe, name).batch_size,
+                    workers=getattr(recipe, name).workers,
+                )
                 report("eval", results[f"eval {name}"])
         processes.join(device)
     return results
@@ -77,7 +80,7 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, se
     """A model, or a run's model beside its original and the random-selection control."""
     model = load(source, img_size=img_size)
     models: dict[str, nn.Module] = {"converted" if is_converted(model) else "model": model}
-    before = original_of(model) if is_converted(model) else None
+    before = _original(model)
     if before is not None:
         models = {"original": before, **models}
     if control and is_converted(model) and model.tosa_config.score != "random":
@@ -96,13 +99,27 @@ def export_stage(
     """ONNX and its check, beside the run unless ``out`` says otherwise."""
     model = load(source, img_size=img_size)
     folder = Path(out) if out else Path(source)
-    before = original_of(model) if is_converted(model) else None
-    check = export_onnx(model, folder, data, settings, original=before, progress=progress)
-    results = {"file": str(folder / "model.onnx"), **check.to_dict()}
-    if _is_run(str(source)) and out is None:
-        runs.append_metrics(Path(source), stage="export", **results)
-        write_report(Path(source))
+    try:
+        check = export_onnx(model, folder, data, settings, original=_original(model), progress=progress)
+    except FailedCheckError as error:
+        _note_export(Path(source), out, {"file": str(folder / FAILED), **error.check.to_dict()})
+        raise
+    results = {"file": str(folder / FILE), **check.to_dict()}
+    _note_export(Path(source), out, results)
     return results
+
+
+def _note_export(source: Path, out: Path | None, results: dict) -> None:
+    """Keep the result of an export in its run's metrics and report, whether it passed or not."""
+    if out is None and _is_run(str(source)):
+        runs.append_metrics(source, stage="export", **results)
+        write_report(source)
+
+
+def _original(model: nn.Module) -> nn.Module | None:
+    """What a converted model is measured against, if it can be had and its head is the same."""
+    before = original_of(model) if is_converted(model) else None
+    return before if before is not None and outputs_of(before) == outputs_of(model) else None
 
 
 def _converted(recipe: Recipe) -> nn.Module:
@@ -114,12 +131,39 @@ def _is_run(source: str) -> bool:
     return Path(source).is_dir() and runs.is_run(Path(source))
 
 
+def _check_same_job(recipe: Recipe, path: Path) -> None:
+    """A resumed run goes on with what it was begun with, or its result would be of neither job."""
+    if not path.exists():
+        return
+    ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
+    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if changed:
+        raise UsageError(
+            f"{path.parent} was begun with other settings ({', '.join(changed[:4])}); resume it with the same command, "
+            "or start anew with another --out"
+        )
+
+
+def _flatten(content: dict, before: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in content.items():
+        name = f"{before}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
     settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
     verb = {"distill": distill, "finetune": finetune}[name]
+    resolved = recipe.model_copy(update={"convert": model.tosa_config})
+    if resume:
+        _check_same_job(resolved, out / "recipe.yaml")
+    processes.join(device)
+    if resume and runs.is_run(out):
+        return read_json(out / "config.json")["results"]
     if processes.is_main():
         runs.prepare(out, resume)
-        resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
     options = {"seed": recipe.seed, "device": device, "progress": progress}
@@ -132,7 +176,8 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
     if processes.is_main():
         runs.save(model, out, stage=name, results=results)
-        shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         write_report(out)
+        for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
+            shutil.rmtree(out / leftover, ignore_errors=True)
     processes.join(device)
     return results

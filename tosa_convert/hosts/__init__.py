@@ -112,8 +112,8 @@ def _modules() -> list:
 
 
 def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """:meth:`Host.outputs` of a model of any supported library."""
-    return host_of(model).outputs(images)
+    """:meth:`Host.outputs` of a model of any supported library; the images take the type of its weights."""
+    return host_of(model).outputs(images.to(next(model.parameters()).dtype))
 
 
 def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """timm's VisionTransformer family: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP and SigLIP towers, FlexiViT."""
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
@@ -86,12 +86,12 @@ class TimmVit(Host):
         return {"tokens": tokens, "features": self.model.forward_head(tokens)}
 
     def preprocessing(self) -> Preprocessing:
-        known = resolve_model_data_config(self.model)
+        known = resolve_data_config({}, pretrained_cfg=_config(self.model) or {"num_classes": 0})
         embed = self.model.patch_embed
         return Preprocessing(
             size=embed.img_size or known["input_size"][1:],
             channels=self._channels,
-            **{name: known[name] for name in ("mean", "std", "interpolation", "crop_pct")},
+            **{name: known[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         )
 
     @property
@@ -109,7 +109,7 @@ class TimmVit(Host):
 
     def spec(self) -> dict:
         model = self.model
-        known = dict(model.pretrained_cfg or {})
+        known = _config(model)
         arguments = {
             "num_classes": model.num_classes,
             "in_chans": self._channels,
@@ -118,6 +118,11 @@ class TimmVit(Host):
             "global_pool": model.global_pool,
         }
         return {"architecture": known.get("architecture"), "model_args": arguments, "pretrained_cfg": _plain(known)}
+
+
+def _config(model: nn.Module) -> dict:
+    """timm's pretrained_cfg; empty for a model that was not made by create_model."""
+    return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
 def _plain(config: dict) -> dict:
