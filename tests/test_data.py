@@ -130,3 +130,24 @@ def test_the_random_control_is_another_model_at_the_same_ratio():
     assert ours.shape == theirs.shape
     assert set(ours[0].tolist()) != set(theirs[0].tolist())
     assert torch.equal(theirs[0], theirs[1])
+
+
+def test_doubtful_labels_are_refused(tmp_path):
+    from tosa_convert.data import check_classes
+
+    write_pictures(tmp_path / "both/train", 4, ["a", "b"])
+    write_pictures(tmp_path / "both/val", 4, ["a", "b"])
+    write_pictures(tmp_path / "stray", 4, ["a", "b"])
+    write_pictures(tmp_path / "stray", 1)
+    for folder, words in (("both", "same name"), ("stray", "beside class folders")):
+        with pytest.raises(UsageError, match=words):
+            check_classes(Images(tmp_path / folder, SMALL), 2, [])
+
+
+def test_folders_named_like_the_classes_must_be_in_their_order(tmp_path):
+    from tosa_convert.data import check_classes
+
+    write_pictures(tmp_path, 4, ["boot", "shirt"])
+    check_classes(Images(tmp_path, SMALL), 2, ["boot", "shirt"])
+    with pytest.raises(UsageError, match="another order"):
+        check_classes(Images(tmp_path, SMALL), 2, ["shirt", "boot"])

@@ -5,9 +5,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAMILIES, lively
+from conftest import FAMILIES, lively, write_pictures
 
-from tosa_convert import ExportSettings, TosaError, convert, export, export_onnx, load
+from tosa_convert import ExportSettings, TosaError, UsageError, convert, export, export_onnx, load
+from tosa_convert.evaluation import agreement
 from tosa_convert.hosts import run
 
 
@@ -99,3 +100,31 @@ def test_an_export_leaves_the_model_usable(pictures, tmp_path):
         wanted = model(images)
         export_onnx(model, tmp_path, pictures)
         assert torch.equal(model(images), wanted)
+
+
+def test_a_refused_export_leaves_the_earlier_one(tmp_path):
+    write_pictures(tmp_path / "three", 3, ["a", "b", "c"])
+    model = convert(load("quickstart"), layers=[2], ratio=0.5)
+    export_onnx(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match="3 class folders"):
+        export_onnx(model, tmp_path / "out", tmp_path / "three")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert export_onnx(model, tmp_path / "out", tmp_path / "three", ExportSettings(labels=False)).passed
+
+
+@pytest.mark.parametrize("kind", ["logits", "tokens", "predicted_depth"])
+def test_agreement_sees_what_is_wrong(kind):
+    shape = {"logits": (4, 6), "tokens": (4, 5, 6), "predicted_depth": (4, 8, 8)}[kind]
+    wanted = torch.rand(shape) + 1
+    assert agreement(kind, wanted + 1e-6, wanted).tolist() == [1] * 4
+    assert agreement(kind, wanted.flip(-1), wanted).mean() < 0.5
+    wrong = wanted.clone()
+    wrong[1] = float("nan")
+    assert agreement(kind, wrong, wrong).tolist() == [1, 0, 1, 1]
+
+
+def test_a_head_with_one_output_is_compared_by_value():
+    wanted = torch.tensor([[0.1], [0.9], [0.4]])
+    assert agreement("logits", wanted, wanted).tolist() == [1, 1, 1]
+    assert agreement("logits", wanted.flip(0), wanted).tolist() == [0, 1, 0]

@@ -173,3 +173,52 @@ finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2, lr: 1.0e-
         trained = [read_metrics(tmp_path / name / stage) for name in ("one", "two")]
         assert [len(lines) for lines in trained] == [2, 2]
         assert trained[0][0]["loss"] == pytest.approx(trained[1][0]["loss"], rel=1e-3)
+
+
+def test_a_step_is_one_update_however_many_passes_it_takes(pictures, monkeypatch):
+    updates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args, **kw: (updates.append(1), step(self, *args, **kw))
+    )
+    distill(converted(), pictures, DistillSettings(steps=3, batch_size=2, accumulate=3))
+    assert len(updates) == 3
+
+
+def test_two_half_batches_accumulate_to_a_whole_one(pictures):
+    results = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        model = converted()
+        distill(model, pictures, DistillSettings(steps=3, batch_size=batch_size, accumulate=accumulate))
+        results.append(state(model))
+    assert same(*results, tolerance=1e-4)
+
+
+def test_checkpoints_hold_no_pickled_objects(pictures, tmp_path):
+    settings = DistillSettings(steps=3, batch_size=2, checkpoint_minutes=1e-9)
+    distill(converted(), pictures, settings, out=tmp_path)
+    files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert "step.json" in files
+    assert not any(name.startswith("custom_checkpoint") for name in files)
+    for path in (tmp_path / "checkpoint").glob("*.bin"):
+        torch.load(path, weights_only=True)
+
+
+def test_a_model_comes_back_in_the_state_it_was_given(pictures):
+    model = converted()
+    distill(model, pictures, DistillSettings(steps=1, batch_size=2))
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 3
+
+
+def test_seeds_reach_the_selectors_and_the_control(tmp_path):
+    from tosa_convert.recipe import Recipe
+
+    assert Recipe(model="x", seed=3).convert.seed == 3
+    assert Recipe(model="x", seed=3, convert={"seed": 5}).convert.seed == 5
+
+
+def test_fp16_on_a_cpu_is_refused(pictures):
+    with pytest.raises(UsageError, match="needs a GPU"):
+        distill(converted(), pictures, DistillSettings(steps=1, precision="fp16"), device="cpu")

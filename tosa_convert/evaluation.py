@@ -118,7 +118,7 @@ def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.
         agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float().mean(1)
     else:
         furthest = (found - reference).abs().flatten(1).amax(1)
-        agreed = (furthest <= 0.01 * reference.std()).float()
+        agreed = (furthest <= 0.01 * reference[reference.isfinite()].std()).float()
     finite = found.flatten(1).isfinite().all(1) & reference.flatten(1).isfinite().all(1)
     return agreed * finite
 
