@@ -288,6 +288,8 @@ def models(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("tosa-quickstart"),
+    seed: Seed = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """All of it in minutes: distill, fine-tune, count, evaluate, export a small ViT on real pictures. No network."""
@@ -298,7 +300,7 @@ def quickstart(
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             app(command, standalone_mode=False)
 
-    table, results = run_quickstart(out, execute)
+    table, results = run_quickstart(out, execute, seed, device)
     print(file=sys.stderr)
     if as_json:
         print_json(results)

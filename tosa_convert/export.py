@@ -1,6 +1,7 @@
 """ONNX, and the proof that it does what the torch model does."""
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -86,8 +87,8 @@ def export_onnx(
             ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
-    model = model.cpu().float().eval()
-    original = original.cpu().float().eval() if original is not None else None
+    model = _plain(model)
+    original = _plain(original) if original is not None else None
     images = Images(data, preprocessing_of(model))
     labelled = settings.labels and has_labels(images, model)
     with atomic(folder / FILE) as fresh:
@@ -101,6 +102,13 @@ def export_onnx(
     (folder / FAILED).unlink(missing_ok=True)
     _write_facts(model, folder, check, settings)
     return check
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model in eval mode if it is in float32 on the CPU, else a copy that is: the caller's stays where it is."""
+    weight = next(model.parameters())
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return (model if plain else copy.deepcopy(model).to("cpu", torch.float32)).eval()
 
 
 class FailedCheckError(TosaError):

@@ -16,12 +16,15 @@ MARK = "quickstart.json"
 MADE = ("data", "distilled", "finetuned", "random")
 
 
-def run_quickstart(out: Path, execute: Callable[[list[str]], None]) -> tuple[Table, dict]:
+def run_quickstart(
+    out: Path, execute: Callable[[list[str]], None], seed: int | None = None, device: str | None = None
+) -> tuple[Table, dict]:
     """Run the commands that a person would type, one after the other, and sum up what they left.
 
     Args:
         out: folder for the pictures and the runs; those of an earlier quickstart there are replaced.
         execute: runs one command line, given without the program's name.
+        seed, device: handed to each command that trains or evaluates.
 
     Returns:
         The closing table, and its figures.
@@ -29,41 +32,30 @@ def run_quickstart(out: Path, execute: Callable[[list[str]], None]) -> tuple[Tab
     _clear(out)
     data = out / "data"
     _unpack(data)
-    for command in commands(out, data):
+    everywhere = [*(["--seed", str(seed)] if seed is not None else []), *(["--device", device] if device else [])]
+    for command in commands(out, data, everywhere):
         execute(command)
     results = _collect(out)
     write_json(out / MARK, results)
     return _table(results), results
 
 
-def commands(out: Path, data: Path) -> list[list[str]]:
-    """The commands of the quickstart."""
+def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
+    """The commands of the quickstart; ``everywhere`` goes to those that train or evaluate."""
     train, test = str(data / "train"), str(data / "test")
-    selective = ["--layers", LAYERS, "--ratio", RATIO]
-    tuning = ["--data", train, "--steps", "150", "--batch-size", "64", "--augment", "flip"]
     distilled, finetuned, random = (str(out / name) for name in ("distilled", "finetuned", "random"))
+    selective = ["--layers", LAYERS, "--ratio", RATIO]
+    training = ["--data", train, "--batch-size", "64", "--augment", "flip", *everywhere]
+    tuning = ["--steps", "150", *training]
+    testing = ["--data", test, *everywhere]
     return [
-        [
-            "distill",
-            "quickstart",
-            *selective,
-            "--data",
-            train,
-            "--steps",
-            "60",
-            "--augment",
-            "flip",
-            "--batch-size",
-            "64",
-            "--out",
-            distilled,
-        ],
-        ["eval", distilled, "--data", test],
+        ["distill", "quickstart", *selective, "--steps", "60", *training, "--out", distilled],
+        ["eval", distilled, *testing],
         ["finetune", distilled, *tuning, "--out", finetuned],
         ["finetune", "quickstart", *selective, "--score", "random", *tuning, "--out", random],
         ["flops", finetuned],
-        ["eval", finetuned, "--data", test, "--no-control"],
-        ["eval", random, "--data", test, "--no-control"],
+        ["eval", finetuned, "--no-control", *testing],
+        ["eval", random, "--no-control", *testing],
         ["export", finetuned, "--onnx", "--data", test],
     ]
 
