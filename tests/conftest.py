@@ -1,8 +1,10 @@
 """Small random-weight instances of the real classes, small pictures, and no network."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 
 import numpy as np
 import pytest

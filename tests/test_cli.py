@@ -68,6 +68,15 @@ def test_the_newest_run_is_used_when_none_is_named(tosa, tmp_path):
     assert runs.newest(tmp_path) == tmp_path / "later"
 
 
+def test_a_run_made_elsewhere_from_here_is_the_newest_too(tosa, tmp_path):
+    assert tosa("distill", "quickstart", *QUICK, "--out", tmp_path / "deep/er/still")[0] == 0
+    assert "deep/er/still" in tosa("flops", "--json")[2]
+
+
+def test_the_version_is_told(tosa):
+    assert tosa("--version")[1].startswith("tosa-convert 0.")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -154,7 +163,7 @@ def test_models_are_told_apart_by_the_code_that_converts(tosa):
         (["distill", "quickstart", "--ratio", "0"], 2, "above 0 and at most 1"),
         (["distill", "quickstart", "--ratio", "1.2"], 2, "above 0 and at most 1"),
         (["distill", "quickstart", "--steps", "0"], 2, "steps"),
-        (["distill", "resnet18", "--out", "made"], 1, "resnet18"),
+        (["distill", "resnet18", "--out", "made"], 1, "not a ViT"),
         (["flops", "swin_tiny_patch4_window7_224"], 1, "within windows"),
         (["flops", "nonsuch"], 2, "tosa-convert models"),
         (["distill", "deit_tiny", "--out", "made"], 1, "--checkpoint FILE"),
@@ -232,18 +241,19 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
     """Ctrl-C, as the terminal sends it, in the middle of the training."""
     (tmp_path / "slow.yaml").write_text(
         f"model: quickstart\ndata: {{train: {labelled}}}\nconvert: {{layers: [2]}}\n"
-        "distill: {steps: 40, batch_size: 16, checkpoint_minutes: 0.00001, log_every: 1}\n"
+        "distill: {steps: 40, batch_size: 16, log_every: 1}\n"
     )
     command = ["distill", "--recipe", "slow.yaml", "--out", "cut"]
     process = subprocess.Popen([sys.executable, "-m", "tosa_convert", *command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "cut/checkpoint/step.json").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "cut/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in err
     assert "Traceback" not in err
+    assert (tmp_path / "cut/checkpoint/step.json").exists(), "Ctrl-C writes a checkpoint"
     assert tosa("export", "cut")[0] == 1
     code, out, err = tosa(*command, "--resume", "--json")
     assert code == 0, err

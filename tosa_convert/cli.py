@@ -57,6 +57,19 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from tosa_convert import __version__
+
+        print(f"tosa-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Make pretrained Vision Transformers token-selective: distill, fine-tune, measure, export."""
+
+
 @app.command()
 def distill(
     model: Model = None,
@@ -88,8 +101,8 @@ def distill(
 
     plan = make_recipe(recipe, "distill", locals())
     folder = _out(out, _stem(plan.model), resume, device)
-    say_data(plan)
     results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=bar(as_json))
+    say_data(plan)
     show(results, "training_table", as_json)
 
 
@@ -140,8 +153,8 @@ def finetune(
     options = {**locals(), "model": None if is_run and known.exists() else source}
     plan = make_recipe(recipe or (str(known) if is_run and known.exists() else None), "finetune", options)
     folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
-    say_data(plan)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
+    say_data(plan)
     show(results, "training_table", as_json)
 
 
@@ -349,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
-            _fail("interrupted; a training goes on with the same command, its --out folder and --resume", 130, debug)
+            _fail("interrupted", 130, debug)
         raise
     except TosaError as error:
         _fail(str(error), error.exit_code, debug)

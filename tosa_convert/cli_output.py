@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 def say_data(plan) -> None:
     if plan.data.train is None:
-        say("no --data given: training on the small built-in set of public-domain photos")
+        say("no --data given: trained on the small built-in set of public-domain photos")
 
 
 def show(results: dict, table: str, as_json: bool, *arguments) -> None:

@@ -168,7 +168,7 @@ def check_classes(images: Images, outputs: int, names: list[str]) -> None:
     if len(images.classes) != outputs:
         raise UsageError(
             f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the data "
-            "the model was trained for, or load it with --num-classes and its own --checkpoint"
+            "the model was trained for, or a model with as many classes"
         )
     if set(names) == set(images.classes) and names != images.classes:
         raise UsageError(

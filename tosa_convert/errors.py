@@ -13,5 +13,11 @@ class UsageError(TosaError):
     exit_code = 2
 
 
+class InterruptedTrainingError(TosaError):
+    """Ctrl-C during training, after its checkpoint was written. Exit code 130, as shells have it."""
+
+    exit_code = 130
+
+
 class UnsupportedModelError(TosaError):
     """The model is of a kind that cannot be made token-selective; the message says why."""

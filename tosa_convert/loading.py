@@ -142,7 +142,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             else ("it is truncated or not a checkpoint")
         )
         raise TosaError(
-            f"cannot read {path}: {reason}; save the model's state dict as .safetensors and use that"
+            f"cannot read {path}: {reason}; get the file again, or save the state dict as .safetensors"
         ) from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -175,6 +175,7 @@ def _listing(names: list[str]) -> str:
 
 def _load_timm(name: str, checkpoint, num_classes: int | None, pretrained: bool) -> nn.Module:
     arguments = {} if num_classes is None else {"num_classes": num_classes}
+    _refuse_before_fetching(name)
     if checkpoint is None:
         model = _create(name, pretrained, arguments, instead="download its weights elsewhere and add --checkpoint FILE")
     else:
@@ -182,6 +183,16 @@ def _load_timm(name: str, checkpoint, num_classes: int | None, pretrained: bool)
     host = host_of(model)
     model.tosa_origin = Origin(library="timm", spec=host.spec(), preprocessing=host.preprocessing())
     return model
+
+
+def _refuse_before_fetching(name: str) -> None:
+    """A model that cannot be converted is refused before its weights are asked for."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except Exception:  # some cannot be built without memory; they are looked at when they are loaded
+        return
+    host_of(model)
 
 
 def _load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -> nn.Module:
@@ -241,6 +252,11 @@ def _load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
                 if found["missing_keys"]:
                     raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     except Exception as error:
+        if "weights_only" in str(error):
+            raise TosaError(
+                f"cannot load {name}: its weights are a pickle that holds more than tensors, and running its code is "
+                "refused; save the model with safetensors"
+            ) from None
         hint = "the folder is damaged or incomplete" if local else "download it elsewhere and give its local folder"
         raise TosaError(f"cannot load {name}: {_one_line(error)}; {hint}") from error
     host = host_of(model)

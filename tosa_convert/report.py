@@ -62,7 +62,8 @@ def training_table(results: dict) -> Table:
     rows = [["steps", str(results["steps"])], ["pictures seen", str(results["pictures"])], *figures, *_cost_rows(cost)]
     notes = broken_notes(results["broken"])
     if "overlap" in results:
-        notes.append("overlap: share of the selected patches that the next layer's real attention would select")
+        notes.append("overlap: selected patches that the layer's real attention would select too; by chance: the ratio")
+    notes += _cost_notes(cost)
     return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
 
 
@@ -73,6 +74,12 @@ def _cost_rows(cost: dict) -> list[list[str]]:
         ["saved", percent(cost["saved"])],
         ["saved before paying the selectors", percent(cost["saved_without_selectors"])],
     ]
+
+
+def _cost_notes(cost: dict) -> list[str]:
+    if cost["selectors"] and cost["saved"] <= 0:
+        return ["the selectors cost more than they save at this setting; try a lower --ratio"]
+    return []
 
 
 def flops_table(cost: dict, source: str) -> Table:
@@ -109,6 +116,7 @@ def flops_table(cost: dict, source: str) -> Table:
         notes.append(
             f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} before paying the selectors"
         )
+    notes += _cost_notes(cost)
     uncounted = ", ".join(
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )
@@ -126,7 +134,7 @@ def eval_table(results: dict) -> Table:
     if not figures:
         notes.append("nothing to compare with: the pictures have no labels and the original is not at hand")
     if "agreement" in figures:
-        notes.append("agreement and cosine are with the original")
+        notes.append("with the original; agreement: same top-1, or without a head tokens with a cosine above 0.999")
     return Table(f"{results['images']} pictures of {results['data']}", ["", *figures], rows, notes)
 
 

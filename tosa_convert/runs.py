@@ -5,7 +5,9 @@ A finished run holds ``recipe.yaml`` (resolved), ``model.safetensors``, ``config
 interrupted run, which ``--resume`` continues from ``checkpoint/``.
 """
 
+import contextlib
 import json
+import os
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,14 @@ from torch import nn
 
 from tosa_convert.config import ConvertConfig
 from tosa_convert.errors import TosaError, UsageError
-from tosa_convert.files import atomic, check_writable, read_json, write_json
+from tosa_convert.files import atomic, check_writable, read_json, write_json, write_text
 from tosa_convert.origin import Origin, build, origin_of
 from tosa_convert.surgery import convert, is_converted
 
 FORMAT, FORMAT_VERSION = "tosa-convert run", 1
 RUNS = Path("runs")
+HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tosa-convert" / "runs.tsv"
+"""Which runs were made from which folder; see :func:`remember`."""
 
 
 def save(model: nn.Module, folder: str | Path, **extra) -> Path:
@@ -94,9 +98,24 @@ def load_run(folder: str | Path) -> nn.Module:
     return model
 
 
+def remember(folder: Path) -> None:
+    """Note a finished run of this working folder, so that it is found wherever it lies."""
+    line = f"{Path.cwd()}\t{folder.resolve()}"
+    with contextlib.suppress(OSError):  # a convenience: a read-only home must not fail the run
+        kept = [known for known in _remembered() if known != line][-200:]
+        HISTORY.parent.mkdir(parents=True, exist_ok=True)
+        write_text(HISTORY, "\n".join([*kept, line]) + "\n")
+
+
+def _remembered() -> list[str]:
+    return HISTORY.read_text(encoding="utf-8").splitlines() if HISTORY.exists() else []
+
+
 def newest(start: Path = Path()) -> Path:
-    """The run finished last, among ``./runs/*``, ``./runs/*/*`` and ``./*``."""
+    """The run finished last, among ``./runs/*``, ``./runs/*/*``, ``./*`` and those made from this folder."""
     found = [path.parent for pattern in ("runs/*", "runs/*/*", "*") for path in start.glob(f"{pattern}/config.json")]
+    elsewhere = [line.split("\t")[1] for line in _remembered() if line.startswith(f"{start.resolve()}\t")]
+    found += [Path(folder) for folder in elsewhere if (Path(folder) / "config.json").exists()]
     found = [folder for folder in found if is_run(folder)]
     if not found:
         raise UsageError("there is no run here yet; name one, or make one with `tosa-convert distill MODEL`")

@@ -8,7 +8,7 @@ from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.distillation import check_distillable, distill
-from tosa_convert.errors import UsageError
+from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import evaluate, random_control
 from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.files import read_json, write_text
@@ -169,7 +169,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     options = {"seed": recipe.seed, "device": device, "progress": progress}
     try:
         figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
-    except UsageError:
+    except TosaError:
         if processes.is_main():
             runs.discard(out)  # nothing was done yet
         raise
@@ -177,6 +177,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     if processes.is_main():
         runs.save(model, out, stage=name, results=results)
         write_report(out)
+        runs.remember(out)
         for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
             shutil.rmtree(out / leftover, ignore_errors=True)
     processes.join(device)

@@ -6,6 +6,8 @@ are augmented, the dropout. So a training that was interrupted goes on to the sa
 
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.data import Images, seed_everything, training_loader
-from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.errors import InterruptedTrainingError, TosaError, UsageError
 from tosa_convert.files import read_json, write_json
 from tosa_convert.progress import Progress
 from tosa_convert.settings import TrainSettings
@@ -87,7 +89,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     loader = training_loader(images, settings.batch_size, first * per_step, steps * per_step, settings.workers)
     loader = accelerator.prepare(loader)
     recorder = _Recorder(stage, accelerator)
-    with progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
+    stop = _CtrlC(enabled=stage.out is not None and world == 1)
+    with stop, progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
         for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
             lr = settings.lr * schedule(step - 1)
@@ -104,6 +107,11 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                 recorder.broken.update(batch["broken"])
             recorder.note(step, figures, lr, pictures=step * per_step, final=step == steps)
             recorder.checkpoint_when_due(step, final=step == steps)
+            if stop.requested and step < steps:
+                recorder.checkpoint(step)
+                raise InterruptedTrainingError(
+                    f"interrupted at step {step} of {steps}; go on with the same command and --out {stage.out} --resume"
+                )
             advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
     accelerator.wait_for_everyone()
     broken = sorted(set(gather_object(sorted(recorder.broken))))
@@ -160,6 +168,26 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
     return step
 
 
+class _CtrlC:
+    """Notes the first Ctrl-C, so that the step in hand is finished and kept; a second one stops at once."""
+
+    def __init__(self, enabled: bool):
+        self.requested = False
+        self.enabled = enabled and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self.before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *error) -> None:
+        if self.enabled:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before)
+
+
 def _settle(fresh: Path, kept: Path) -> None:
     """A whole fresh checkpoint takes the place of the kept one; half a one goes."""
     if (fresh / STEP_FILE).exists():
@@ -208,8 +236,11 @@ class _Recorder:
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(due), device=self.accelerator.device)
             due = self.accelerator.reduce(flag, "sum").item() > 0
-        if not due:
-            return
+        if due:
+            self.checkpoint(step)
+
+    def checkpoint(self, step: int) -> None:
+        """Write the state behind a step, all processes together."""
         fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
         if self.accelerator.is_main_process:
             _settle(fresh, kept)
