@@ -33,7 +33,6 @@ class Precision(StrEnum):
 
 MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
-Run = Annotated[str | None, typer.Argument(help="run directory; left out: the newest", show_default=False)]
 Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
 Layers = Annotated[str | None, typer.Option(help="selective layers from 1, such as 2,4,6", show_default="every second")]
 Ratio = Annotated[
