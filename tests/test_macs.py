@@ -52,10 +52,12 @@ def test_the_papers_setting_saves_nine_percent_before_its_selectors(deit):
         assert layer.macs - layer.selector == pytest.approx(expected, rel=0.005)
 
 
-def test_the_selector_is_charged_for_its_own_work(deit):
-    cost = flops(convert(load("deit_tiny", pretrained=False), **PAPER))
-    maps = 197 * 197 * 192
-    convolutions = 197 * 197 * (3 * 6 * 3) * 2
+@pytest.mark.parametrize("rows", ["all", 16, 32])
+def test_the_selector_is_charged_for_its_own_work(deit, rows):
+    cost = flops(convert(load("deit_tiny", pretrained=False), **PAPER, rows=rows))
+    read = 197 if rows == "all" else rows
+    maps = read * 197 * 192
+    convolutions = read * 197 * (3 * 6 * 3) * 2
     assert cost.layers[1].selector == pytest.approx(maps + convolutions, rel=0.001)
     assert cost.selectors == 5 * cost.layers[1].selector
 

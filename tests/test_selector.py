@@ -3,11 +3,14 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, lively
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tosa_convert import convert
 from tosa_convert.distillation import SelectorDistillation, divergence
+from tosa_convert.hosts import run
 from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import selective_blocks
+from tosa_convert.tokens import spread_rows
 
 
 def maps(heads=3, tokens=20, seed=0):
@@ -17,8 +20,8 @@ def maps(heads=3, tokens=20, seed=0):
 
 @pytest.mark.parametrize("tokens", [5, 20, 197])
 def test_predicted_maps_are_distributions_at_any_size(tokens):
-    predicted = AttentionSelector(3)(*maps(tokens=tokens))
-    log_maps = AttentionSelector(3).log_maps(*maps(tokens=tokens))
+    predicted = AttentionSelector(3, prefix=1)(*maps(tokens=tokens))
+    log_maps = AttentionSelector(3, prefix=1).log_maps(*maps(tokens=tokens))
     assert predicted.shape == (2, 3, tokens)
     assert log_maps.shape == (2, 3, tokens, tokens)
     assert torch.allclose(log_maps.exp().sum(-1), torch.ones(2, 3, tokens), atol=1e-4)
@@ -26,13 +29,13 @@ def test_predicted_maps_are_distributions_at_any_size(tokens):
 
 
 def test_scores_are_the_column_sums_of_the_predicted_maps():
-    selector = AttentionSelector(3)
+    selector = AttentionSelector(3, prefix=1)
     column_sums = selector.log_maps(*maps()).exp().sum(2)
     assert torch.allclose(selector(*maps()), column_sums, atol=1e-5)
 
 
 def test_each_query_row_is_predicted_on_its_own():
-    selector, (queries, keys) = AttentionSelector(3), maps()
+    selector, (queries, keys) = AttentionSelector(3, prefix=1), maps()
     everything = selector.log_maps(queries, keys)
     queries[:, :, 7] += 1
     changed = (selector.log_maps(queries, keys) - everything).abs().amax((0, 1, 3)) > 1e-6
@@ -43,7 +46,7 @@ def test_it_starts_close_to_the_map_it_listens_to():
     queries, keys = maps()
     listened = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1)
     correlation = torch.corrcoef(
-        torch.stack([AttentionSelector(3)(queries, keys).flatten(), listened.sum(2).flatten()])
+        torch.stack([AttentionSelector(3, prefix=1)(queries, keys).flatten(), listened.sum(2).flatten()])
     )
     assert correlation[0, 1] > 0.8
 
@@ -106,3 +109,65 @@ def test_two_seeds_give_two_selectors_and_one_seed_the_same():
     ]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+def test_a_few_rows_give_the_column_sums_over_those_rows():
+    queries, keys = maps(tokens=60)
+    everything = AttentionSelector(3, prefix=1, rows="all")
+    few = AttentionSelector(3, prefix=1, rows=8)
+    few.load_state_dict(everything.state_dict())
+    rows = spread_rows(60, 1, 8)
+    wanted = everything.log_maps(queries, keys)[:, :, rows].exp().sum(2)
+    assert torch.allclose(few(queries, keys), wanted, atol=1e-5)
+    assert not torch.allclose(few(queries, keys), everything(queries, keys), atol=1e-1)
+
+
+def test_as_many_rows_as_tokens_are_all_rows():
+    queries, keys = maps(tokens=20)
+    everything, many = AttentionSelector(3, prefix=1, rows="all"), AttentionSelector(3, prefix=1, rows=20)
+    many.load_state_dict(everything.state_dict())
+    assert torch.equal(many(queries, keys), everything(queries, keys))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements that any operator gives back."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return found
+
+
+@pytest.mark.parametrize("stage", ["inference", "distillation"])
+@pytest.mark.parametrize(("rows", "builds_it"), [(8, False), ("all", True)])
+@pytest.mark.parametrize("name", ["timm vit", "hf Dinov2Model"])
+def test_no_whole_map_is_built(name, rows, builds_it, stage):
+    """1025 tokens: one head's L×L map is larger than anything else in these models."""
+    model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, rows=rows)
+    if name == "timm vit":
+        model.set_input_size(img_size=(256, 256))
+    objective = SelectorDistillation(model)
+    images = torch.randn(1, 3, 256, 256)
+    with LargestTensor() as seen:
+        if stage == "distillation":
+            objective(images)["loss"].backward()
+        else:
+            with torch.inference_mode():
+                run(model, images)
+    objective.close()
+    assert (seen.largest >= 1025 * 1025) == builds_it
+
+
+def test_distillation_draws_other_rows_each_step_and_the_seed_repeats_them(images):
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 4], ratio=0.5, rows=4)
+    objective = SelectorDistillation(model)
+    losses = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        losses.append(objective(images)["loss"].item())
+    objective.close()
+    assert losses[0] == losses[2] != losses[1]

@@ -1,9 +1,19 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tosa_convert.scores.random import RandomScore
-from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_steps, rejoin_tokens, top_tokens
+from tosa_convert.tokens import (
+    RATIO_STEPS,
+    gather_tokens,
+    keep_count,
+    random_rows,
+    ratio_steps,
+    rejoin_tokens,
+    spread_rows,
+    top_tokens,
+)
 
 batches = st.integers(1, 4)
 patch_counts = st.integers(1, 40)
@@ -73,6 +83,7 @@ def test_random_scores_are_an_order_without_many_ties(seed, layer, tokens):
     scores = RandomScore(seed, layer)(maps, maps)
     assert scores.shape == (2, 3, tokens)
     assert torch.equal(scores[0], scores[1])
+    assert all(len(order.unique()) == tokens for order in scores[0])
     assert len(scores[0].sum(0).unique()) > 0.9 * tokens
     assert torch.equal(scores, RandomScore(seed, layer)(maps, maps))
     assert not torch.equal(scores, RandomScore(seed, layer + 1)(maps, maps))
@@ -85,3 +96,29 @@ def test_random_scores_choose_every_position_alike():
         counts[top_tokens(RandomScore(seed, 2)(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
     assert counts.min() > 140
     assert counts.max() < 260
+
+
+@given(tokens=st.integers(3, 1500), prefix=st.integers(0, 5), rows=st.integers(2, 64))
+def test_rows_that_stand_for_all_are_within_and_spread(tokens, prefix, rows):
+    tokens += prefix + rows
+    for choose in (spread_rows, random_rows):
+        chosen = choose(tokens, prefix, rows)
+        assert len(chosen) == rows
+        assert (chosen[0] == 0) == (prefix > 0) or prefix == 0
+        patches = chosen[1:] if prefix else chosen
+        assert patches.min() >= prefix
+        assert patches.max() < tokens
+    assert len(random_rows(tokens, prefix, rows).unique()) == rows
+    assert torch.equal(spread_rows(tokens, prefix, rows), spread_rows(tokens, prefix, rows))
+
+
+@pytest.mark.parametrize("side", [14, 16, 24, 37])
+def test_spread_rows_cover_the_grid_in_both_directions(side):
+    """Every quarter of the columns and every quarter of the rows gets its share of 32 query rows; a plain
+    stride of 8 on a grid of 16 would meet two columns."""
+    patches = spread_rows(side * side + 1, 1, 32)[1:] - 1
+    for place in (patches // side, patches % side):
+        counts = torch.bincount(place * 4 // side, minlength=4)
+        assert counts.min() >= 6
+        assert counts.max() <= 10
+    assert len(patches.unique()) == 31

@@ -44,6 +44,9 @@ SelectionOption = Annotated[
 ScoreOption = Annotated[
     Score | None, typer.Option(help="who chooses the tokens; random is the control", show_default="attention")
 ]
+Rows = Annotated[
+    str | None, typer.Option(help="query rows that score the tokens, or all (the paper)", show_default="32")
+]
 Hidden = Annotated[int | None, typer.Option(help="channels of the selector", show_default="2 per head")]
 Kernel = Annotated[int | None, typer.Option(help="width of the selector's convolutions", show_default="3")]
 DataOption = Annotated[
@@ -104,6 +107,8 @@ def convert_options(options: dict) -> dict:
     found = _given(options, ("selection", "score", "hidden", "kernel"))
     if options.get("layers") is not None:
         found["layers"] = _numbers(options["layers"], int, "--layers")
+    if options.get("rows") is not None:
+        found["rows"] = "all" if options["rows"] == "all" else _numbers(options["rows"], int, "--rows")[0]
     if options.get("ratio") is not None:
         ratios = _numbers(options["ratio"], float, "--ratio")
         found["ratio"] = ratios[0] if len(ratios) == 1 else ratios

@@ -19,6 +19,12 @@ def _keep_ratio(value: Any) -> float | list[float]:
     return value
 
 
+def _query_rows(value: object) -> object:
+    if value != "all" and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise ValueError(f"{value!r} is no number of query rows; give 2 or more, such as 32, or all")
+    return value
+
+
 class ConvertConfig(BaseModel):
     """What :func:`tosa_convert.convert` does to a model.
 
@@ -29,6 +35,9 @@ class ConvertConfig(BaseModel):
         score: who chooses them. "attention" is ToSA's learned selector, "random" the control.
         selection: "shared" lets one token set run the whole layer, attention and MLP, which is what
             saves work; "per_head" is the paper's Eq. 4: each head attends over its own tokens.
+        rows: query rows from which the selector scores the tokens; the class token's is always one of them.
+            "all" is the paper's computation and reads the whole L×L map. The default keeps within two
+            points of its overlap with the real attention's choice (benchmarks/rows_overlap.py).
         hidden: channels of the selector's hidden layer; None means two per head.
         kernel: width of the selector's convolutions along the keys, odd.
         seed: of the selectors' initial weights and of the random control.
@@ -40,6 +49,7 @@ class ConvertConfig(BaseModel):
     ratio: Annotated[float | list[float], BeforeValidator(_keep_ratio)] = 0.8
     score: Literal["attention", "random"] = "attention"
     selection: Literal["shared", "per_head"] = "shared"
+    rows: Annotated[int | Literal["all"], BeforeValidator(_query_rows)] = 32
     hidden: int | None = Field(default=None, ge=1)
     kernel: int = Field(default=3, ge=1)
     seed: int = Field(default=0, ge=0)

@@ -14,7 +14,7 @@ from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import Relay, Selection, all_tokens, selective_blocks
 from tosa_convert.settings import DistillSettings
 from tosa_convert.surgery import is_converted
-from tosa_convert.tokens import top_tokens
+from tosa_convert.tokens import random_rows, top_tokens
 from tosa_convert.train import Stage, make_accelerator, train
 
 
@@ -42,7 +42,8 @@ def distill(
 
     Returns:
         Figures of the last step: "loss" (nats per query row, summed over heads and layers) and
-        "overlap" (share of the selected patches that the real column sums would select).
+        "overlap" (share of the selected patches that the real column sums would select, both over the
+        query rows of that step).
     """
     check_distillable(model)
     settings = settings or DistillSettings()
@@ -104,16 +105,18 @@ def _learn(block: nn.Module, target: Relay, kl: str) -> tuple[torch.Tensor, torc
     """Loss and overlap of one selector after a forward pass over all tokens."""
     selection: Selection = block.selection
     selector: AttentionSelector = block.selector
-    predicted = selector.log_maps(*selection.relay.take())
-    queries, keys = target.take()
-    real = ((queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)).float().log_softmax(-1)
-    loss = divergence(predicted.float(), real) if kl == "reverse" else divergence(real, predicted.float())
+    (queries, keys), (next_queries, next_keys) = selection.relay.take(), target.take()
+    rows = selector.query_rows(keys.shape[2], random_rows)
+    predicted = selector.log_maps(queries[:, :, rows], keys).float()
+    scaled = next_queries[:, :, rows] * next_queries.shape[-1] ** -0.5
+    real = (scaled @ next_keys.transpose(-2, -1)).float().log_softmax(-1)
+    loss = divergence(predicted, real) if kl == "reverse" else divergence(real, predicted)
     with torch.no_grad():
         return loss, overlap(predicted.exp().sum((1, 2)), real.exp().sum((1, 2)), selection)
 
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Σ_heads KL(first ‖ second) of log maps (B, H, N, N), averaged over images and query rows."""
+    """Σ_heads KL(first ‖ second) of log maps (B, H, R, N), averaged over images and query rows."""
     return (first.exp() * (first - second)).sum(-1).sum(1).mean()
 
 

@@ -71,7 +71,7 @@ def _make_selective(host: Host, layer: int, ratio: float, config: ConvertConfig)
     weight = next(block.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed * 1009 + layer)  # the CPU's only: a GPU's stays as it is
-        selector = build_score(config, host.heads, layer)
+        selector = build_score(config, host.heads, host.prefix, layer)
     block.__class__ = selective_class(type(block))
     block.selection = selection
     block.selector = selector.to(weight.device, weight.dtype).train(block.training)

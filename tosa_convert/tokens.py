@@ -64,3 +64,28 @@ def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.
     everything = tokens.reshape(batch * count, width)
     joined = everything.index_copy(0, rows, updated.reshape(-1, width).to(tokens.dtype))
     return joined.reshape(batch, count, width)
+
+
+def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
+    """Positions of ``rows`` tokens that stand for all of them: the first prefix token, if there is one, then
+    patches at even strides along the reading order, shifted by the golden ratio across it.
+
+    A plain stride meets the same few columns of the grid again and again, depending on its width; this
+    (a Fibonacci lattice) covers both directions at every number of rows. The grid is taken to be
+    square; on another one the positions are still spread. Integer arithmetic: the same in ONNX.
+    """
+    patches, leading = tokens - prefix, min(prefix, 1)
+    count = rows - leading
+    side = (torch.arange(patches) ** 2 < patches).sum()  # ⌈√patches⌉, also of a symbolic number of patches
+    index = torch.arange(count)
+    down = (2 * index + 1) * side // (2 * count)
+    across = (index * 40503 + 32768) % 65536 * side // 65536  # 40503 / 65536 is the golden ratio's fraction
+    chosen = (down * side + across) * patches // side**2 + prefix
+    return torch.cat([torch.zeros(leading, dtype=torch.long), chosen])
+
+
+def random_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
+    """As :func:`spread_rows`, with patches drawn at random without repetition, from torch's generator."""
+    leading = min(prefix, 1)
+    drawn = torch.randperm(tokens - prefix)[: rows - leading] + prefix
+    return torch.cat([torch.zeros(leading, dtype=torch.long), drawn])

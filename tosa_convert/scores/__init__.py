@@ -11,8 +11,8 @@ from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.scores.random import RandomScore
 
 
-def build_score(config: ConvertConfig, heads: int, layer: int) -> nn.Module:
+def build_score(config: ConvertConfig, heads: int, prefix: int, layer: int) -> nn.Module:
     """The scorer that ``config`` asks for, for one selective layer (1-based)."""
     if config.score == "random":
         return RandomScore(seed=config.seed, layer=layer)
-    return AttentionSelector(heads, hidden=config.hidden, kernel=config.kernel)
+    return AttentionSelector(heads, prefix, rows=config.rows, hidden=config.hidden, kernel=config.kernel)

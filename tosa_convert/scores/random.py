@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+PRIME = 65519
+"""Not 1 modulo 3, so that every residue has one cube root."""
+
 
 class RandomScore(nn.Module):
     """A seeded pseudo-random order of the positions, another one for each layer and head.
@@ -22,6 +25,8 @@ class RandomScore(nn.Module):
         position = torch.arange(tokens, device=keys.device)[None, :]
         head = torch.arange(heads, device=keys.device)[:, None]
         value = position * 40503 + head * 30011 + self.layer * 10007 + self.seed * 7919 + 1
-        for _ in range(3):  # a few rounds of a multiplicative hash modulo a prime
-            value = (value * value % 65521 * 48271 + value * 16807 + 11) % 65521
+        for _ in range(3):  # cubing modulo this prime is one-to-one: no two positions of a head tie
+            value = value % PRIME
+            value = value * value % PRIME * value % PRIME * 48271 + 11
+        value = value % PRIME
         return value.to(torch.float32).expand(batch, heads, tokens)
