@@ -58,7 +58,7 @@ def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
 
 def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
     """The check runs the file itself: a graph with other weights must not pass."""
-    write = export._write_graph
+    write = export.write_graph
 
     def wrong(model, path, opset):
         write(model, path, opset)
@@ -69,7 +69,7 @@ def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(-values, tensor.name))
         onnx.save_model(proto, path)
 
-    monkeypatch.setattr(export, "_write_graph", wrong)
+    monkeypatch.setattr(export, "write_graph", wrong)
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with pytest.raises(TosaError, match="below the threshold of 99%"):

@@ -122,3 +122,9 @@ def test_spread_rows_cover_the_grid_in_both_directions(side):
         assert counts.min() >= 6
         assert counts.max() <= 10
     assert len(patches.unique()) == 31
+
+
+@given(tokens=st.integers(40, 1500), prefix=st.integers(0, 5), rows=st.integers(2, 40))
+def test_rows_of_a_symbolic_number_of_tokens_are_the_same(tokens, prefix, rows):
+    symbolic = torch.tensor(tokens)
+    assert torch.equal(spread_rows(symbolic, prefix, rows), spread_rows(tokens, prefix, rows))

@@ -6,6 +6,7 @@ from importlib.metadata import version
 __version__ = version("tosa-convert")
 
 _HOME = {
+    "BenchSettings": "benching",
     "ConvertConfig": "config",
     "DistillSettings": "settings",
     "ExportSettings": "settings",
@@ -13,6 +14,7 @@ _HOME = {
     "TosaError": "errors",
     "UnsupportedModelError": "errors",
     "UsageError": "errors",
+    "bench": "benching",
     "convert": "surgery",
     "distill": "distillation",
     "evaluate": "evaluation",

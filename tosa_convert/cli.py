@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from tosa_convert.cli_bench import bench
 from tosa_convert.cli_options import (
     AugmentOption,
     BatchSize,
@@ -42,9 +43,13 @@ from tosa_convert.cli_options import (
     Steps,
     Workers,
     convert_options,
+    is_run,
     make_recipe,
+    out_folder,
+    pick_source,
+    stem,
 )
-from tosa_convert.cli_output import bar, print_json, say, say_data, show
+from tosa_convert.cli_output import bar, print_json, say_data, show
 from tosa_convert.cli_recipes import recipes_app
 from tosa_convert.errors import TosaError, UsageError
 
@@ -56,6 +61,7 @@ app = typer.Typer(
     epilog="Add --debug to any command for the traceback of an error.",
 )
 app.add_typer(recipes_app, name="recipes")
+app.command()(bench)
 
 
 def _version(asked: bool) -> None:
@@ -102,7 +108,7 @@ def distill(
     from tosa_convert import stages
 
     plan = make_recipe(recipe, "distill", locals())
-    folder = _out(out, _stem(plan.model), resume, device)
+    folder = out_folder(out, stem(plan.model), resume, device)
     results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=bar(as_json))
     say_data(plan)
     show(results, "training_table", as_json)
@@ -143,18 +149,18 @@ def finetune(
 
     Given a model instead of a run, it is converted first (--score random: the control).
     """
-    from tosa_convert import runs, stages
+    from tosa_convert import stages
 
-    source = _source(run)
-    is_run = Path(source).is_dir() and runs.is_run(Path(source))
-    if is_run and any(value is not None for value in (layers, ratio, selection, score)):
+    source = pick_source(run)
+    trained = is_run(source)
+    if trained and any(value is not None for value in (layers, ratio, selection, score)):
         raise UsageError(
             "--layers, --ratio, --selection and --score are fixed in a run; distill the model anew with them"
         )
     known = Path(source) / "recipe.yaml"  # a run saved from Python has none
-    options = {**locals(), "model": None if is_run and known.exists() else source}
-    plan = make_recipe(recipe or (str(known) if is_run and known.exists() else None), "finetune", options)
-    folder = _out(out, f"{_stem(source)}-finetuned", resume, device)
+    options = {**locals(), "model": None if trained and known.exists() else source}
+    plan = make_recipe(recipe or (str(known) if trained and known.exists() else None), "finetune", options)
+    folder = out_folder(out, f"{stem(source)}-finetuned", resume, device)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
     say_data(plan)
     show(results, "training_table", as_json)
@@ -178,7 +184,7 @@ def run(
     plan = read_recipe(path)
     if seed is not None:
         plan = build_config(Recipe, {**plan.model_dump(exclude_unset=True), "seed": seed})
-    folder = _out(out, path.stem, resume, device)
+    folder = out_folder(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
         tables = {"export": "export_table", "eval": "eval_table"}
@@ -211,7 +217,7 @@ def flops(
     from tosa_convert.macs import flops as count
     from tosa_convert.surgery import convert
 
-    source = _source(source)
+    source = pick_source(source)
     model = load(source, img_size=img_size, pretrained=False)
     options = convert_options(locals())
     if options:
@@ -236,7 +242,7 @@ def evaluate(
     from tosa_convert import stages
 
     results = stages.eval_stage(
-        _source(source),
+        pick_source(source),
         data,
         img_size=img_size,
         control=control,
@@ -268,12 +274,12 @@ def export(
     from tosa_convert.config import build_config
     from tosa_convert.settings import ExportSettings
 
-    source = _source(source)
+    source = pick_source(source)
     settings = build_config(
         ExportSettings, {"opset": opset, "threshold": threshold, "images": images, "labels": labels}
     )
-    if out is None and not _is_run(source):
-        out = _out(None, f"{_stem(source)}-onnx", False)
+    if out is None and not is_run(source):
+        out = out_folder(None, f"{stem(source)}-onnx", False)
     results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=bar(as_json))
     show(results, "export_table", as_json)
 
@@ -322,35 +328,6 @@ def quickstart(
         print_json(results)
     else:
         table.print(Console())
-
-
-def _source(source: str | None) -> str:
-    from tosa_convert import runs
-
-    if source is not None:
-        return source
-    found = str(runs.newest())
-    say(f"using the newest run, {found}")
-    return found
-
-
-def _is_run(source: str) -> bool:
-    from tosa_convert import runs
-
-    return Path(source).is_dir() and runs.is_run(Path(source))
-
-
-def _stem(source: str) -> str:
-    """A folder name for a source."""
-    return Path(source.split(":")[-1]).name
-
-
-def _out(out: Path | None, stem: str, resume: bool, device: str | None = None) -> Path:
-    from tosa_convert import processes, runs
-
-    if out is None and resume:
-        raise UsageError("--resume needs --out, the folder of the interrupted run")
-    return processes.agree(out or runs.new_folder(stem), device)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tosa_convert.cli_output import say
 from tosa_convert.errors import UsageError
 
 
@@ -106,18 +107,51 @@ def _given(options: dict, names) -> dict:
 def convert_options(options: dict) -> dict:
     found = _given(options, ("selection", "score", "hidden", "kernel"))
     if options.get("layers") is not None:
-        found["layers"] = _numbers(options["layers"], int, "--layers")
+        found["layers"] = numbers(options["layers"], int, "--layers")
     if options.get("rows") is not None:
-        found["rows"] = "all" if options["rows"] == "all" else _numbers(options["rows"], int, "--rows")[0]
+        found["rows"] = "all" if options["rows"] == "all" else numbers(options["rows"], int, "--rows")[0]
     if options.get("ratio") is not None:
-        ratios = _numbers(options["ratio"], float, "--ratio")
+        ratios = numbers(options["ratio"], float, "--ratio")
         found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
     return found
 
 
-def _numbers(text: str, kind: type, option: str) -> list:
+def numbers(text: str, kind: type, option: str) -> list:
+    """An option's comma-separated numbers."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         example = "2,4,6" if kind is int else "0.8 or 0.9,0.8,0.7"
         raise UsageError(f"{option} {text!r} is not a list of numbers; write it like {example}") from None
+
+
+def pick_source(source: str | None) -> str:
+    """The source that was named, or the newest run."""
+    from tosa_convert import runs
+
+    if source is not None:
+        return source
+    found = str(runs.newest())
+    say(f"using the newest run, {found}")
+    return found
+
+
+def is_run(source: str) -> bool:
+    """Whether a source is the folder of a finished run."""
+    from tosa_convert import runs
+
+    return Path(source).is_dir() and runs.is_run(Path(source))
+
+
+def stem(source: str) -> str:
+    """A folder name for a source."""
+    return Path(source.split(":")[-1]).name
+
+
+def out_folder(out: Path | None, name: str, resume: bool = False, device: str | None = None) -> Path:
+    """Where results go: as asked for, or a fresh folder under ./runs; the same in every process."""
+    from tosa_convert import processes, runs
+
+    if out is None and resume:
+        raise UsageError("--resume needs --out, the folder of the interrupted run")
+    return processes.agree(out or runs.new_folder(name), device)

@@ -92,7 +92,7 @@ def export_onnx(
     images = Images(data, preprocessing_of(model))
     labelled = settings.labels and has_labels(images, model)
     with atomic(folder / FILE) as fresh:
-        _write_graph(model, fresh, settings.opset)
+        write_graph(model, fresh, settings.opset)
         check = _check(model, fresh, images, labelled, settings, original, progress or Progress())
         if not check.passed:
             (folder / FILE).unlink(missing_ok=True)
@@ -135,7 +135,8 @@ class _Graph(nn.Module):
         return {**found, **chosen}
 
 
-def _write_graph(model: nn.Module, path: Path, opset: int) -> None:
+def write_graph(model: nn.Module, path: Path, opset: int) -> None:
+    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, the model's own image size."""
     preprocessing = preprocessing_of(model)
     example = torch.randn(2, preprocessing.channels, *preprocessing.size)
     graph = _Graph(model)

@@ -15,7 +15,7 @@ from tosa_convert import runs
 from tosa_convert.errors import TosaError, UnsupportedModelError, UsageError
 from tosa_convert.files import read_json
 from tosa_convert.hosts import host_of
-from tosa_convert.origin import Origin
+from tosa_convert.origin import Origin, origin_of
 from tosa_convert.preprocessing import Preprocessing
 from tosa_convert.surgery import is_converted
 
@@ -80,7 +80,7 @@ def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
             f"use {below[0]}×{below[1]} or {above[0]}×{above[1]}"
         )
     host.resize(size)
-    origin = model.tosa_origin
+    origin = origin_of(model)
     spec = dict(origin.spec)
     if "model_args" in spec:
         spec["model_args"] = {**spec["model_args"], "img_size": size}

@@ -150,6 +150,37 @@ def export_table(results: dict) -> Table:
     return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
 
 
+def bench_table(results: dict) -> Table:
+    """Milliseconds, speed-up beside the ideal, and peak memory, per case and model."""
+    rows, notes = [], [*results["notes"]]
+    for case in results["cases"]:
+        place = [case["runtime"], str(case["batch_size"]), str(case["size"][0]), case["precision"]]
+        for name, figures in case["models"].items():
+            low, high = figures["ms_quartiles"]
+            memory = "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f} MiB"
+            row = [*place, name, f"{figures['ms']:.1f}", f"{low:.1f}–{high:.1f}"]
+            if "speedup" in figures:
+                row += [
+                    f"{figures['speedup']:.2f}×",
+                    f"{figures['ideal']:.2f}×",
+                    percent(figures["reached"], 0),
+                    memory,
+                ]
+                if figures["speedup_quartiles"][0] <= 1:
+                    notes.append(f"{name}: no gain at this size ({place[0]}, batch {place[1]}, {place[2]} px)")
+            else:
+                row += ["", "", "", memory]
+            rows.append(row)
+    settings, machine = results["settings"], results["machine"]
+    notes.append(
+        f"medians and quartiles of {settings['rounds']} rounds in turn, {settings['threads']} thread(s), "
+        f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
+    )
+    notes.append("ideal: ratio of MACs, the selectors' own work free; memory: weights and activations")
+    columns = ["runtime", "batch", "px", "type", "model", "ms", "quartiles", "speed-up", "ideal", "reached", "memory"]
+    return Table(f"Speed against {results['reference']}", columns, rows, notes)
+
+
 def broken_notes(names: list[str]) -> list[str]:
     """Which pictures could not be read, named up to five."""
     if not names:
@@ -168,6 +199,8 @@ def write_report(run: Path) -> None:
         tables.append(eval_table(latest["eval"]))
     if "export" in latest:
         tables.append(export_table(latest["export"]))
+    if (run / "bench.json").exists():
+        tables.append(bench_table(read_json(run / "bench.json")))
     head = (
         f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
     )

@@ -7,19 +7,21 @@ from pathlib import Path
 from torch import nn
 
 from tosa_convert import processes, runs
+from tosa_convert.benching import BenchSettings, bench
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import evaluate, random_control
 from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
-from tosa_convert.files import read_json, write_text
+from tosa_convert.files import check_writable, read_json, write_json, write_text
 from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
 from tosa_convert.macs import flops
+from tosa_convert.pictures import speedup_picture
 from tosa_convert.progress import Progress
 from tosa_convert.recipe import Recipe, read_recipe
 from tosa_convert.report import write_report
 from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
-from tosa_convert.surgery import convert, is_converted
+from tosa_convert.surgery import convert, is_converted, original
 from tosa_convert.train import CHECKPOINT
 
 
@@ -107,6 +109,42 @@ def export_stage(
     results = {"file": str(folder / FILE), **check.to_dict()}
     _note_export(Path(source), out, results)
     return results
+
+
+def bench_stage(
+    source: str,
+    options: dict,
+    against: list[str],
+    settings: BenchSettings,
+    *,
+    out=None,
+    checkpoint=None,
+    device=None,
+    progress=None,
+) -> dict:
+    """A run, or a model converted with ``options``, timed beside its original and ``against``.
+
+    Leaves ``bench.json`` and ``bench.png`` beside the run unless ``out`` says otherwise. Weights
+    are not needed: what is not a run gets random ones.
+    """
+    model = load(source, checkpoint=checkpoint, pretrained=checkpoint is not None)
+    if options and is_converted(model):
+        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
+    if not is_converted(model):
+        convert(model, **options)
+    models = {"original": original(model), "converted": model}
+    for name in against:
+        models[Path(name).name if _is_run(name) else name] = load(name, pretrained=False)
+    folder = Path(out) if out else Path(source)
+    check_writable(folder)
+    results = {"source": source, "convert": model.tosa_config.model_dump()}
+    results |= bench(models, settings, device=device, progress=progress)
+    if results["cases"]:
+        speedup_picture(results, folder / "bench.png")
+    write_json(folder / "bench.json", results)
+    if out is None:
+        write_report(folder)
+    return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
 
 
 def _note_export(source: Path, out: Path | None, results: dict) -> None:

@@ -4,6 +4,8 @@ Everything here keeps batch and token count symbolic, so that one conversion run
 exports at any batch size and image size.
 """
 
+import math
+
 import torch
 
 RATIO_STEPS = 10_000
@@ -74,14 +76,26 @@ def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
     (a Fibonacci lattice) covers both directions at every number of rows. The grid is taken to be
     square; on another one the positions are still spread. Integer arithmetic: the same in ONNX.
     """
+    if isinstance(tokens, int):
+        return torch.tensor(_spread_rows(tokens, prefix, rows))
     patches, leading = tokens - prefix, min(prefix, 1)
-    count = rows - leading
-    side = (torch.arange(patches) ** 2 < patches).sum()  # ⌈√patches⌉, also of a symbolic number of patches
-    index = torch.arange(count)
+    side = (torch.arange(patches) ** 2 < patches).sum()  # ⌈√patches⌉ of a symbolic number of patches
+    chosen = _lattice(torch.arange(rows - leading), rows - leading, side, patches) + prefix
+    return torch.cat([torch.zeros(leading, dtype=torch.long), chosen])
+
+
+def _spread_rows(tokens: int, prefix: int, rows: int) -> list[int]:
+    """:func:`spread_rows` of a known number of tokens, without a dozen small tensor operations in each forward pass."""
+    patches, leading = tokens - prefix, min(prefix, 1)
+    side, count = math.isqrt(patches - 1) + 1, rows - leading
+    return [0] * leading + [_lattice(index, count, side, patches) + prefix for index in range(count)]
+
+
+def _lattice(index, count: int, side, patches):
+    """The index-th of ``count`` patches; integers or integer tensors."""
     down = (2 * index + 1) * side // (2 * count)
     across = (index * 40503 + 32768) % 65536 * side // 65536  # 40503 / 65536 is the golden ratio's fraction
-    chosen = (down * side + across) * patches // side**2 + prefix
-    return torch.cat([torch.zeros(leading, dtype=torch.long), chosen])
+    return (down * side + across) * patches // side**2
 
 
 def random_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:

@@ -64,6 +64,10 @@ class Host(ABC):
         """Dropout on the attention weights while training."""
 
     @abstractmethod
+    def inputs(self, images: torch.Tensor) -> dict:
+        """The keywords with which the model's own forward takes these images."""
+
+    @abstractmethod
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model. With a head {"logits": (B, classes)} (or the head's own output); without one
         {"tokens": (B, N, C), "features": (B, C)}."""

@@ -79,6 +79,9 @@ class TimmVit(Host):
     def attention_dropout(self, attention) -> float:
         return attention.attn_drop.p
 
+    def inputs(self, images):
+        return {"x": images}
+
     def outputs(self, images):
         if self.model.num_classes > 0:
             return {"logits": self.model(images)}

@@ -85,11 +85,14 @@ class TransformersVit(Host):
     def attention_dropout(self, attention) -> float:
         return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
 
-    def outputs(self, images):
+    def inputs(self, images):
         size = getattr(self.model.config, "image_size", None)
         takes_size = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         resized = takes_size and size is not None and tuple(images.shape[-2:]) != _pair(size)
-        found = self.model(pixel_values=images, **({"interpolate_pos_encoding": True} if resized else {}))
+        return {"pixel_values": images, **({"interpolate_pos_encoding": True} if resized else {})}
+
+    def outputs(self, images):
+        found = self.model(**self.inputs(images))
         for name in ("logits", "predicted_depth", "image_embeds"):
             if getattr(found, name, None) is not None:
                 return {name: getattr(found, name)}

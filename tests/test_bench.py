@@ -1,0 +1,122 @@
+import json
+import time
+
+import pytest
+import torch
+from conftest import FAMILIES, lively
+
+from tosa_convert import BenchSettings, UsageError, bench, convert, load, memory, original, save
+from tosa_convert.cli import main
+from tosa_convert.hosts import host_of
+from tosa_convert.macs import flops
+from tosa_convert.report import bench_table
+from tosa_convert.timing import Timing, interleave, pinned
+
+QUICK = {"rounds": 2, "memory": False}
+
+
+def converted(**options):
+    return convert(load("quickstart"), layers=[2, 4], ratio=0.5, **options)
+
+
+def test_contestants_run_in_turn_and_warm_up_is_not_timed():
+    order = []
+    timings = interleave({name: lambda name=name: order.append(name) for name in "AB"}, rounds=3, warmup=1)
+    assert order == list("ABABABAB")
+    assert {len(timing.seconds) for timing in timings.values()} == {3}
+
+
+def test_a_slower_contestant_is_measured_as_slower():
+    timings = interleave({"slow": lambda: time.sleep(0.004), "fast": lambda: None}, rounds=3)
+    assert min(timings["fast"].speedups(timings["slow"])) > 1
+    assert timings["slow"].median >= 0.004
+
+
+def test_speedups_compare_within_a_round():
+    """A machine that is slow for a while slows both: the ratio does not see it."""
+    assert Timing([1.0, 10.0, 2.0]).speedups(Timing([2.0, 20.0, 4.0])) == [2, 2, 2]
+
+
+def test_threads_are_pinned_and_given_back():
+    before = torch.get_num_threads()
+    with pinned(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_every_case_has_its_figures_and_its_ideal():
+    model = converted()
+    settings = BenchSettings(runtimes=["eager", "onnx"], batch_sizes=[1, 2], sizes=[28, 32], **QUICK)
+    results = bench({"original": original(model), "converted": model}, settings, device="cpu")
+    assert len(results["cases"]) == 2 * 2 * 2
+    for case in results["cases"]:
+        ours = case["models"]["converted"]
+        assert ours["speedup"] > 0
+        assert ours["reached"] == pytest.approx(ours["speedup"] / ours["ideal"])
+    cost = flops(converted())
+    ideal = cost.original / (cost.macs - cost.selectors)
+    assert results["cases"][0]["models"]["converted"]["ideal"] == pytest.approx(ideal)
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_no_gain_is_said_in_plain_words():
+    model = converted()
+    results = bench({"original": original(model), "converted": model}, BenchSettings(runtimes=["eager"], **QUICK))
+    figures = results["cases"][0]["models"]["converted"]
+    for quartiles, said in (([0.8, 0.9], True), ([1.1, 1.2], False)):
+        figures["speedup_quartiles"] = quartiles
+        assert any("no gain at this size" in note for note in bench_table(results).notes) == said
+
+
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+    save(converted(), tmp_path / "run")
+    few, many = (memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "fp32") for batch in (1, 256))
+    weights = sum(value.numel() * 4 for value in load("quickstart").parameters())
+    assert weights < few < many
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
+def test_a_converted_model_compiles_into_one_graph(name, images):
+    """torch.compile without a graph break; the eager backend needs no compiler."""
+    model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, rows=8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    inputs = host_of(model).inputs(images)
+    with torch.inference_mode():
+        wanted, found = (next(iter(_tensors(each(**inputs)))) for each in (model, compiled))
+    assert torch.allclose(wanted, found, atol=1e-5)
+
+
+def _tensors(output):
+    return [output] if isinstance(output, torch.Tensor) else list(output.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runtimes": ["tensorrt"]}, "runtime 'tensorrt' is not known"),
+        ({"precisions": ["bf16"]}, "bf16 is timed on a GPU"),
+        ({"batch_sizes": [0]}, "1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        bench({"model": load("quickstart")}, BenchSettings(**settings), device="cpu")
+
+
+def test_the_command_leaves_figures_and_a_picture(quick_run, tmp_path, capsys):
+    arguments = ["--runtime", "eager", "--rounds", "2", "--no-memory", "--against", "quickstart", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", str(quick_run), *arguments, "--out", str(tmp_path / "bench"), "--json"])
+    assert stop.value.code == 0
+    results = json.loads(capsys.readouterr().out)
+    assert set(results["cases"][0]["models"]) == {"original", "converted", "quickstart"}
+    assert (tmp_path / "bench/bench.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "bench/bench.json").read_text())["cases"] == results["cases"]
+
+
+def test_a_run_is_not_converted_anew_for_a_bench(quick_run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", str(quick_run), "--ratio", "0.3"])
+    assert stop.value.code == 2
+    assert "are fixed" in capsys.readouterr().err

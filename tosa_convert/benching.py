@@ -1,0 +1,226 @@
+"""What a conversion gains in the clock, beside what its multiply–adds promise."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from tosa_convert import memory, runs, runtimes
+from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.export import write_graph
+from tosa_convert.loading import set_image_size
+from tosa_convert.machine import machine
+from tosa_convert.macs import flops
+from tosa_convert.origin import preprocessing_of
+from tosa_convert.processes import pick_device
+from tosa_convert.progress import Progress
+from tosa_convert.timing import Timing, interleave, pinned, quartiles
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class BenchSettings(BaseModel):
+    """What is timed.
+
+    Attributes:
+        runtimes: of "eager", "compile" (torch.compile) and "onnx" (ONNX Runtime).
+        batch_sizes: pictures per forward pass.
+        sizes: image sides in pixels; None is the model's own size.
+        precisions: "fp32", and on a GPU "bf16".
+        threads: of torch and of ONNX Runtime; the process stays on as many processors.
+        rounds: timed forward passes of each model.
+        memory: measure the peak memory too, each in a process of its own.
+        opset: of the ONNX files.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    runtimes: list[str] = list(runtimes.RUNTIMES)
+    batch_sizes: list[int] = [1]
+    sizes: list[int] | None = None
+    precisions: list[str] = ["fp32"]
+    threads: int = Field(default=1, ge=1)
+    rounds: int = Field(default=20, ge=1)
+    memory: bool = True
+    opset: int = Field(default=20, ge=18)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One line-up of all models under the same conditions."""
+
+    runtime: str
+    batch_size: int
+    precision: str
+    device: str
+
+
+def bench(
+    models: dict[str, nn.Module],
+    settings: BenchSettings | None = None,
+    *,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Time models against the first of them, in turn, in one process.
+
+    Args:
+        models: name → model; the first is the reference, usually the original. They are moved to the
+            device, set to the image sizes, and left there.
+        settings: what is timed.
+        device: "cpu" or "cuda"; None takes a GPU if there is one.
+
+    Returns:
+        {"machine", "reference", "settings", "notes", "cases"}. A case holds "runtime", "batch_size", "size",
+        "precision" and per model "ms" (median), "ms_quartiles", "memory" (bytes or None) and, against the
+        reference, "speedup" (median over rounds), "speedup_quartiles", "ideal" and "reached".
+        "ideal" is the ratio of multiply–adds with the selectors' own work counted as free; "reached" is
+        the share speedup / ideal.
+    """
+    settings, device = settings or BenchSettings(), pick_device(device)
+    _check(settings, device)
+    notes = [
+        f"{name} is left out: {why}"
+        for name in settings.runtimes
+        if (why := runtimes.missing(name, device)) is not None
+    ]
+    possible = [name for name in settings.runtimes if runtimes.missing(name, device) is None]
+    kinds = [
+        _Case(runtime, batch, precision, device)
+        for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
+        if runtime != "onnx" or precision == "fp32"
+    ]
+    sizes = [(side, side) for side in settings.sizes] if settings.sizes else [preprocessing_of(_first(models)).size]
+    cases = []
+    per_case = settings.rounds + 2 + (len(models) if settings.memory else 0)
+    with (progress or Progress()).track("bench", total=len(sizes) * len(kinds) * per_case) as advance:
+        for size in sizes:
+            for model in models.values():
+                if preprocessing_of(model).size != size:
+                    set_image_size(model, size)
+            macs = {name: _macs(model) for name, model in models.items()}
+            with tempfile.TemporaryDirectory() as scratch:
+                for case in kinds:
+                    try:
+                        timings, peaks = _run(case, models, size, settings, Path(scratch), advance)
+                    except _CompilerError as error:
+                        notes.append(f"torch.compile does not work here: {error}")
+                        continue
+                    cases.append(
+                        {
+                            "runtime": case.runtime,
+                            "batch_size": case.batch_size,
+                            "size": list(size),
+                            "precision": case.precision,
+                            "models": _figures(timings, peaks, macs),
+                        }
+                    )
+    return {
+        "machine": machine(device),
+        "device": device,
+        "reference": next(iter(models)),
+        "settings": settings.model_dump(),
+        "notes": list(dict.fromkeys(notes)),
+        "cases": cases,
+    }
+
+
+class _CompilerError(Exception):
+    """torch.compile has no compiler, or fails on the model."""
+
+
+def _check(settings: BenchSettings, device: str) -> None:
+    for name, given, known in (
+        ("runtime", settings.runtimes, runtimes.RUNTIMES),
+        ("precision", settings.precisions, tuple(TYPES)),
+    ):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"{name} {value!r} is not known; choose from {', '.join(known)}")
+    if "bf16" in settings.precisions and device == "cpu":
+        raise UsageError("bf16 is timed on a GPU; leave it out on the CPU")
+    if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
+        raise UsageError("batch sizes and image sizes are 1 or more")
+
+
+def _first(models: dict[str, nn.Module]) -> nn.Module:
+    return next(iter(models.values()))
+
+
+def _macs(model: nn.Module) -> int:
+    """Multiply–adds, without those of the selectors."""
+    cost = flops(model)
+    return cost.macs - cost.selectors
+
+
+def _run(
+    case: _Case, models: dict, size: tuple[int, int], settings: BenchSettings, scratch: Path, advance: Callable
+) -> tuple[dict[str, Timing], dict[str, int | None]]:
+    """The timings and peaks of one case."""
+    kind = TYPES[case.precision]
+    shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
+    images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    files = {name: scratch / f"{index}.onnx" for index, name in enumerate(models)}
+    contestants = {}
+    with pinned(settings.threads):
+        for name, model in models.items():
+            if case.runtime == "onnx":
+                if not files[name].exists():
+                    write_graph(model.to("cpu", torch.float32).eval(), files[name], settings.opset)
+                contestants[name] = runtimes.onnx_runner(files[name], images[name], settings.threads, case.device)
+            else:
+                model.to(case.device, kind).eval()
+                inputs = images[name].to(case.device, kind)
+                contestants[name] = runtimes.torch_runner(model, inputs, compiled=case.runtime == "compile")
+        if case.runtime == "compile":
+            _compile(contestants)
+        timings = interleave(contestants, settings.rounds, advance=advance)
+    del contestants
+    peaks = dict.fromkeys(models)
+    if settings.memory and case.runtime != "compile":  # the compiler's own memory would be all one sees
+        for name, model in models.items():
+            place = files[name] if case.runtime == "onnx" else scratch / f"run-{files[name].stem}"
+            if case.runtime == "eager" and not place.exists():
+                runs.save(model, place)
+            threads, precision = settings.threads, case.precision
+            peaks[name] = memory.measure(place, case.runtime, shapes[name], threads, case.device, precision)
+            advance()
+    return timings, peaks
+
+
+def _compile(contestants: dict[str, Callable[[], None]]) -> None:
+    """Let torch.compile do its work before the clock runs."""
+    torch._dynamo.reset()
+    try:
+        for contestant in contestants.values():
+            contestant()
+    except Exception as error:
+        if isinstance(error, TosaError):
+            raise
+        raise _CompilerError(" ".join(str(error).split())[:160]) from error
+
+
+def _figures(timings: dict[str, Timing], peaks: dict[str, int | None], macs: dict[str, int]) -> dict[str, dict]:
+    reference = next(iter(timings))
+    figures = {}
+    for name, timing in timings.items():
+        figures[name] = {
+            "ms": 1e3 * timing.median,
+            "ms_quartiles": [1e3 * value for value in timing.quartiles],
+            "memory": peaks[name],
+        }
+        if name != reference:
+            ratios = timing.speedups(timings[reference])
+            speedup, ideal = Timing(ratios).median, macs[reference] / macs[name]
+            figures[name] |= {
+                "speedup": speedup,
+                "speedup_quartiles": list(quartiles(ratios)),
+                "ideal": ideal,
+                "reached": speedup / ideal,
+            }
+    return figures
