@@ -6,11 +6,12 @@ The paper (arXiv 2406.08816) reports 25.8 % at ratio 0.8. No weights are needed.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import record
 
-from tosa_convert import convert, flops, load
+from tosa_convert import ConvertConfig, convert, flops, load
 
 LAYERS = [2, 4, 6, 8, 10]
 RATIOS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.395)
@@ -20,11 +21,13 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
     rows = []
-    for ratio in RATIOS:
-        cost = flops(convert(load("deit_tiny", pretrained=False), layers=LAYERS, ratio=ratio))
+    for ratio, query_rows in product(RATIOS, ("all", ConvertConfig().rows)):
+        model = convert(load("deit_tiny", pretrained=False), layers=LAYERS, ratio=ratio, rows=query_rows)
+        cost = flops(model)
         rows.append(
             {
                 "ratio": ratio,
+                "query_rows": query_rows,
                 "original": cost.original,
                 "macs": cost.macs,
                 "selectors": cost.selectors,

@@ -73,16 +73,14 @@ class SelectorDistillation(nn.Module):
 
     def __init__(self, model: nn.Module, kl: str = "forward"):
         super().__init__()
-        self.model, self.kl = model, kl
-        host = host_of(model)
-        self.blocks = selective_blocks(model)
-        self.targets = [Relay() for _ in self.blocks]
-        self.handles = [
-            handle for block, relay in zip(self.blocks, self.targets, strict=True) for handle in host.tap(block, relay)
-        ]
+        self.model = model
+        host, blocks = host_of(model), selective_blocks(model)
+        self.lessons = [_Lesson(kl) for _ in blocks]
+        self.handles = []
         model.requires_grad_(False)
-        for block in self.blocks:
+        for block, lesson in zip(blocks, self.lessons, strict=True):
             block.selector.requires_grad_(True)
+            self.handles += [*host.tap(block, lesson.target), block.register_forward_hook(lesson)]
 
     def close(self) -> None:
         for handle in self.handles:
@@ -96,13 +94,30 @@ class SelectorDistillation(nn.Module):
         """(B, C, H, W) → {"loss", "overlap"}, scalars."""
         with torch.no_grad(), all_tokens(self.model):
             run(self.model, images)
-        learnt = [_learn(block, target, self.kl) for block, target in zip(self.blocks, self.targets, strict=True)]
-        losses, overlaps = zip(*learnt, strict=True)
+        losses, overlaps = zip(*(lesson.take() for lesson in self.lessons), strict=True)
         return {"loss": torch.stack(losses).sum(), "overlap": torch.stack(overlaps).mean()}
 
 
+class _Lesson:
+    """A hook behind a selective block: its selector's loss and overlap, taken as soon as the block has run on
+    all tokens. So no queries and keys are kept to the end of the forward pass."""
+
+    def __init__(self, kl: str):
+        self.kl = kl
+        self.target = Relay()
+        self.learnt: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, block: nn.Module, inputs: tuple, output) -> None:
+        with torch.enable_grad():  # the backbone around it runs without
+            self.learnt = _learn(block, self.target, self.kl)
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        learnt, self.learnt = self.learnt, None
+        return learnt
+
+
 def _learn(block: nn.Module, target: Relay, kl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and overlap of one selector after a forward pass over all tokens."""
+    """Loss and overlap of one selector, from what the forward pass left in the relays."""
     selection: Selection = block.selection
     selector: AttentionSelector = block.selector
     (queries, keys), (next_queries, next_keys) = selection.relay.take(), target.take()
