@@ -62,7 +62,9 @@ def training_table(results: dict) -> Table:
     rows = [["steps", str(results["steps"])], ["pictures seen", str(results["pictures"])], *figures, *_cost_rows(cost)]
     notes = broken_notes(results["broken"])
     if "overlap" in results:
-        notes.append("overlap: selected patches that the layer's real attention would select too; by chance: the ratio")
+        notes.append(
+            "overlap: selected patches that the layer's real attention would select too, over the same query rows; by chance: the ratio"
+        )
     notes += _cost_notes(cost)
     return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
 
