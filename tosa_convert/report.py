@@ -63,7 +63,7 @@ def training_table(results: dict) -> Table:
     notes = broken_notes(results["broken"])
     if "overlap" in results:
         notes.append(
-            "overlap: selected patches that the layer's real attention would select too, over the same query rows; by chance: the ratio"
+            "overlap: selected patches that those query rows of the real attention would select; chance: the ratio"
         )
     notes += _cost_notes(cost)
     return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
