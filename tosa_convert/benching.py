@@ -84,12 +84,9 @@ def bench(
     """
     settings, device = settings or BenchSettings(), pick_device(device)
     _check(settings, device)
-    notes = [
-        f"{name} is left out: {why}"
-        for name in settings.runtimes
-        if (why := runtimes.missing(name, device)) is not None
-    ]
-    possible = [name for name in settings.runtimes if runtimes.missing(name, device) is None]
+    lacking = {name: why for name in settings.runtimes if (why := runtimes.missing(name, device))}
+    notes = [f"{name} is left out: {why}" for name, why in lacking.items()]
+    possible = [name for name in settings.runtimes if name not in lacking]
     kinds = [
         _Case(runtime, batch, precision, device)
         for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)

@@ -140,7 +140,7 @@ def is_run(source: str) -> bool:
     """Whether a source is the folder of a finished run."""
     from tosa_convert import runs
 
-    return Path(source).is_dir() and runs.is_run(Path(source))
+    return runs.is_run(source)
 
 
 def stem(source: str) -> str:

@@ -58,7 +58,7 @@ def save(model: nn.Module, folder: str | Path, **extra) -> Path:
     return folder
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a finished run; a folder of something else, whatever it holds, does not."""
     path = Path(folder) / "config.json"
     try:

@@ -34,7 +34,7 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    model = load(source, img_size=recipe.img_size) if _is_run(source) else _converted(recipe)
+    model = load(source, img_size=recipe.img_size) if runs.is_run(source) else _converted(recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
@@ -89,7 +89,7 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, se
         models["random selection"] = random_control(model, seed)
     reference = "original" if before is not None else None
     results = evaluate(models, data, reference=reference, progress=progress, **options)
-    if _is_run(source):
+    if runs.is_run(source):
         runs.append_metrics(Path(source), stage="eval", **results)
         write_report(Path(source))
     return results
@@ -134,7 +134,7 @@ def bench_stage(
         convert(model, **options)
     models = {"original": original(model), "converted": model}
     for name in against:
-        models[Path(name).name if _is_run(name) else name] = load(name, pretrained=False)
+        models[Path(name).name if runs.is_run(name) else name] = load(name, pretrained=False)
     folder = Path(out) if out else Path(source)
     check_writable(folder)
     results = {"source": source, "convert": model.tosa_config.model_dump()}
@@ -149,7 +149,7 @@ def bench_stage(
 
 def _note_export(source: Path, out: Path | None, results: dict) -> None:
     """Keep the result of an export in its run's metrics and report, whether it passed or not."""
-    if out is None and _is_run(str(source)):
+    if out is None and runs.is_run(source):
         runs.append_metrics(source, stage="export", **results)
         write_report(source)
 
@@ -163,10 +163,6 @@ def _original(model: nn.Module) -> nn.Module | None:
 def _converted(recipe: Recipe) -> nn.Module:
     model = load(recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes)
     return convert(model, recipe.convert)
-
-
-def _is_run(source: str) -> bool:
-    return Path(source).is_dir() and runs.is_run(Path(source))
 
 
 def _check_same_job(recipe: Recipe, path: Path) -> None:
