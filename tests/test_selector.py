@@ -1,63 +1,101 @@
 import copy
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES, lively
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tosa_convert import convert
-from tosa_convert.distillation import SelectorDistillation, divergence
+from tosa_convert.distillation import SelectorDistillation, divergence, with_gradient_now
 from tosa_convert.hosts import run
 from tosa_convert.scores.attention import AttentionSelector
-from tosa_convert.selective import selective_blocks
+from tosa_convert.selective import all_tokens, selective_blocks
 from tosa_convert.tokens import spread_rows
 
 
-def maps(heads=3, tokens=20, seed=0):
+def projections(heads=3, tokens=20, seed=0):
+    """Queries and keys."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, heads, tokens, 8, generator=generator), torch.randn(2, heads, tokens, 8, generator=generator)
 
 
+def maps(**options):
+    """All rows of QKᵀ / √D, (H, B, N, N)."""
+    queries, keys = projections(**options)
+    return (queries @ keys.transpose(-2, -1) / 8**0.5).transpose(0, 1)
+
+
+@given(
+    heads=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    tokens=st.integers(1, 12),
+    kernel=st.sampled_from([1, 3, 5]),
+    hidden=st.integers(1, 9),
+)
+def test_the_selector_is_two_convolutions_along_the_keys(heads, batch, rows, tokens, kernel, hidden):
+    """One query row of one image at a time, in torch's own convolutions; and the form for export is the same."""
+    selector = AttentionSelector(heads, prefix=1, hidden=hidden, kernel=kernel).double()
+    read = torch.randn(heads, batch, rows, tokens, dtype=torch.double)
+    found = selector.logits(read)
+    for image, row in itertools.product(range(batch), range(rows)):
+        line = F.pad(read[:, image, row][None], (kernel - 1, kernel - 1))
+        hidden_line = F.conv1d(line, selector.widen.weight, selector.widen.bias).relu()
+        wanted = F.conv1d(hidden_line, selector.narrow.weight)[0]
+        assert torch.allclose(found[:, image, row], wanted, atol=1e-9)
+    assert torch.allclose(selector._as_convolutions(read), found, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", ["all", 8])
+def test_it_reads_rows_of_the_scaled_product(rows):
+    queries, keys = projections(tokens=60)
+    read = AttentionSelector(3, prefix=1, rows=rows).read
+    chosen = slice(None) if rows == "all" else spread_rows(60, 1, 8)
+    assert torch.allclose(read(queries, keys), maps(tokens=60)[:, :, chosen], atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [5, 20, 197])
 def test_predicted_maps_are_distributions_at_any_size(tokens):
-    predicted = AttentionSelector(3, prefix=1)(*maps(tokens=tokens))
-    log_maps = AttentionSelector(3, prefix=1).log_maps(*maps(tokens=tokens))
+    predicted = AttentionSelector(3, prefix=1)(maps(tokens=tokens))
+    log_maps = AttentionSelector(3, prefix=1).log_maps(maps(tokens=tokens))
     assert predicted.shape == (2, 3, tokens)
-    assert log_maps.shape == (2, 3, tokens, tokens)
-    assert torch.allclose(log_maps.exp().sum(-1), torch.ones(2, 3, tokens), atol=1e-4)
+    assert log_maps.shape == (3, 2, tokens, tokens)
+    assert torch.allclose(log_maps.exp().sum(-1), torch.ones(3, 2, tokens), atol=1e-4)
     assert torch.allclose(predicted.sum(-1), torch.full((2, 3), float(tokens)), atol=1e-2)
 
 
 def test_scores_are_the_column_sums_of_the_predicted_maps():
     selector = AttentionSelector(3, prefix=1)
-    column_sums = selector.log_maps(*maps()).exp().sum(2)
-    assert torch.allclose(selector(*maps()), column_sums, atol=1e-5)
+    column_sums = selector.log_maps(maps()).exp().sum(2).transpose(0, 1)
+    assert torch.allclose(selector(maps()), column_sums, atol=1e-5)
 
 
 def test_each_query_row_is_predicted_on_its_own():
-    selector, (queries, keys) = AttentionSelector(3, prefix=1), maps()
-    everything = selector.log_maps(queries, keys)
-    queries[:, :, 7] += 1
-    changed = (selector.log_maps(queries, keys) - everything).abs().amax((0, 1, 3)) > 1e-6
+    selector, read = AttentionSelector(3, prefix=1), maps()
+    everything = selector.log_maps(read)
+    read[:, :, 7] += torch.randn(20)
+    changed = (selector.log_maps(read) - everything).abs().amax((0, 1, 3)) > 1e-6
     assert changed.nonzero().flatten().tolist() == [7]
 
 
 def test_it_starts_close_to_the_map_it_listens_to():
-    queries, keys = maps()
-    listened = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1)
-    correlation = torch.corrcoef(
-        torch.stack([AttentionSelector(3, prefix=1)(queries, keys).flatten(), listened.sum(2).flatten()])
-    )
+    selector, read = AttentionSelector(3, prefix=1), maps()
+    listened = read.softmax(-1).sum(2).transpose(0, 1)
+    correlation = torch.corrcoef(torch.stack([selector(read).flatten(), listened.flatten()]))
     assert correlation[0, 1] > 0.8
 
 
 def test_divergence_is_zero_for_equal_maps_and_sums_over_heads():
     first, second = (
-        torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (0, 1)
+        torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (0, 1)
     )
     assert divergence(first, first) == 0
     ours, theirs = (torch.distributions.Categorical(logits=maps) for maps in (first, second))
-    by_hand = torch.distributions.kl_divergence(ours, theirs).sum(1).mean()
+    by_hand = torch.distributions.kl_divergence(ours, theirs).sum(0).mean()
     assert torch.allclose(divergence(first, second), by_hand, atol=1e-5)
 
 
@@ -89,13 +127,14 @@ def test_the_target_is_the_real_attention_of_the_selective_layer(images):
     objective = SelectorDistillation(model)
     block = selective_blocks(model)[0]
     caught = {}
-    block.attn.qkv.register_forward_hook(lambda module, inputs, output: caught.update(qkv=output))
-
-    def cheat(queries, keys):
-        q, k, _ = (part.unflatten(-1, (3, 16)).transpose(1, 2) for part in caught["qkv"].chunk(3, dim=-1))
-        return (q @ k.transpose(-2, -1) / 4).log_softmax(-1)
-
-    block.selector.log_maps = cheat
+    handle = block.attn.qkv.register_forward_hook(lambda module, inputs, output: caught.update(qkv=output))
+    with torch.no_grad(), all_tokens(model):
+        run(model, images)
+    handle.remove()
+    q, k, _ = (part.unflatten(-1, (3, 16)).transpose(1, 2) for part in caught["qkv"].chunk(3, dim=-1))
+    real = (q @ k.transpose(-2, -1) / 4).log_softmax(-1).transpose(0, 1)
+    weights = list(block.selector.parameters())
+    block.selector.log_maps = lambda read: real + 0 * sum(weight.sum() for weight in weights)
     figures = objective(images)
     objective.close()
     assert figures["loss"].abs() < 1e-5
@@ -112,20 +151,20 @@ def test_two_seeds_give_two_selectors_and_one_seed_the_same():
 
 
 def test_a_few_rows_give_the_column_sums_over_those_rows():
-    queries, keys = maps(tokens=60)
+    queries, keys = projections(tokens=60)
     everything = AttentionSelector(3, prefix=1, rows="all")
     few = AttentionSelector(3, prefix=1, rows=8)
     few.load_state_dict(everything.state_dict())
     rows = spread_rows(60, 1, 8)
-    wanted = everything.log_maps(queries, keys)[:, :, rows].exp().sum(2)
-    assert torch.allclose(few(queries, keys), wanted, atol=1e-5)
-    assert not torch.allclose(few(queries, keys), everything(queries, keys), atol=1e-1)
+    wanted = everything.log_maps(maps(tokens=60))[:, :, rows].exp().sum(2).transpose(0, 1)
+    scores = few(few.read(queries, keys))
+    assert torch.allclose(scores, wanted, atol=1e-5)
+    assert not torch.allclose(scores, everything(everything.read(queries, keys)), atol=1e-1)
 
 
 def test_as_many_rows_as_tokens_are_all_rows():
-    queries, keys = maps(tokens=20)
-    everything, many = AttentionSelector(3, prefix=1, rows="all"), AttentionSelector(3, prefix=1, rows=20)
-    many.load_state_dict(everything.state_dict())
+    queries, keys = projections(tokens=20)
+    everything, many = (AttentionSelector(3, prefix=1, rows=rows).read for rows in ("all", 20))
     assert torch.equal(many(queries, keys), everything(queries, keys))
 
 
@@ -170,3 +209,17 @@ def test_distillation_draws_other_rows_each_step_and_the_seed_repeats_them(image
         losses.append(objective(images)["loss"].item())
     objective.close()
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_gradient_taken_at_once_is_that_of_the_loss():
+    weights = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(2))]
+
+    def loss():
+        return (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) @ weights[0] + weights[1]).exp().sum()
+
+    now = with_gradient_now(loss(), weights)
+    assert torch.equal(now, loss())
+    for found, wanted in zip(
+        torch.autograd.grad(3 * now, weights), torch.autograd.grad(3 * loss(), weights), strict=True
+    ):
+        assert torch.allclose(found, wanted)

@@ -80,20 +80,20 @@ def test_rejoin_passes_gradients_to_both_sides():
 @given(seed=st.integers(0, 1000), layer=st.integers(2, 40), tokens=st.integers(20, 400))
 def test_random_scores_are_an_order_without_many_ties(seed, layer, tokens):
     maps = torch.zeros(2, 3, tokens, 4)
-    scores = RandomScore(seed, layer)(maps, maps)
+    scores = RandomScore(seed, layer).read(maps, maps)
     assert scores.shape == (2, 3, tokens)
     assert torch.equal(scores[0], scores[1])
     assert all(len(order.unique()) == tokens for order in scores[0])
     assert len(scores[0].sum(0).unique()) > 0.9 * tokens
-    assert torch.equal(scores, RandomScore(seed, layer)(maps, maps))
-    assert not torch.equal(scores, RandomScore(seed, layer + 1)(maps, maps))
+    assert torch.equal(scores, RandomScore(seed, layer).read(maps, maps))
+    assert not torch.equal(scores, RandomScore(seed, layer + 1).read(maps, maps))
 
 
 def test_random_scores_choose_every_position_alike():
     maps = torch.zeros(1, 3, 50, 4)
     counts = torch.zeros(50)
     for seed in range(400):
-        counts[top_tokens(RandomScore(seed, 2)(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
+        counts[top_tokens(RandomScore(seed, 2).read(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
     assert counts.min() > 140
     assert counts.max() < 260
 

@@ -11,7 +11,7 @@ from tosa_convert.hosts import host_of, run
 from tosa_convert.origin import preprocessing_of
 from tosa_convert.progress import Progress
 from tosa_convert.scores.attention import AttentionSelector
-from tosa_convert.selective import Relay, Selection, all_tokens, selective_blocks
+from tosa_convert.selective import Selection, all_tokens, selective_blocks
 from tosa_convert.settings import DistillSettings
 from tosa_convert.surgery import is_converted
 from tosa_convert.tokens import random_rows, top_tokens
@@ -75,12 +75,13 @@ class SelectorDistillation(nn.Module):
         super().__init__()
         self.model = model
         host, blocks = host_of(model), selective_blocks(model)
-        self.lessons = [_Lesson(kl) for _ in blocks]
+        self.lessons = [_Lesson(block.selector, block.selection, kl) for block in blocks]
         self.handles = []
         model.requires_grad_(False)
         for block, lesson in zip(blocks, self.lessons, strict=True):
             block.selector.requires_grad_(True)
-            self.handles += [*host.tap(block, lesson.target), block.register_forward_hook(lesson)]
+            before = host.blocks[block.selection.layer - 2]
+            self.handles += [*host.tap(before, lesson.listen), *host.tap(block, lesson.learn)]
 
     def close(self) -> None:
         for handle in self.handles:
@@ -99,40 +100,45 @@ class SelectorDistillation(nn.Module):
 
 
 class _Lesson:
-    """A hook behind a selective block: its selector's loss and overlap, taken as soon as the block has run on
-    all tokens. So no queries and keys are kept to the end of the forward pass."""
+    """What one selector learns in a forward pass. It predicts from the layer before, and is corrected as soon
+    as its own layer has projected queries and keys, so that only a few rows of maps are ever kept."""
 
-    def __init__(self, kl: str):
-        self.kl = kl
-        self.target = Relay()
+    def __init__(self, selector: AttentionSelector, selection: Selection, kl: str):
+        self.selector, self.selection, self.kl = selector, selection, kl
+        self.question: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.learnt: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, block: nn.Module, inputs: tuple, output) -> None:
+    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        rows = self.selector.read.choose(keys.shape[2], random_rows)
+        self.question = self.selector.read(queries, keys, rows), rows
+
+    def learn(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        (maps, rows), self.question = self.question, None
+        real = self.selector.read(queries, keys, rows).float().log_softmax(-1)
         with torch.enable_grad():  # the backbone around it runs without
-            self.learnt = _learn(block, self.target, self.kl)
+            predicted = self.selector.log_maps(maps).float()
+            loss = divergence(predicted, real) if self.kl == "reverse" else divergence(real, predicted)
+            loss = with_gradient_now(loss, [p for p in self.selector.parameters() if p.requires_grad])
+        with torch.no_grad():
+            sums = (log_maps.exp().sum((0, 2)) for log_maps in (predicted, real))
+            self.learnt = loss, overlap(*sums, self.selection)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         learnt, self.learnt = self.learnt, None
         return learnt
 
 
-def _learn(block: nn.Module, target: Relay, kl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and overlap of one selector, from what the forward pass left in the relays."""
-    selection: Selection = block.selection
-    selector: AttentionSelector = block.selector
-    (queries, keys), (next_queries, next_keys) = selection.relay.take(), target.take()
-    rows = selector.query_rows(keys.shape[2], random_rows)
-    predicted = selector.log_maps(queries[:, :, rows], keys).float()
-    scaled = next_queries[:, :, rows] * next_queries.shape[-1] ** -0.5
-    real = (scaled @ next_keys.transpose(-2, -1)).float().log_softmax(-1)
-    loss = divergence(predicted, real) if kl == "reverse" else divergence(real, predicted)
-    with torch.no_grad():
-        return loss, overlap(predicted.exp().sum((1, 2)), real.exp().sum((1, 2)), selection)
+def with_gradient_now(loss: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The same loss with the same gradient, taken at once: what it was computed from can be freed before
+    the other selectors have theirs."""
+    gradients = torch.autograd.grad(loss, parameters)
+    linear = sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, gradients, strict=True))
+    return loss.detach() + (linear - linear.detach())
 
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Σ_heads KL(first ‖ second) of log maps (B, H, R, N), averaged over images and query rows."""
-    return (first.exp() * (first - second)).sum(-1).sum(1).mean()
+    """Σ_heads KL(first ‖ second) of log maps (H, B, R, N), averaged over images and query rows."""
+    return (first.exp() * (first - second)).sum(-1).sum(0).mean()
 
 
 def overlap(predicted: torch.Tensor, real: torch.Tensor, selection: Selection) -> torch.Tensor:

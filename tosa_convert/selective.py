@@ -1,15 +1,15 @@
 """What makes a host's own block token-selective, without copying its forward.
 
-Layer l − 1 is tapped: hooks on its query and key projections leave what they compute in a
-:class:`Relay`. Layer l becomes a generated subclass of its own class: it scores the tokens from
-the relay, takes the best ones out, runs the host's forward on them, and puts them back. The
-tokens that were not chosen leave the layer as they came.
+Layer l − 1 is tapped: hooks on its query and key projections let the scorer of layer l read what
+they compute. Layer l becomes a generated subclass of its own class: it scores the tokens from that
+reading, takes the best ones out, runs the host's forward on them, and puts them back. The tokens
+that were not chosen leave the layer as they came.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,50 +20,52 @@ from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_st
 
 
 @dataclass
-class Relay:
-    """What one layer leaves for another within a forward pass. Both hold the same relay, so a deep copy
-    of the model gets a relay of its own, and ``torch.export`` sees one object."""
-
-    queries: torch.Tensor | None = None  # (B, H, N, D)
-    keys: torch.Tensor | None = None  # (B, H, N, D)
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The queries and keys, handed over once: nothing of a forward pass stays behind in memory."""
-        queries, keys = self.queries, self.keys
-        self.queries = self.keys = None
-        return queries, keys
-
-
-@dataclass
 class Selection:
-    """How one selective layer chooses its tokens, and what it chose last."""
+    """How one selective layer chooses its tokens, and what it chose last.
+
+    Its ``listen`` receives what the layer before computes; both layers hold this one object, so a deep
+    copy of the model gets one of its own.
+    """
 
     layer: int
     ratio: float
     prefix: int
     per_head: bool
-    relay: Relay = field(default_factory=Relay)
+    read: Callable  # the scorer's
     active: bool = True
+    reading: torch.Tensor | None = None  # what the scorer has read, until the layer runs
     chosen: torch.Tensor | None = None  # (B, prefix + K), or (B·H, prefix + K) with per_head
 
     @property
     def steps(self) -> int:
         return ratio_steps(self.ratio)
 
+    @property
+    def selects(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.active and (self.per_head or self.steps < RATIO_STEPS)
+
     def keep(self, patches: int) -> int:
         """How many of so many patch tokens attend."""
         return keep_count(patches, self.steps)
 
-    def choose(self, selector: nn.Module) -> torch.Tensor | None:
-        """The positions that attend, from what the layer before left in the relay.
+    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Read the queries and keys, (B, H, N, D), of the layer before; no more of them is kept than the scorer
+        needs."""
+        if self.selects:
+            with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
+                self.reading = self.read(queries, keys)
+
+    def choose(self, selector: nn.Module) -> torch.Tensor:
+        """The positions that attend, by what was read in the layer before.
 
         Without a new forward of the layer before (gradient checkpointing runs a block again for
         its backward), the choice of the last forward stands.
         """
-        if self.relay.keys is not None:
-            queries, keys = self.relay.take()
-            with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
-                scores = selector(queries, keys)
+        if self.reading is not None:
+            reading, self.reading = self.reading, None
+            with torch.no_grad():
+                scores = selector(reading)
             scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
             self.chosen = top_tokens(scores, self.prefix, self.steps)
         if self.chosen is None:
@@ -87,8 +89,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
         _refuse_per_token_arguments(selection.layer, args, kwargs)
-        if selection.steps == RATIO_STEPS and not selection.per_head:
-            selection.relay.take()
+        if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
         chosen = selection.choose(self.selector)
         if selection.per_head:  # the attention inside reads the choice itself
@@ -143,8 +144,7 @@ def selective_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
-    """Within this block the model runs every layer on every token, as before its conversion. What the layers
-    before the selective ones leave stays in the relays."""
+    """Within this block the model runs every layer on every token, as before its conversion; nothing is read."""
     selections = [block.selection for block in selective_blocks(model)]
     before = [selection.active for selection in selections]
     for selection in selections:

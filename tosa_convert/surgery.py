@@ -66,12 +66,12 @@ def _check_head_slices(host: Host) -> None:
 
 def _make_selective(host: Host, layer: int, ratio: float, config: ConvertConfig) -> None:
     listened, block = host.blocks[layer - 2], host.blocks[layer - 1]
-    selection = Selection(layer, ratio, host.prefix, per_head=config.selection == "per_head")
-    host.tap(listened, selection.relay)
     weight = next(block.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed * 1009 + layer)  # the CPU's only: a GPU's stays as it is
         selector = build_score(config, host.heads, host.prefix, layer)
+    selection = Selection(layer, ratio, host.prefix, config.selection == "per_head", selector.read)
+    host.tap(listened, selection.listen)
     block.__class__ = selective_class(type(block))
     block.selection = selection
     block.selector = selector.to(weight.device, weight.dtype).train(block.training)

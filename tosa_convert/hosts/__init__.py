@@ -17,6 +17,9 @@ from torch import nn
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.preprocessing import Preprocessing
 
+Receive = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes queries and keys, both (B, H, N, D)."""
+
 
 class Host(ABC):
     """A model seen as a row of blocks over tokens.
@@ -44,11 +47,11 @@ class Host(ABC):
         """Attention heads of a block."""
 
     @abstractmethod
-    def tap(self, block: nn.Module, relay) -> list:
-        """Hook the block so that each forward leaves its queries and keys, (B, H, N, D), in the relay.
+    def tap(self, block: nn.Module, receive: Receive) -> list:
+        """Hook the block so that each forward calls ``receive`` with its queries and keys, detached.
 
-        Returns the handles that undo it. The hooks are objects, not closures: a deep copy of the
-        model carries copies that point to the copied relay.
+        Returns the handles that undo it. The hooks are objects, not closures, and ``receive`` should
+        be a method: a deep copy of the model then carries copies that call the copied receiver.
         """
 
     @abstractmethod
@@ -125,11 +128,15 @@ def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Tap:
-    """A forward hook that turns a projection's output into queries or keys and leaves them in the relay."""
+class Tap(ABC):
+    """A forward hook on an attention's projections that passes its queries and keys on."""
 
-    def __init__(self, relay, deliver: Callable, attention: nn.Module):
-        self.relay, self.deliver, self.attention = relay, deliver, attention
+    def __init__(self, attention: nn.Module, receive: Receive):
+        self.attention, self.receive = attention, receive
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.deliver(self.relay, self.attention, output.detach())
+        self.take(module, output.detach())
+
+    @abstractmethod
+    def take(self, module: nn.Module, projected: torch.Tensor) -> None:
+        """What a projection gave, (B, N, ·): call ``receive`` once both queries and keys are there."""

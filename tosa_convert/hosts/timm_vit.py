@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, Tap, split_heads
+from tosa_convert.hosts import Host, Receive, Tap
 from tosa_convert.preprocessing import Preprocessing
 
 REASONS = {
@@ -64,8 +64,8 @@ class TimmVit(Host):
     def heads(self) -> int:
         return self.blocks[0].attn.num_heads
 
-    def tap(self, block: nn.Module, relay) -> list:
-        return [block.attn.qkv.register_forward_hook(Tap(relay, _deliver, block.attn))]
+    def tap(self, block: nn.Module, receive: Receive) -> list:
+        return [block.attn.qkv.register_forward_hook(_QkvTap(block.attn, receive))]
 
     def project(self, attention, tokens):
         return _split(attention, attention.qkv(tokens))
@@ -134,9 +134,16 @@ def _plain(config: dict) -> dict:
 
 
 def _split(attention: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    queries, keys, values = (split_heads(part, attention.num_heads) for part in qkv.chunk(3, dim=-1))
+    """As timm's attention does it, operator for operator: in an exported graph the two become one."""
+    batch, tokens, _ = qkv.shape
+    parts = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    queries, keys, values = parts.unbind(0)
     return attention.q_norm(queries), attention.k_norm(keys), values
 
 
-def _deliver(relay, attention: Attention, qkv: torch.Tensor) -> None:
-    relay.queries, relay.keys, _ = _split(attention, qkv)
+class _QkvTap(Tap):
+    """On timm's one projection of all three."""
+
+    def take(self, module, projected):
+        queries, keys, _ = _split(self.attention, projected)
+        self.receive(queries, keys)

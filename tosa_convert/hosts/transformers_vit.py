@@ -5,11 +5,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, Tap, split_heads
+from tosa_convert.hosts import Host, Receive, Tap, split_heads
 from tosa_convert.preprocessing import Preprocessing
 
 PREFIX_TOKENS = {
@@ -65,12 +64,10 @@ class TransformersVit(Host):
     def heads(self) -> int:
         return self._vision_config.num_attention_heads
 
-    def tap(self, block: nn.Module, relay) -> list:
+    def tap(self, block: nn.Module, receive: Receive) -> list:
         attention = self.attention(block)
-        return [
-            attention.q_proj.register_forward_hook(Tap(relay, _deliver_queries, attention)),
-            attention.k_proj.register_forward_hook(Tap(relay, _deliver_keys, attention)),
-        ]
+        tap = _QueryKeyTap(attention, receive)
+        return [projection.register_forward_hook(tap) for projection in (attention.q_proj, attention.k_proj)]
 
     def project(self, attention, tokens):
         heads = attention.config.num_attention_heads
@@ -141,9 +138,20 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _deliver_queries(relay, attention: nn.Module, projected: torch.Tensor) -> None:
-    relay.queries = split_heads(projected, attention.config.num_attention_heads)
+class _QueryKeyTap(Tap):
+    """On two projections, whichever runs first."""
 
+    def __init__(self, attention: nn.Module, receive: Receive):
+        super().__init__(attention, receive)
+        self.queries = self.keys = None
 
-def _deliver_keys(relay, attention: nn.Module, projected: torch.Tensor) -> None:
-    relay.keys = split_heads(projected, attention.config.num_attention_heads)
+    def take(self, module, projected):
+        heads = split_heads(projected, self.attention.config.num_attention_heads)
+        if module is self.attention.q_proj:
+            self.queries = heads
+        else:
+            self.keys = heads
+        if self.queries is not None and self.keys is not None:
+            queries, keys = self.queries, self.keys
+            self.queries = self.keys = None  # nothing of a forward pass stays behind in memory
+            self.receive(queries, keys)

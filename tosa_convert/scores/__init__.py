@@ -1,7 +1,8 @@
-"""Scorers: which tokens of a layer should attend, judged by what the layer before left behind.
+"""Scorers: which tokens of a layer should attend, judged by what the layer before computes.
 
-A scorer is a module (queries, keys) → (B, H, N); both inputs are (B, H, N, D) of the ordinary
-layer before the selective one. Higher means: rather attend.
+A scorer works in two steps. ``read(queries, keys)``, both (B, H, N, D), runs inside the ordinary layer
+before the selective one, without parameters, and gives the little that is kept of them; the module's
+forward turns that into scores (B, H, N) when the selective layer runs. Higher means: rather attend.
 """
 
 from torch import nn

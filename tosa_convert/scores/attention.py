@@ -1,5 +1,6 @@
 """ToSA's token selector (arXiv 2406.08816, section 3): one layer's QKᵀ predicts the next layer's map."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.tokens import spread_rows
+
+
+class QueryKeyRows(nn.Module):
+    """The rows of QKᵀ / √D that a selector reads, the only ones ever computed; ``rows="all"`` computes all.
+
+    ``prefix`` is the number of class and register tokens; the first one's row is always among the rows.
+    """
+
+    def __init__(self, prefix: int, rows: int | str):
+        super().__init__()
+        self.prefix, self.rows = prefix, rows
+
+    def choose(self, tokens: int, how: Callable = spread_rows) -> torch.Tensor | None:
+        """Which of so many query rows are read: positions chosen by ``how``, or None for all of them."""
+        # A symbolic number of tokens is not an int, and must not be decided on.
+        if self.rows == "all" or (isinstance(tokens, int) and tokens <= self.rows):
+            return None
+        return how(tokens, self.prefix, self.rows)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, H, N, D) twice → (H, B, R, N). The rows are those given, or chosen evenly."""
+        rows = self.choose(queries.shape[2]) if rows is None else rows
+        if rows is not None:
+            queries = queries.index_select(2, rows.to(queries.device))
+        queries = queries * queries.shape[-1] ** -0.5
+        # Head by head, since a batched product would first copy the keys out of the projection they are a view of.
+        return torch.stack([queries[:, head] @ keys[:, head].mT for head in range(keys.shape[1])])
 
 
 class AttentionSelector(nn.Module):
@@ -17,8 +45,7 @@ class AttentionSelector(nn.Module):
     convolutions; ``hidden=None`` means two channels per head.
 
     Each query row is predicted on its own, so the column sums over a few rows stand for those over all:
-    only ``rows`` rows of QKᵀ are ever computed. ``rows="all"`` is the paper's computation. ``prefix``
-    is the number of class and register tokens; the first one's row is always among the rows.
+    ``read`` computes no more of QKᵀ than is looked at. ``rows="all"`` is the paper's computation.
 
     It starts out predicting that the next layer attends as this one did (``relu(x) − relu(−x)``
     through the central taps), which distillation then improves on.
@@ -26,11 +53,12 @@ class AttentionSelector(nn.Module):
 
     def __init__(self, heads: int, prefix: int, rows: int | str = "all", hidden: int | None = None, kernel: int = 3):
         super().__init__()
-        self.heads, self.prefix, self.rows = heads, prefix, rows
+        self.heads, self.kernel = heads, kernel
+        self.read = QueryKeyRows(prefix, rows)
         hidden = hidden or 2 * heads
-        self.widen = nn.Conv1d(heads, hidden, kernel, padding=kernel // 2)
-        # No bias: a constant along the keys would vanish in the softmax.
-        self.narrow = nn.Conv1d(hidden, heads, kernel, padding=kernel // 2, bias=False)
+        # Padded once for both. No bias in the second: a constant along the keys would vanish in the softmax.
+        self.widen = nn.Conv1d(heads, hidden, kernel, padding=kernel - 1)
+        self.narrow = nn.Conv1d(hidden, heads, kernel, bias=False)
         if hidden >= 2 * heads:
             self._start_as_identity(kernel // 2)
 
@@ -46,27 +74,33 @@ class AttentionSelector(nn.Module):
             self.narrow.weight[head, positive, centre] += 1
             self.narrow.weight[head, negative, centre] -= 1
 
-    def query_rows(self, tokens: int, choose: Callable = spread_rows) -> torch.Tensor | slice:
-        """Which query rows are read: chosen by ``choose``, or all of them."""
-        # A symbolic number of tokens is not an int, and must not be decided on.
-        if self.rows == "all" or (isinstance(tokens, int) and tokens <= self.rows):
-            return slice(None)
-        return choose(tokens, self.prefix, self.rows)
+    def logits(self, maps: torch.Tensor) -> torch.Tensor:
+        """Rows of one layer's QKᵀ, (H, B, R, N) → rows of the next layer's, predicted. Beyond the keys the
+        map counts as zero."""
+        if torch.compiler.is_exporting():  # the same sums in the form that is faster in ONNX Runtime
+            return self._as_convolutions(maps)
+        return self._as_products(maps)
 
-    def _logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, H, R, D) and (B, H, N, D) → (B, R, H, N): per image and query row, H channels over the keys."""
-        batch, heads, rows, width = queries.shape
-        tokens = keys.shape[2]
-        maps = (queries * width**-0.5) @ keys.transpose(-2, -1)
-        channels = maps.transpose(1, 2).reshape(batch * rows, heads, tokens)
-        return self.narrow(F.relu(self.widen(channels))).reshape(batch, rows, heads, tokens)
+    def _as_convolutions(self, maps: torch.Tensor) -> torch.Tensor:
+        channels = maps.permute(1, 2, 0, 3).flatten(0, 1)
+        predicted = self.narrow(self.widen(channels).relu())
+        return predicted.unflatten(0, maps.shape[1:3]).permute(2, 0, 1, 3)
 
-    def log_maps(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Log of R rows of the next layer's predicted attention maps, from R rows of queries and all keys:
-        (B, H, R, D) and (B, H, N, D) → (B, H, R, N), each row a distribution."""
-        return self._logits(queries, keys).log_softmax(-1).transpose(1, 2)
+    def _as_products(self, maps: torch.Tensor) -> torch.Tensor:
+        """Each convolution as one matrix product over all rows: with so few channels, half the time of torch's."""
+        kernel, heads, tokens = self.kernel, self.heads, maps.shape[-1]
+        padded, width = F.pad(maps, (kernel - 1, kernel - 1)), tokens + kernel - 1
+        shifted = torch.stack([padded[..., tap : tap + width] for tap in range(kernel)], 1).reshape(heads * kernel, -1)
+        hidden = torch.addmm(self.widen.bias[:, None], self.widen.weight.flatten(1), shifted).relu_()
+        taps = (self.narrow.weight.permute(2, 0, 1).flatten(0, 1) @ hidden).reshape(kernel, *maps.shape[:-1], width)
+        return functools.reduce(torch.add, [part[..., tap : tap + tokens] for tap, part in enumerate(taps)])
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, H, N, D) twice → (B, H, N), column sums of the predicted maps over the query rows that are
-        read: how much attention each token will receive."""
-        return self._logits(queries[:, :, self.query_rows(queries.shape[2])], keys).softmax(-1).sum(1)
+    def log_maps(self, maps: torch.Tensor) -> torch.Tensor:
+        """Log of rows of the next layer's predicted attention maps: (H, B, R, N) → the same shape, each row
+        a distribution."""
+        return self.logits(maps).log_softmax(-1)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """What ``read`` gave, (H, B, R, N) → (B, H, N), column sums of the predicted maps over the query rows
+        that were read: how much attention each token will receive."""
+        return self.logits(maps).softmax(-1).sum(2).transpose(0, 1)

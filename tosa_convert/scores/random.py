@@ -19,8 +19,8 @@ class RandomScore(nn.Module):
         self.seed = seed
         self.layer = layer
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, H, N, D) twice → (B, H, N); only the shape of ``keys`` is read."""
+    def read(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) twice → (B, H, N); only the shape of ``keys`` is looked at."""
         batch, heads, tokens, _ = keys.shape
         position = torch.arange(tokens, device=keys.device)[None, :]
         head = torch.arange(heads, device=keys.device)[:, None]
@@ -30,3 +30,6 @@ class RandomScore(nn.Module):
             value = value * value % PRIME * value % PRIME * 48271 + 11
         value = value % PRIME
         return value.to(torch.float32).expand(batch, heads, tokens)
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
