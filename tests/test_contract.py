@@ -1,6 +1,7 @@
 """The contract of surgery, walked over every family: equal at ratio 1.0, equal to a masked reference below it."""
 
 import copy
+from math import ceil, prod
 
 import pytest
 import torch
@@ -94,6 +95,24 @@ def test_the_best_tokens_of_the_selector_attend(family, images):
     assert chosen.shape[1] == prefix + -(-patches.shape[1] // 2)
     for scores, mine in zip(patches, chosen[:, prefix:] - prefix, strict=True):
         assert set(scores.topk(len(mine)).indices.tolist()) == set(mine.tolist())
+
+
+def test_selective_layers_compute_their_own_tokens_only(family, images):
+    """Every linear layer of a selective block sees prefix + K tokens, elsewhere all."""
+    converted = convert(family, layers=LAYERS, ratio=0.5)
+    host, seen = host_of(converted), {}
+    for number, block in enumerate(host.blocks, start=1):
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(
+                    lambda _, inputs, output, number=number: seen.setdefault(number, set()).add(output.shape[1])
+                )
+    run(converted, images)
+    patches = prod(images.shape[-2:]) // prod(host.patch)
+    for number, counts in seen.items():
+        expected = ceil(0.5 * patches) if number in LAYERS else patches
+        assert counts == {host.prefix + expected}, number
+    assert set(seen) == set(range(1, len(host.blocks) + 1))
 
 
 def test_images_do_not_depend_on_their_batch(family, images):
