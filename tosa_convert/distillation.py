@@ -68,6 +68,10 @@ def check_distillable(model: nn.Module) -> None:
         raise UsageError(f"score {model.tosa_config.score!r} has nothing to learn; distill is for score 'attention'")
 
 
+ROWS_AT_ONCE = 16
+"""Query rows of a selector that are learnt from at a time: keeps the peak of memory near that of a forward pass."""
+
+
 class SelectorDistillation(nn.Module):
     """The objective of stage 1 over a whole model. Only its selectors require gradients."""
 
@@ -114,14 +118,20 @@ class _Lesson:
 
     def learn(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
         (maps, rows), self.question = self.question, None
-        real = self.selector.read(queries, keys, rows).float().log_softmax(-1)
+        real = self.selector.read(queries, keys, rows)
         with torch.enable_grad():  # the backbone around it runs without
-            predicted = self.selector.log_maps(maps).float()
-            loss = divergence(predicted, real) if self.kl == "reverse" else divergence(real, predicted)
-            loss = with_gradient_now(loss, [p for p in self.selector.parameters() if p.requires_grad])
-        with torch.no_grad():
-            sums = (log_maps.exp().sum((0, 2)) for log_maps in (predicted, real))
-            self.learnt = loss, overlap(*sums, self.selection)
+            portions = zip(maps.split(ROWS_AT_ONCE, 2), real.split(ROWS_AT_ONCE, 2), strict=True)
+            losses, predicted, wanted = zip(*(self._correct(*portion) for portion in portions), strict=True)
+            loss = torch.stack(losses).sum() / maps.shape[2]
+        self.learnt = loss, overlap(sum(predicted), sum(wanted), self.selection)
+
+    def _correct(self, maps: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(H, B, R, N) twice → the loss, summed over query rows, and what each token receives in the predicted
+        and in the real maps, (B, N)."""
+        real, predicted = real.float().log_softmax(-1), self.selector.log_maps(maps).float()
+        loss = divergence(predicted, real) if self.kl == "reverse" else divergence(real, predicted)
+        loss = with_gradient_now(loss * maps.shape[2], list(self.selector.parameters()))
+        return loss, predicted.detach().exp().sum((0, 2)), real.exp().sum((0, 2))
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         learnt, self.learnt = self.learnt, None
@@ -130,7 +140,7 @@ class _Lesson:
 
 def with_gradient_now(loss: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
     """The same loss with the same gradient, taken at once: what it was computed from can be freed before
-    the other selectors have theirs."""
+    the next rows and selectors have theirs."""
     gradients = torch.autograd.grad(loss, parameters)
     linear = sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, gradients, strict=True))
     return loss.detach() + (linear - linear.detach())

@@ -7,7 +7,7 @@ that were not chosen leave the layer as they came.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,17 +21,12 @@ from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_st
 
 @dataclass
 class Selection:
-    """How one selective layer chooses its tokens, and what it chose last.
-
-    Its ``listen`` receives what the layer before computes; both layers hold this one object, so a deep
-    copy of the model gets one of its own.
-    """
+    """How one selective layer chooses its tokens, and what it chose last."""
 
     layer: int
     ratio: float
     prefix: int
     per_head: bool
-    read: Callable  # the scorer's
     active: bool = True
     reading: torch.Tensor | None = None  # what the scorer has read, until the layer runs
     chosen: torch.Tensor | None = None  # (B, prefix + K), or (B·H, prefix + K) with per_head
@@ -49,12 +44,12 @@ class Selection:
         """How many of so many patch tokens attend."""
         return keep_count(patches, self.steps)
 
-    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """Read the queries and keys, (B, H, N, D), of the layer before; no more of them is kept than the scorer
-        needs."""
+    def listen(self, selector: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let the selector read the queries and keys, (B, H, N, D), of the layer before; no more of them is kept
+        than it needs."""
         if self.selects:
             with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
-                self.reading = self.read(queries, keys)
+                self.reading = selector.read(queries, keys)
 
     def choose(self, selector: nn.Module) -> torch.Tensor:
         """The positions that attend, by what was read in the layer before.
@@ -78,7 +73,8 @@ class Selection:
 
 @functools.cache
 def selective_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a host's block that runs ``base.forward`` on the chosen tokens only.
+    """A subclass of a host's block that runs ``base.forward`` on the chosen tokens only. Its ``listen`` is to
+    receive the queries and keys of the block before.
 
     The base is held here rather than found through the instance's class, which wrappers such as
     FSDP replace.
@@ -97,7 +93,11 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         attended = base.forward(self, gather_tokens(tokens, chosen), *args, **kwargs)
         return rejoin_tokens(tokens, chosen, attended)
 
-    return type(f"Selective{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+    def listen(self, queries, keys):
+        self.selection.listen(self.selector, queries, keys)
+
+    members = {"forward": forward, "listen": listen, "__module__": base.__module__}
+    return type(f"Selective{base.__name__}", (base,), members)
 
 
 def _refuse_per_token_arguments(layer: int, args: tuple, kwargs: dict) -> None:

@@ -70,11 +70,11 @@ def _make_selective(host: Host, layer: int, ratio: float, config: ConvertConfig)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed * 1009 + layer)  # the CPU's only: a GPU's stays as it is
         selector = build_score(config, host.heads, host.prefix, layer)
-    selection = Selection(layer, ratio, host.prefix, config.selection == "per_head", selector.read)
-    host.tap(listened, selection.listen)
+    selection = Selection(layer, ratio, host.prefix, config.selection == "per_head")
     block.__class__ = selective_class(type(block))
     block.selection = selection
     block.selector = selector.to(weight.device, weight.dtype).train(block.training)
+    host.tap(listened, block.listen)
     if selection.per_head:
         attention = host.attention(block)
         attention.__class__ = per_head_class(type(attention))
