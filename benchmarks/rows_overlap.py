@@ -20,34 +20,42 @@ from tosa_convert.data import Images, loader
 from tosa_convert.distillation import overlap
 from tosa_convert.hosts import host_of, run
 from tosa_convert.origin import preprocessing_of
-from tosa_convert.selective import Relay, Selection, all_tokens, selective_blocks
+from tosa_convert.selective import Selection, all_tokens, selective_blocks
 
 LAYERS, ROWS, RATIOS = [2, 4, 6, 8, 10], (16, 32, 64, 128), (0.8, 0.5)
 
 
-def column_sums(selector, queries, keys, rows) -> torch.Tensor:
-    selector.rows = rows
-    return selector(queries, keys).sum(1)
+class Heard:
+    """Keeps the queries and keys of a layer's last forward pass."""
+
+    def __init__(self, block, host):
+        host.tap(block, self.hear)
+
+    def hear(self, queries, keys) -> None:
+        self.queries, self.keys = queries, keys
+
+
+def column_sums(selector, heard: Heard, rows) -> torch.Tensor:
+    selector.read.rows = rows
+    return selector(selector.read(heard.queries, heard.keys)).sum(1)
 
 
 @torch.inference_mode()
 def measure(model) -> list[dict]:
     blocks = selective_blocks(model)
-    targets = [Relay() for _ in blocks]
-    for block, relay in zip(blocks, targets, strict=True):
-        host_of(model).tap(block, relay)
+    host = host_of(model)
+    listened = [Heard(host.blocks[block.selection.layer - 2], host) for block in blocks]
+    targets = [Heard(block, host) for block in blocks]
     found = {}
     for batch in loader(Images(None, preprocessing_of(model)), batch_size=1):
         with all_tokens(model):
             run(model, batch["images"])
-        for block, target in zip(blocks, targets, strict=True):
-            queries, keys = block.selection.relay.take()
-            next_queries, next_keys = target.take()
-            scaled = next_queries * next_queries.shape[-1] ** -0.5
-            real = (scaled @ next_keys.transpose(-2, -1)).softmax(-1).sum((1, 2))
-            everything = column_sums(block.selector, queries, keys, "all")
+        for block, before, target in zip(blocks, listened, targets, strict=True):
+            scaled = target.queries * target.queries.shape[-1] ** -0.5
+            real = (scaled @ target.keys.transpose(-2, -1)).softmax(-1).sum((1, 2))
+            everything = column_sums(block.selector, before, "all")
             for rows in (*ROWS, "all"):
-                scores = column_sums(block.selector, queries, keys, rows)
+                scores = column_sums(block.selector, before, rows)
                 for ratio in RATIOS:
                     rule = Selection(block.selection.layer, ratio, block.selection.prefix, per_head=False)
                     kept, right = (overlap(scores, other, rule).item() for other in (everything, real))

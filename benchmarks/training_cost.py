@@ -5,8 +5,8 @@
 ViT-S/14, five selectors, ratio 0.8, random weights (the clock does not see them), all cores. One
 interleaved run per table: a plain forward pass against one distillation step (forward, loss,
 backward, optimiser), and one fine-tuning step of the original against the converted model's. Peak
-memory: each in a process of its own, what loading and one step add to a process that has imported
-the libraries.
+memory: each in processes of its own, what loading and one step add to a process that has imported
+the libraries; the median of five, since the allocator's luck differs by a tenth.
 """
 
 import argparse
@@ -76,9 +76,9 @@ STEPS = {"forward": forward_step, "distill": distill_step}
 
 
 def peak(kind: str, size: int, batch: int) -> int:
-    """Bytes, in a fresh process."""
+    """Bytes, in fresh processes."""
     command = [sys.executable, __file__, "--peak", json.dumps([kind, size, batch])]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return _median([int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)])
 
 
 def _peak_here(kind: str, size: int, batch: int) -> int:

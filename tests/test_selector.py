@@ -224,3 +224,10 @@ def test_the_gradient_taken_at_once_is_that_of_the_loss():
         torch.autograd.grad(3 * now, weights), torch.autograd.grad(3 * loss(), weights), strict=True
     ):
         assert torch.allclose(found, wanted)
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch):
+    selector, read = AttentionSelector(3, prefix=1), maps()
+    whole = selector(read)
+    monkeypatch.setattr("tosa_convert.scores.attention.ROWS_AT_ONCE", 7)
+    assert torch.allclose(selector(read), whole, atol=1e-5)

@@ -9,6 +9,8 @@ from torch import nn
 
 from tosa_convert.tokens import spread_rows
 
+ROWS_AT_ONCE = 64
+
 
 class QueryKeyRows(nn.Module):
     """The rows of QKᵀ / √D that a selector reads, the only ones ever computed; ``rows="all"`` computes all.
@@ -103,4 +105,6 @@ class AttentionSelector(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """What ``read`` gave, (H, B, R, N) → (B, H, N), column sums of the predicted maps over the query rows
         that were read: how much attention each token will receive."""
-        return self.logits(maps).softmax(-1).sum(2).transpose(0, 1)
+        # All rows at once would need many times the memory of the model itself; an exported graph cannot loop.
+        portions = [maps] if torch.compiler.is_exporting() else maps.split(ROWS_AT_ONCE, 2)
+        return sum(self.logits(portion).softmax(-1).sum(2) for portion in portions).transpose(0, 1)
