@@ -155,32 +155,34 @@ def export_table(results: dict) -> Table:
 def bench_table(results: dict) -> Table:
     """Milliseconds, speed-up beside the ideal, and peak memory, per case and model."""
     rows, notes = [], [*results["notes"]]
+    settings, machine = results["settings"], results["machine"]
+    several = len(settings["precisions"]) > 1  # else it stands below the table, which is wide as it is
     for case in results["cases"]:
-        place = [case["runtime"], str(case["batch_size"]), str(case["size"][0]), case["precision"]]
+        place = [case["runtime"], str(case["batch_size"]), str(case["size"][0])]
+        place += [case["precision"]] if several else []
         for name, figures in case["models"].items():
             low, high = figures["ms_quartiles"]
-            memory = "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f} MiB"
-            row = [*place, name, f"{figures['ms']:.1f}", f"{low:.1f}–{high:.1f}"]
+            row = [*place, name, _milliseconds(figures["ms"]), f"{_milliseconds(low)}–{_milliseconds(high)}"]
             if "speedup" in figures:
-                row += [
-                    f"{figures['speedup']:.2f}×",
-                    f"{figures['ideal']:.2f}×",
-                    percent(figures["reached"], 0),
-                    memory,
-                ]
+                row += [f"{figures['speedup']:.2f}×", f"{figures['ideal']:.2f}×", percent(figures["reached"], 0)]
                 if figures["speedup_quartiles"][0] <= 1:
                     notes.append(f"{name}: no gain at this size ({place[0]}, batch {place[1]}, {place[2]} px)")
             else:
-                row += ["", "", "", memory]
-            rows.append(row)
-    settings, machine = results["settings"], results["machine"]
+                row += ["", "", ""]
+            rows.append([*row, "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f} MiB"])
     notes.append(
-        f"medians and quartiles of {settings['rounds']} rounds in turn, {settings['threads']} thread(s), "
-        f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
+        f"medians and quartiles of {settings['rounds']} rounds in turn, {', '.join(settings['precisions'])}, "
+        f"{settings['threads']} thread(s), {machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, "
+        f"onnxruntime {machine['onnxruntime']}"
     )
     notes.append("ideal: ratio of MACs, the selectors' own work free; memory: weights and activations")
-    columns = ["runtime", "batch", "px", "type", "model", "ms", "quartiles", "speed-up", "ideal", "reached", "memory"]
+    columns = ["runtime", "batch", "px", *(["type"] if several else []), "model"]
+    columns += ["ms", "quartiles", "speed-up", "ideal", "reached", "memory"]
     return Table(f"Speed against {results['reference']}", columns, rows, notes)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def broken_notes(names: list[str]) -> list[str]:
