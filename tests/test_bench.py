@@ -4,13 +4,14 @@ import time
 import pytest
 import torch
 from conftest import FAMILIES, lively
+from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import BenchSettings, UsageError, bench, convert, load, memory, original, save
 from tosa_convert.cli import main
 from tosa_convert.hosts import host_of
 from tosa_convert.macs import flops
 from tosa_convert.report import bench_table
-from tosa_convert.timing import Timing, interleave, pinned
+from tosa_convert.timing import Timing, interleave, pinned, processors
 
 QUICK = {"rounds": 2, "memory": False}
 
@@ -38,10 +39,27 @@ def test_speedups_compare_within_a_round():
 
 
 def test_threads_are_pinned_and_given_back():
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), processors()
     with pinned(1):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+        assert (torch.get_num_threads(), processors()) == (1, 1)
+    assert (torch.get_num_threads(), processors()) == before
+
+
+def test_a_peak_that_cannot_be_measured_leaves_the_timings():
+    """Such as that of a model whose class cannot be built again from a file."""
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+    model = convert(model, layers=[2], ratio=0.5)
+    settings = BenchSettings(runtimes=["eager"], rounds=1, threads=1)
+    results = bench({"original": original(model), "converted": model}, settings, device="cpu")
+    assert results["cases"][0]["models"]["converted"]["memory"] is None
+    assert any("no peak memory" in note for note in results["notes"])
+
+
+def test_no_model_is_timed_under_the_name_of_another(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "quickstart", "--rounds", "1", "--against", "deit_tiny", "--against", "deit_tiny"])
+    assert stopped.value.code == 2
+    assert "deit_tiny: this name is timed already" in capsys.readouterr().err
 
 
 def test_every_case_has_its_figures_and_its_ideal():
@@ -63,9 +81,14 @@ def test_no_gain_is_said_in_plain_words():
     model = converted()
     results = bench({"original": original(model), "converted": model}, BenchSettings(runtimes=["eager"], **QUICK))
     figures = results["cases"][0]["models"]["converted"]
-    for quartiles, said in (([0.8, 0.9], True), ([1.1, 1.2], False)):
-        figures["speedup_quartiles"] = quartiles
-        assert any("no gain at this size" in note for note in bench_table(results).notes) == said
+    for speedup, lowest, said in (
+        (0.9, 0.8, "no gain at this size"),
+        (1.1, 0.9, "within the spread"),
+        (1.1, 1.05, None),
+    ):
+        figures.update(speedup=speedup, speedup_quartiles=[lowest, 1.2])
+        notes = [note for note in bench_table(results).notes if note.startswith("converted")]
+        assert [said in note for note in notes] == ([True] if said else [])
 
 
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
@@ -97,6 +120,8 @@ def _tensors(output):
         ({"runtimes": ["tensorrt"]}, "runtime 'tensorrt' is not known"),
         ({"precisions": ["bf16"]}, "bf16 is timed on a GPU"),
         ({"batch_sizes": [0]}, "1 or more"),
+        ({"sizes": [28, 30]}, "30 px is not a multiple of the patch size of model, 4×4"),
+        ({"threads": 10_000}, "more than the"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

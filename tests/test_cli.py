@@ -336,3 +336,20 @@ def test_the_quickstart_clears_only_what_it_made(tmp_path):
     _clear(tmp_path / "out")
     assert (tmp_path / "out/mine").exists()
     assert not (tmp_path / "out/data").exists()
+
+
+@pytest.mark.parametrize("rows", ["16,64", "lots", "-3"])
+def test_rows_are_one_number_or_all(rows, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["flops", "quickstart", f"--rows={rows}"])
+    assert stopped.value.code == 2
+    assert "give one number, such as 32, or all" in capsys.readouterr().err
+
+
+def test_a_file_is_no_place_for_results(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in (["bench", "quickstart"], ["distill", "quickstart", "--steps", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--out", str(tmp_path / "file")])
+        assert stopped.value.code == 2
+        assert "is a file; choose a folder" in capsys.readouterr().err

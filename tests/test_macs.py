@@ -91,3 +91,10 @@ def test_a_models_weights_and_state_survive_counting(deit):
     wanted = model(image)
     flops(model)
     assert torch.equal(model(image), wanted)
+
+
+def test_a_selector_is_not_charged_for_rows_that_do_not_exist():
+    many, all_rows = (
+        flops(convert(load("deit_tiny", pretrained=False), **PAPER, rows=rows)).selectors for rows in (1000, "all")
+    )
+    assert many == all_rows

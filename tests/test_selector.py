@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tosa_convert import convert
-from tosa_convert.distillation import ROWS_AT_ONCE, SelectorDistillation, divergence, with_gradient_now
+from tosa_convert.distillation import ROWS_LEARNT_AT_ONCE, SelectorDistillation, divergence, with_gradient_now
 from tosa_convert.hosts import run
 from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import all_tokens, selective_blocks
@@ -134,7 +134,7 @@ def test_the_target_is_the_real_attention_of_the_selective_layer(images):
     q, k, _ = (part.unflatten(-1, (3, 16)).transpose(1, 2) for part in caught["qkv"].chunk(3, dim=-1))
     real = (q @ k.transpose(-2, -1) / 4).log_softmax(-1).transpose(0, 1)
     weights = list(block.selector.parameters())
-    portions = iter(real.split(ROWS_AT_ONCE, 2))
+    portions = iter(real.split(ROWS_LEARNT_AT_ONCE, 2))
     block.selector.log_maps = lambda read: next(portions) + 0 * sum(weight.sum() for weight in weights)
     figures = objective(images)
     objective.close()

@@ -13,13 +13,14 @@ from torch import nn
 from tosa_convert import memory, runs, runtimes
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.export import write_graph
+from tosa_convert.hosts import host_of
 from tosa_convert.loading import set_image_size
 from tosa_convert.machine import machine
 from tosa_convert.macs import flops
 from tosa_convert.origin import preprocessing_of
 from tosa_convert.processes import pick_device
 from tosa_convert.progress import Progress
-from tosa_convert.timing import Timing, interleave, pinned, quartiles
+from tosa_convert.timing import Timing, interleave, pinned, processors, quartiles
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,7 +72,7 @@ def bench(
 
     Args:
         models: name → model; the first is the reference, usually the original. They are moved to the
-            device, set to the image sizes, and left there.
+            device, set to the image sizes and precisions, and left there.
         settings: what is timed.
         device: "cpu" or "cuda"; None takes a GPU if there is one.
 
@@ -83,7 +84,7 @@ def bench(
         the share speedup / ideal.
     """
     settings, device = settings or BenchSettings(), pick_device(device)
-    _check(settings, device)
+    _check(models, settings, device)
     lacking = {name: why for name in settings.runtimes if (why := runtimes.missing(name, device))}
     notes = [f"{name} is left out: {why}" for name, why in lacking.items()]
     possible = [name for name in settings.runtimes if name not in lacking]
@@ -104,7 +105,7 @@ def bench(
             with tempfile.TemporaryDirectory() as scratch:
                 for case in kinds:
                     try:
-                        timings, peaks = _run(case, models, size, settings, Path(scratch), advance)
+                        timings, peaks = _run(case, models, size, settings, Path(scratch), advance, notes)
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
                         continue
@@ -131,7 +132,9 @@ class _CompilerError(Exception):
     """torch.compile has no compiler, or fails on the model."""
 
 
-def _check(settings: BenchSettings, device: str) -> None:
+def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -> None:
+    if not models:
+        raise UsageError("there is no model to time")
     for name, given, known in (
         ("runtime", settings.runtimes, runtimes.RUNTIMES),
         ("precision", settings.precisions, tuple(TYPES)),
@@ -143,6 +146,13 @@ def _check(settings: BenchSettings, device: str) -> None:
         raise UsageError("bf16 is timed on a GPU; leave it out on the CPU")
     if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
         raise UsageError("batch sizes and image sizes are 1 or more")
+    available = processors()
+    if settings.threads > available:
+        raise UsageError(f"{settings.threads} threads are more than the {available} processors here")
+    for name, side in product(models, settings.sizes or []):
+        patch = host_of(models[name]).patch
+        if side % patch[0] or side % patch[1]:
+            raise UsageError(f"{side} px is not a multiple of the patch size of {name}, {patch[0]}×{patch[1]}")
 
 
 def _first(models: dict[str, nn.Module]) -> nn.Module:
@@ -156,9 +166,15 @@ def _macs(model: nn.Module) -> int:
 
 
 def _run(
-    case: _Case, models: dict, size: tuple[int, int], settings: BenchSettings, scratch: Path, advance: Callable
+    case: _Case,
+    models: dict,
+    size: tuple[int, int],
+    settings: BenchSettings,
+    scratch: Path,
+    advance: Callable,
+    notes: list[str],
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
-    """The timings and peaks of one case."""
+    """The timings and peaks of one case. A peak that cannot be measured costs a note, not the timings."""
     kind = TYPES[case.precision]
     shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
     images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
@@ -181,13 +197,19 @@ def _run(
     peaks = dict.fromkeys(models)
     if settings.memory and case.runtime != "compile":  # the compiler's own memory would be all one sees
         for name, model in models.items():
-            place = files[name] if case.runtime == "onnx" else scratch / f"run-{files[name].stem}"
-            if case.runtime == "eager" and not place.exists():
-                runs.save(model, place)
-            threads, precision = settings.threads, case.precision
-            peaks[name] = memory.measure(place, case.runtime, shapes[name], threads, case.device, precision)
+            try:
+                peaks[name] = _peak(case, model, files[name], shapes[name], settings.threads)
+            except TosaError as error:
+                notes.append(f"{name}, {case.runtime}: no peak memory: {error}")
             advance()
     return timings, peaks
+
+
+def _peak(case: _Case, model: nn.Module, file: Path, shape: tuple[int, ...], threads: int) -> int | None:
+    place = file if case.runtime == "onnx" else file.with_name(f"run-{file.stem}")
+    if case.runtime == "eager" and not place.exists():
+        runs.save(model, place)
+    return memory.measure(place, case.runtime, shape, threads, case.device, case.precision)
 
 
 def _compile(contestants: dict[str, Callable[[], None]]) -> None:

@@ -124,6 +124,7 @@ def finetune(
     ratio: Ratio = None,
     selection: SelectionOption = None,
     score: ScoreOption = None,
+    rows: Rows = None,
     steps: Steps = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,

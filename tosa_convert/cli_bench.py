@@ -70,10 +70,10 @@ def bench(
     settings = build_config(
         BenchSettings,
         {
-            "runtimes": runtime.split(","),
+            "runtimes": [name.strip() for name in runtime.split(",")],
             "batch_sizes": numbers(batch_size, int, "--batch-size"),
             "sizes": numbers(img_size, int, "--img-size") if img_size else None,
-            "precisions": (precision or kinds).split(","),
+            "precisions": [name.strip() for name in (precision or kinds).split(",")],
             "threads": threads,
             "rounds": rounds,
             "memory": memory,

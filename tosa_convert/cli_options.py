@@ -109,11 +109,17 @@ def convert_options(options: dict) -> dict:
     if options.get("layers") is not None:
         found["layers"] = numbers(options["layers"], int, "--layers")
     if options.get("rows") is not None:
-        found["rows"] = "all" if options["rows"] == "all" else numbers(options["rows"], int, "--rows")[0]
+        found["rows"] = _query_rows(options["rows"])
     if options.get("ratio") is not None:
         ratios = numbers(options["ratio"], float, "--ratio")
         found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
     return found
+
+
+def _query_rows(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise UsageError(f"--rows {text!r} is no number of query rows; give one number, such as 32, or all")
+    return text if text == "all" else int(text)
 
 
 def numbers(text: str, kind: type, option: str) -> list:

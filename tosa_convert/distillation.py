@@ -68,7 +68,7 @@ def check_distillable(model: nn.Module) -> None:
         raise UsageError(f"score {model.tosa_config.score!r} has nothing to learn; distill is for score 'attention'")
 
 
-ROWS_AT_ONCE = 16
+ROWS_LEARNT_AT_ONCE = 16
 """Query rows of a selector that are learnt from at a time: keeps the peak of memory near that of a forward pass."""
 
 
@@ -120,7 +120,7 @@ class _Lesson:
         (maps, rows), self.question = self.question, None
         real = self.selector.read(queries, keys, rows)
         with torch.enable_grad():  # the backbone around it runs without
-            portions = zip(maps.split(ROWS_AT_ONCE, 2), real.split(ROWS_AT_ONCE, 2), strict=True)
+            portions = zip(maps.split(ROWS_LEARNT_AT_ONCE, 2), real.split(ROWS_LEARNT_AT_ONCE, 2), strict=True)
             losses, predicted, wanted = zip(*(self._correct(*portion) for portion in portions), strict=True)
             loss = torch.stack(losses).sum() / maps.shape[2]
         self.learnt = loss, overlap(sum(predicted), sum(wanted), self.selection)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tosa_convert.errors import TosaError
+from tosa_convert.errors import TosaError, UsageError
 
 
 @contextmanager
@@ -60,6 +60,8 @@ def read_json(path: Path) -> dict:
 
 def check_writable(folder: Path) -> None:
     """Fail before hours of work rather than after them."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a folder with --out")
     with atomic(folder / ".probe") as temporary:
         temporary.touch()
     (folder / ".probe").unlink()

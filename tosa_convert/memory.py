@@ -4,6 +4,8 @@ On the CPU it is the resident memory that loading and running a model adds to a 
 imported the libraries; on a GPU what torch allocates there.
 """
 
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -11,18 +13,27 @@ from pathlib import Path
 
 import torch
 
+from tosa_convert.errors import TosaError
+
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def measure(model: Path, runtime: str, shape: tuple[int, ...], threads: int, device: str, precision: str) -> int | None:
     """Bytes at the peak of a forward pass of a saved run ("eager") or an ONNX file ("onnx"); None where the
-    system does not tell."""
+    system does not tell.
+
+    Raises:
+        TosaError: the process failed, for want of memory for instance.
+    """
     if device == "cpu" and not RESET.exists():
         return None
     job = {"model": str(model), "runtime": runtime, "shape": shape, "threads": threads, "device": device}
     command = [sys.executable, "-m", "tosa_convert.memory", json.dumps({**job, "precision": precision})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(done.stdout) if done.returncode == 0 else None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TosaError(f"peak memory could not be measured: {last[:160]}")
+    return int(done.stdout)
 
 
 def resident(kind: str) -> int:
@@ -40,6 +51,8 @@ def _job(model: str, runtime: str, shape: list[int], threads: int, device: str, 
     from tosa_convert.runtimes import onnx_runner, torch_runner
 
     torch.set_num_threads(threads)
+    with contextlib.suppress(ImportError):  # it is a library too, of the models that need it
+        importlib.import_module("transformers.modeling_utils")
     images = torch.randn(shape)
     before = resident("VmRSS")
     if runtime == "onnx":

@@ -165,8 +165,11 @@ def bench_table(results: dict) -> Table:
             row = [*place, name, _milliseconds(figures["ms"]), f"{_milliseconds(low)}–{_milliseconds(high)}"]
             if "speedup" in figures:
                 row += [f"{figures['speedup']:.2f}×", f"{figures['ideal']:.2f}×", percent(figures["reached"], 0)]
-                if figures["speedup_quartiles"][0] <= 1:
-                    notes.append(f"{name}: no gain at this size ({place[0]}, batch {place[1]}, {place[2]} px)")
+                where = f"({place[0]}, batch {place[1]}, {place[2]} px)"
+                if figures["speedup"] <= 1:
+                    notes.append(f"{name}: no gain at this size {where}")
+                elif figures["speedup_quartiles"][0] <= 1:
+                    notes.append(f"{name}: the gain is within the spread {where}; more --rounds would tell")
             else:
                 row += ["", "", ""]
             rows.append([*row, "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f} MiB"])

@@ -139,8 +139,6 @@ def prepare(folder: Path, resume: bool) -> None:
         UsageError: something is there already, and ``resume`` was not asked for.
         TosaError: the place cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; choose a folder with --out")
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise UsageError(f"{folder} is not empty; add --resume to go on with the run in it, or choose another --out")
     check_writable(folder)

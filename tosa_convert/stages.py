@@ -118,7 +118,6 @@ def bench_stage(
     settings: BenchSettings,
     *,
     out=None,
-    checkpoint=None,
     device=None,
     progress=None,
 ) -> dict:
@@ -127,14 +126,16 @@ def bench_stage(
     Leaves ``bench.json`` and ``bench.png`` beside the run unless ``out`` says otherwise. Weights
     are not needed: what is not a run gets random ones.
     """
-    model = load(source, checkpoint=checkpoint, pretrained=checkpoint is not None)
+    model = load(source, pretrained=False)
     if options and is_converted(model):
         raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
     if not is_converted(model):
         convert(model, **options)
     models = {"original": original(model), "converted": model}
     for name in against:
-        models[Path(name).name if runs.is_run(name) else name] = load(name, pretrained=False)
+        if name in models:
+            raise UsageError(f"--against {name}: this name is timed already; name each model once")
+        models[name] = load(name, pretrained=False)
     folder = Path(out) if out else Path(source)
     check_writable(folder)
     results = {"source": source, "convert": model.tosa_config.model_dump()}

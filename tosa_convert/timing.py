@@ -53,6 +53,11 @@ def interleave(
     return {name: Timing(each) for name, each in seconds.items()}
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
     """Within this block torch computes on so many threads, and the process stays on as many processors."""

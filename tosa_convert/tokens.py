@@ -74,7 +74,8 @@ def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
 
     A plain stride meets the same few columns of the grid again and again, depending on its width; this
     (a Fibonacci lattice) covers both directions at every number of rows. The grid is taken to be
-    square; on another one the positions are still spread. Integer arithmetic: the same in ONNX.
+    square; on another one the positions are still spread. Integer arithmetic: the same in ONNX. Where
+    ``rows`` comes near the number of tokens some positions come twice, and count twice.
     """
     if isinstance(tokens, int):
         return torch.tensor(_spread_rows(tokens, prefix, rows))

@@ -10,6 +10,7 @@ from torch import nn
 from tosa_convert.tokens import spread_rows
 
 ROWS_AT_ONCE = 64
+"""Query rows that are scored at a time, see :meth:`AttentionSelector.forward`."""
 
 
 class QueryKeyRows(nn.Module):
@@ -24,6 +25,8 @@ class QueryKeyRows(nn.Module):
 
     def choose(self, tokens: int, how: Callable = spread_rows) -> torch.Tensor | None:
         """Which of so many query rows are read: positions chosen by ``how``, or None for all of them."""
+        if isinstance(tokens, torch.Tensor):  # in a trace, such as fvcore's, which is of one size
+            tokens = int(tokens)
         # A symbolic number of tokens is not an int, and must not be decided on.
         if self.rows == "all" or (isinstance(tokens, int) and tokens <= self.rows):
             return None
