@@ -55,7 +55,8 @@ class Selection:
         """The positions that attend, by what was read in the layer before.
 
         Without a new forward of the layer before (gradient checkpointing runs a block again for
-        its backward), the choice of the last forward stands.
+        its backward), the choice of the last forward stands: there each forward needs its backward
+        before the next.
         """
         if self.reading is not None:
             reading, self.reading = self.reading, None

@@ -27,7 +27,8 @@ class QueryKeyRows(nn.Module):
         """Which of so many query rows are read: positions chosen by ``how``, or None for all of them."""
         if isinstance(tokens, torch.Tensor):  # in a trace, such as fvcore's, which is of one size
             tokens = int(tokens)
-        # A symbolic number of tokens is not an int, and must not be decided on.
+        # A symbolic number of tokens is not an int, and must not be decided on: a graph for every image size
+        # reads so many rows also where it has fewer tokens, and some of them twice.
         if self.rows == "all" or (isinstance(tokens, int) and tokens <= self.rows):
             return None
         return how(tokens, self.prefix, self.rows)
