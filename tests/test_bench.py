@@ -120,7 +120,7 @@ def _tensors(output):
         ({"runtimes": ["tensorrt"]}, "runtime 'tensorrt' is not known"),
         ({"precisions": ["bf16"]}, "bf16 is timed on a GPU"),
         ({"batch_sizes": [0]}, "1 or more"),
-        ({"sizes": [28, 30]}, "30 px is not a multiple of the patch size of model, 4×4"),
+        ({"sizes": [28, 30]}, "30×30 px is not a multiple of the patch size of model, 4×4"),
         ({"threads": 10_000}, "more than the"),
     ],
 )

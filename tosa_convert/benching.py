@@ -93,7 +93,10 @@ def bench(
         for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
         if runtime != "onnx" or precision == "fp32"
     ]
-    sizes = [(side, side) for side in settings.sizes] if settings.sizes else [preprocessing_of(_first(models)).size]
+    sizes = _sizes(models, settings)
+    if settings.sizes is None:
+        others = {name: preprocessing_of(model).size for name, model in models.items()}
+        notes += [f"{name}: timed at another size than its own" for name, own in others.items() if own != sizes[0]]
     cases = []
     per_case = settings.rounds + 2 + (len(models) if settings.memory else 0)
     with (progress or Progress()).track("bench", total=len(sizes) * len(kinds) * per_case) as advance:
@@ -149,10 +152,17 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
     available = processors()
     if settings.threads > available:
         raise UsageError(f"{settings.threads} threads are more than the {available} processors here")
-    for name, side in product(models, settings.sizes or []):
+    for name, (height, width) in product(models, _sizes(models, settings)):
         patch = host_of(models[name]).patch
-        if side % patch[0] or side % patch[1]:
-            raise UsageError(f"{side} px is not a multiple of the patch size of {name}, {patch[0]}×{patch[1]}")
+        if height % patch[0] or width % patch[1]:
+            wrong, unit = f"{height}×{width} px", f"{patch[0]}×{patch[1]}"
+            raise UsageError(
+                f"{wrong} is not a multiple of the patch size of {name}, {unit}; choose others by --img-size"
+            )
+
+
+def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[int, int]]:
+    return [(side, side) for side in settings.sizes] if settings.sizes else [preprocessing_of(_first(models)).size]
 
 
 def _first(models: dict[str, nn.Module]) -> nn.Module:

@@ -174,9 +174,9 @@ def bench_table(results: dict) -> Table:
                 row += ["", "", ""]
             rows.append([*row, "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f} MiB"])
     notes.append(
-        f"medians and quartiles of {settings['rounds']} rounds in turn, {', '.join(settings['precisions'])}, "
-        f"{settings['threads']} thread(s), {machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, "
-        f"onnxruntime {machine['onnxruntime']}"
+        f"ms per forward pass: medians and quartiles of {settings['rounds']} rounds in turn, "
+        f"{', '.join(settings['precisions'])}, {settings['threads']} thread(s), "
+        f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
     )
     notes.append("ideal: ratio of MACs, the selectors' own work free; memory: weights and activations")
     columns = ["runtime", "batch", "px", *(["type"] if several else []), "model"]
