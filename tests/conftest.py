@@ -6,6 +6,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 
+import hypothesis
 import numpy as np
 import pytest
 import timm
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 torch.set_num_threads(2)
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a timing
+hypothesis.settings.load_profile("untimed")
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
 HF_SMALL = {

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tosa_convert.scores.random import RandomScore
@@ -33,7 +33,6 @@ def test_ratio_one_keeps_everything(patches):
     assert keep_count(patches, ratio_steps(1.0)) == patches
 
 
-@settings(deadline=None)
 @given(batch=batches, patches=patch_counts, prefix=prefixes, ratio=ratios, seed=st.integers(0, 99))
 def test_top_tokens_are_the_prefix_and_the_best_patches(batch, patches, prefix, ratio, seed):
     scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +53,6 @@ def test_ties_go_to_the_first_positions(batch, patches, prefix, ratio):
     assert (positions == torch.arange(positions.shape[1])).all()
 
 
-@settings(deadline=None)
 @given(batch=batches, patches=patch_counts, width=st.integers(1, 8), ratio=ratios, seed=st.integers(0, 99))
 def test_gather_then_rejoin_changes_just_the_chosen_rows(batch, patches, width, ratio, seed):
     generator = torch.Generator().manual_seed(seed)
