@@ -22,8 +22,6 @@ from tosa_convert.processes import pick_device
 from tosa_convert.progress import Progress
 from tosa_convert.timing import Timing, interleave, pinned, processors, quartiles
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class BenchSettings(BaseModel):
     """What is timed.
@@ -140,7 +138,7 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
         raise UsageError("there is no model to time")
     for name, given, known in (
         ("runtime", settings.runtimes, runtimes.RUNTIMES),
-        ("precision", settings.precisions, tuple(TYPES)),
+        ("precision", settings.precisions, tuple(runtimes.TYPES)),
     ):
         for value in given:
             if value not in known:
@@ -153,20 +151,18 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
     if settings.threads > available:
         raise UsageError(f"{settings.threads} threads are more than the {available} processors here")
     for name, (height, width) in product(models, _sizes(models, settings)):
-        patch = host_of(models[name]).patch
-        if height % patch[0] or width % patch[1]:
-            wrong, unit = f"{height}×{width} px", f"{patch[0]}×{patch[1]}"
+        host = host_of(models[name])
+        if not host.fits((height, width)):
+            wrong, unit = f"{height}×{width} px", f"{host.patch[0]}×{host.patch[1]}"
             raise UsageError(
                 f"{wrong} is not a multiple of the patch size of {name}, {unit}; choose others by --img-size"
             )
 
 
 def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[int, int]]:
-    return [(side, side) for side in settings.sizes] if settings.sizes else [preprocessing_of(_first(models)).size]
-
-
-def _first(models: dict[str, nn.Module]) -> nn.Module:
-    return next(iter(models.values()))
+    if settings.sizes:
+        return [(side, side) for side in settings.sizes]
+    return [preprocessing_of(next(iter(models.values()))).size]
 
 
 def _macs(model: nn.Module) -> int:
@@ -185,7 +181,7 @@ def _run(
     notes: list[str],
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
     """The timings and peaks of one case. A peak that cannot be measured costs a note, not the timings."""
-    kind = TYPES[case.precision]
+    kind = runtimes.TYPES[case.precision]
     shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
     images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
     files = {name: scratch / f"{index}.onnx" for index, name in enumerate(models)}

@@ -73,7 +73,7 @@ def load(
 def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
     """Make a loaded model take (H, W) pixels, and remember it for its pictures, counts and exports."""
     host = host_of(model)
-    if any(side % patch for side, patch in zip(size, host.patch, strict=True)):
+    if not host.fits(size):
         below, above = (tuple((side // p + up) * p for side, p in zip(size, host.patch, strict=True)) for up in (0, 1))
         raise UsageError(
             f"image size {size[0]}×{size[1]} is not a multiple of the patch size {host.patch[0]}×{host.patch[1]}; "

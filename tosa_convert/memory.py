@@ -48,7 +48,7 @@ def forget_peak() -> None:
 
 def _job(model: str, runtime: str, shape: list[int], threads: int, device: str, precision: str) -> int:
     from tosa_convert import load
-    from tosa_convert.runtimes import onnx_runner, torch_runner
+    from tosa_convert.runtimes import TYPES, onnx_runner, torch_runner
 
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):  # it is a library too, of the models that need it
@@ -58,7 +58,7 @@ def _job(model: str, runtime: str, shape: list[int], threads: int, device: str, 
     if runtime == "onnx":
         runner = onnx_runner(Path(model), images, threads, device)
     else:
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        kind = TYPES[precision]
         runner = torch_runner(load(model).to(device, kind), images.to(device, kind), compiled=False)
     runner()  # what only a first run needs is not counted
     if device == "cuda":

@@ -9,6 +9,7 @@ from torch import nn
 
 from tosa_convert.hosts import host_of
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RUNTIMES = ("eager", "compile", "onnx")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -16,7 +16,6 @@ from tosa_convert.files import check_writable, read_json, write_json, write_text
 from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
 from tosa_convert.macs import flops
-from tosa_convert.pictures import speedup_picture
 from tosa_convert.progress import Progress
 from tosa_convert.recipe import Recipe, read_recipe
 from tosa_convert.report import write_report
@@ -126,6 +125,8 @@ def bench_stage(
     Leaves ``bench.json`` and ``bench.png`` beside the run unless ``out`` says otherwise. Weights
     are not needed: what is not a run gets random ones.
     """
+    from tosa_convert.pictures import speedup_picture  # matplotlib, which no other stage needs
+
     model = load(source, pretrained=False)
     if options and is_converted(model):
         raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")

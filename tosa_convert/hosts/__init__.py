@@ -96,6 +96,10 @@ class Host(ABC):
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
 
+    def fits(self, size: tuple[int, int]) -> bool:
+        """Whether pictures of this size (H, W) are cut into whole patches."""
+        return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+
 
 def host_of(model: nn.Module) -> Host:
     """The host of a model.
