@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from tosa_convert.scores.random import RandomScore
 from tosa_convert.tokens import (
     RATIO_STEPS,
+    choose_best,
     gather_tokens,
     keep_count,
     random_rows,
     ratio_steps,
     rejoin_tokens,
     spread_rows,
-    top_tokens,
 )
 
 batches = st.integers(1, 4)
@@ -36,7 +36,7 @@ def test_ratio_one_keeps_everything(patches):
 @given(batch=batches, patches=patch_counts, prefix=prefixes, ratio=ratios, seed=st.integers(0, 99))
 def test_top_tokens_are_the_prefix_and_the_best_patches(batch, patches, prefix, ratio, seed):
     scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
-    positions = top_tokens(scores, prefix, ratio_steps(ratio))
+    positions = choose_best(scores, prefix, keep_count(patches, ratio_steps(ratio))).attended
     kept = keep_count(patches, ratio_steps(ratio))
     assert positions.shape == (batch, prefix + kept)
     for row, chosen in zip(scores, positions, strict=True):
@@ -49,7 +49,9 @@ def test_top_tokens_are_the_prefix_and_the_best_patches(batch, patches, prefix, 
 
 @given(batch=batches, patches=patch_counts, prefix=prefixes, ratio=ratios)
 def test_ties_go_to_the_first_positions(batch, patches, prefix, ratio):
-    positions = top_tokens(torch.zeros(batch, prefix + patches), prefix, ratio_steps(ratio))
+    positions = choose_best(
+        torch.zeros(batch, prefix + patches), prefix, keep_count(patches, ratio_steps(ratio))
+    ).attended
     assert (positions == torch.arange(positions.shape[1])).all()
 
 
@@ -57,7 +59,9 @@ def test_ties_go_to_the_first_positions(batch, patches, prefix, ratio):
 def test_gather_then_rejoin_changes_just_the_chosen_rows(batch, patches, width, ratio, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, patches, width, generator=generator)
-    positions = top_tokens(torch.randn(batch, patches, generator=generator), 0, ratio_steps(ratio))
+    positions = choose_best(
+        torch.randn(batch, patches, generator=generator), 0, keep_count(patches, ratio_steps(ratio))
+    ).attended
     picked = gather_tokens(tokens, positions)
     assert torch.equal(picked, tokens.gather(1, positions[..., None].expand(-1, -1, width)))
     assert torch.equal(rejoin_tokens(tokens, positions, picked), tokens)
@@ -91,7 +95,7 @@ def test_random_scores_choose_every_position_alike():
     maps = torch.zeros(1, 3, 50, 4)
     counts = torch.zeros(50)
     for seed in range(400):
-        counts[top_tokens(RandomScore(seed, 2).read(maps, maps).sum(1), 0, ratio_steps(0.5))[0]] += 1
+        counts[choose_best(RandomScore(seed, 2).read(maps, maps).sum(1), 0, 25).attended[0]] += 1
     assert counts.min() > 140
     assert counts.max() < 260
 

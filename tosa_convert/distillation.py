@@ -14,7 +14,7 @@ from tosa_convert.scores.attention import AttentionSelector
 from tosa_convert.selective import Selection, all_tokens, selective_blocks
 from tosa_convert.settings import DistillSettings
 from tosa_convert.surgery import is_converted
-from tosa_convert.tokens import random_rows, top_tokens
+from tosa_convert.tokens import choose_best, random_rows
 from tosa_convert.train import Stage, make_accelerator, train
 
 
@@ -153,6 +153,7 @@ def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def overlap(predicted: torch.Tensor, real: torch.Tensor, selection: Selection) -> torch.Tensor:
     """Share of the patches chosen by one set of scores (B, N) that the other would choose too."""
-    chosen, wanted = (top_tokens(scores, selection.prefix, selection.steps) for scores in (predicted, real))
+    kept = selection.keep(real.shape[1] - selection.prefix)
+    chosen, wanted = (choose_best(scores, selection.prefix, kept).attended for scores in (predicted, real))
     marks = torch.zeros_like(real, dtype=torch.bool).scatter(1, wanted, True)
     return marks.gather(1, chosen)[:, selection.prefix :].float().mean()

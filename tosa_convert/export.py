@@ -25,7 +25,7 @@ from tosa_convert.hosts import host_of, run
 from tosa_convert.origin import class_names, preprocessing_of
 from tosa_convert.preprocessing import Preprocessing
 from tosa_convert.progress import Progress
-from tosa_convert.selective import chosen_tokens
+from tosa_convert.selective import chosen_tokens, selective_blocks
 from tosa_convert.settings import ExportSettings
 
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
@@ -158,9 +158,8 @@ def write_graph(model: nn.Module, path: Path, opset: int) -> None:
     except Exception as error:
         raise TosaError(f"torch.onnx could not export the model: {' '.join(str(error).split())[:200]}") from error
     finally:
-        for block in model.modules():  # tracing leaves symbolic tensors behind
-            if getattr(block, "selection", None) is not None:
-                block.selection.chosen = None
+        for block in selective_blocks(model):  # tracing leaves symbolic tensors behind
+            block.selection.forget()
     proto = program.model_proto
     _hide_chosen(proto)
     onnx.checker.check_model(proto)

@@ -1,9 +1,10 @@
 """What makes a host's own block token-selective, without copying its forward.
 
-Layer l − 1 is tapped: hooks on its query and key projections let the scorer of layer l read what
-they compute. Layer l becomes a generated subclass of its own class: it scores the tokens from that
-reading, takes the best ones out, runs the host's forward on them, and puts them back. The tokens
-that were not chosen leave the layer as they came.
+The scorer of a selective layer reads what it needs: the queries and keys of the layer before, through
+hooks on its projections, or the tokens as they arrive. The layer itself becomes a generated subclass of
+its own class: it chooses the tokens, takes them out, runs the host's forward on them, and its bypass
+says what the others get. All tokens leave the layer, in order. Layers behind which tokens are gone are in
+:mod:`tosa_convert.lasting`.
 """
 
 import functools
@@ -12,24 +13,47 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from tosa_convert.bypasses import WHOLE
 from tosa_convert.errors import TosaError
-from tosa_convert.tokens import RATIO_STEPS, gather_tokens, keep_count, ratio_steps, rejoin_tokens, top_tokens
+from tosa_convert.matching import match, sketch
+from tosa_convert.passage import Passage
+from tosa_convert.tokens import RATIO_STEPS, Choice, choose_best, keep_count, ratio_steps, rejoin_tokens
+
+
+class Matcher(nn.Module):
+    """Finds a partner for each skipped token of a choice that has none. A module, so that its work can be counted."""
+
+    def __init__(self, prefix: int):
+        super().__init__()
+        self.prefix = prefix
+
+    @torch.no_grad()
+    def forward(self, features: torch.Tensor, choice: Choice) -> Choice:
+        return match(features, self.prefix, choice)
 
 
 @dataclass
 class Selection:
-    """How one selective layer chooses its tokens, and what it chose last."""
+    """How one selective layer chooses its tokens, and what it chose last.
+
+    Attributes:
+        previous: the selection of the layer that the scorer listens to, if that one skips tokens itself;
+            their scores are then those they had there.
+    """
 
     layer: int
     ratio: float
     prefix: int
-    per_head: bool
+    bypass: str
+    passage: Passage
+    per_head: bool = False
+    previous: "Selection | None" = None
     active: bool = True
     reading: torch.Tensor | None = None  # what the scorer has read, until the layer runs
-    chosen: torch.Tensor | None = None  # (B, prefix + K), or (B·H, prefix + K) with per_head
+    scores: torch.Tensor | None = None  # (B, N), for the layers that listen to this one
+    choice: Choice | None = None  # attended: (B, prefix + K), or (B·H, prefix + K) with per_head
 
     @property
     def steps(self) -> int:
@@ -45,95 +69,103 @@ class Selection:
         return keep_count(patches, self.steps)
 
     def listen(self, selector: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """Let the selector read the queries and keys, (B, H, N, D), of the layer before; no more of them is kept
-        than it needs."""
+        """Let the selector read queries and keys, (B, H, N, D); no more of them is kept than it needs."""
         if self.selects:
             with torch.no_grad():  # a hard choice has no gradient; the selector learns by distillation
                 self.reading = selector.read(queries, keys)
 
-    def choose(self, selector: nn.Module) -> torch.Tensor:
-        """The positions that attend, by what was read in the layer before.
+    def choose(self, selector: nn.Module, patches: int, features: torch.Tensor | None) -> Choice:
+        """Who attends.
 
-        Without a new forward of the layer before (gradient checkpointing runs a block again for
+        Args:
+            selector: a scorer.
+            patches: how many patch tokens the keep ratio is of.
+            features: the tokens as a scorer that does not listen sees them, (B, N, C).
+
+        Without a new forward of the layer listened to (gradient checkpointing runs a block again for
         its backward), the choice of the last forward stands: there each forward needs its backward
         before the next.
         """
-        if self.reading is not None:
-            reading, self.reading = self.reading, None
-            with torch.no_grad():
-                scores = selector(reading)
-            scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
-            self.chosen = top_tokens(scores, self.prefix, self.steps)
-        if self.chosen is None:
+        with torch.no_grad():
+            if not selector.listens:
+                self.choice = selector(features)
+            elif self.reading is not None:
+                found, self.reading = selector(self.reading), None
+                self.choice = found if isinstance(found, Choice) else self._best(found, patches)
+        if self.choice is None:
             raise TosaError(
-                f"layer {self.layer} is selective but layer {self.layer - 1} has not run before it; "
+                f"layer {self.layer} is selective but the layer it listens to has not run before it; "
                 "run the model from its first layer on"
             )
-        return self.chosen
+        return self.choice
+
+    def _best(self, scores: torch.Tensor, patches: int) -> Choice:
+        scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
+        if self.previous is not None and self.previous.selects:
+            before = self.previous
+            scores = rejoin_tokens(before.scores[..., None], before.choice.attended, scores[..., None])[..., 0]
+        self.scores = scores
+        return choose_best(scores, self.prefix, self.keep(patches))
+
+    def forget(self) -> None:
+        """Let go of what the last forward pass left."""
+        self.reading = self.scores = self.choice = None
+        self.passage.forget()
 
 
 @functools.cache
 def selective_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a host's block that runs ``base.forward`` on the chosen tokens only. Its ``listen`` is to
-    receive the queries and keys of the block before.
+    """A subclass of a host's block that runs ``base.forward`` on the chosen tokens only.
 
-    The base is held here rather than found through the instance's class, which wrappers such as
-    FSDP replace.
+    Its ``listen`` is to receive the queries and keys that its scorer listens to. The base is held here
+    rather than found through the instance's class, which wrappers such as FSDP replace.
     """
 
     def forward(self, tokens, *args, **kwargs):
-        selection = self.selection
+        selection, host = self.selection, self.selection_host
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
-        _refuse_per_token_arguments(selection.layer, args, kwargs)
+        refuse_per_token_arguments(selection.layer, args, kwargs)
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
-        chosen = selection.choose(self.selector)
+        features = None if self.selector.listens and self.matcher is None else host.normed(self, tokens).detach()
+        choice = selection.choose(self.selector, tokens.shape[1] - selection.prefix, features)
         if selection.per_head:  # the attention inside reads the choice itself
             return base.forward(self, tokens, *args, **kwargs)
-        attended = base.forward(self, gather_tokens(tokens, chosen), *args, **kwargs)
-        return rejoin_tokens(tokens, chosen, attended)
+        if self.matcher is not None:
+            choice = self.matcher(sketch(features), choice)
 
-    def listen(self, queries, keys):
-        self.selection.listen(self.selector, queries, keys)
+        def run(some, sizes=None):
+            return base.forward(self, some, *args, **{**kwargs, **weighed(host.bias_name, sizes)})
 
-    members = {"forward": forward, "listen": listen, "__module__": base.__module__}
-    return type(f"Selective{base.__name__}", (base,), members)
+        return WHOLE[selection.bypass](run, tokens, choice)
+
+    return grafted_class("Selective", base, forward=forward, listen=listen)
 
 
-def _refuse_per_token_arguments(layer: int, args: tuple, kwargs: dict) -> None:
+def weighed(keyword: str, sizes: torch.Tensor | None) -> dict:
+    """The keyword argument by which a block's attention weighs each token, (B, N), by how many it stands for
+    (ToMe's proportional attention, arXiv 2210.09461, section 3.3)."""
+    return {} if sizes is None else {keyword: sizes.log()[:, None, None, :]}
+
+
+def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+    """A block's method: let its scorer read queries and keys, (B, H, N, D)."""
+    self.selection.listen(self.selector, queries, keys)
+
+
+def grafted_class(kind: str, base: type[nn.Module], **members) -> type[nn.Module]:
+    """A subclass for instances of ``base`` to be turned into, and back again."""
+    members = {**members, "grafted_on": base, "__module__": base.__module__}
+    return type(f"{kind}{base.__name__}", (base,), members)
+
+
+def refuse_per_token_arguments(layer: int, args: tuple, kwargs: dict) -> None:
     if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
         raise TosaError(
             f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
             "run the model without an attention mask"
         )
-
-
-@functools.cache
-def per_head_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a host's attention in which each head attends over its own tokens.
-
-    ToSA, Eq. 4: per head, the chosen tokens are replaced by their attention and the others pass
-    that head's slice of the input through; the heads are concatenated, then projected.
-    """
-
-    def forward(self, *args, **kwargs):
-        selection, host = self.selection, self.selection_host
-        if not selection.active:
-            return base.forward(self, *args, **kwargs)
-        tokens = args[0] if args else kwargs["hidden_states"]
-        queries, keys, values = host.project(self, tokens)
-        batch, heads, count, width = queries.shape
-        chosen = selection.chosen
-        parts = (part.flatten(0, 1) for part in (queries, keys, values))
-        picked = [gather_tokens(part, chosen).unflatten(0, (batch, heads)) for part in parts]
-        dropout = host.attention_dropout(self) if self.training else 0.0
-        attended = F.scaled_dot_product_attention(*picked, dropout_p=dropout)
-        slices = tokens.reshape(batch, count, heads, width).transpose(1, 2).flatten(0, 1)
-        joined = rejoin_tokens(slices, chosen, attended.flatten(0, 1)).unflatten(0, (batch, heads))
-        return host.finish(self, joined.transpose(1, 2).reshape(batch, count, heads * width), tokens)
-
-    return type(f"PerHead{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
 
 
 def selective_blocks(model: nn.Module) -> list[nn.Module]:
@@ -158,9 +190,10 @@ def all_tokens(model: nn.Module) -> Iterator[None]:
 
 
 def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Which tokens attended in the last forward pass: layer → positions, prefix tokens first."""
+    """Which tokens attended in the last forward pass: layer → positions, prefix tokens first. Under a lasting
+    bypass: which of the tokens that entered the layer were left behind it, none where all were."""
     return {
-        block.selection.layer: block.selection.chosen
+        block.selection.layer: block.selection.choice.attended
         for block in selective_blocks(model)
-        if block.selection.chosen is not None
+        if block.selection.choice is not None
     }

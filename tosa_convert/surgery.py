@@ -5,11 +5,15 @@ import copy
 import torch
 from torch import nn
 
+from tosa_convert.bypasses import PARTNERED
 from tosa_convert.config import ConvertConfig, build_config
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import Host, Tap, host_of
+from tosa_convert.lasting import Reduction, check_halves, reducing_class, silenceable_class
+from tosa_convert.passage import Passage
+from tosa_convert.per_head import per_head_class
 from tosa_convert.scores import build_score
-from tosa_convert.selective import Selection, per_head_class, selective_blocks, selective_class
+from tosa_convert.selective import Matcher, Selection, selective_class
 
 
 def convert(model: nn.Module, config: ConvertConfig | None = None, **options) -> nn.Module:
@@ -35,14 +39,18 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     host = host_of(model)
     try:
         plan = config.plan(depth=len(host.blocks))
+        config.stages(depth=len(host.blocks))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if config.selection == "per_head":
-        _check_head_slices(host)
-    for layer, ratio in plan:
-        _make_selective(host, layer, ratio, config)
+    _check_fit(host, config)
+    passage = Passage()
+    if not config.lasting:
+        _make_selective(host, plan, config, passage)
+    else:
+        _make_lasting(host, config.stages(len(host.blocks)), config, passage)
+    host.patch_projection.register_forward_hook(passage.begin)
     layers, ratios = map(list, zip(*plan, strict=True))
-    ratio = ratios if isinstance(config.ratio, list) else config.ratio
+    ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
     model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
     return model
 
@@ -57,28 +65,68 @@ def is_converted(model: nn.Module) -> bool:
     return getattr(model, "tosa_config", None) is not None
 
 
-def _check_head_slices(host: Host) -> None:
-    attention = host.attention(host.blocks[0])
-    width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
-    if width % host.heads:
-        raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+def _check_fit(host: Host, config: ConvertConfig) -> None:
+    """Refuse what this model has not got the parts for, before anything is changed."""
+    if config.score == "class_attention" and not host.class_token:
+        raise UsageError("score class_attention needs a class token, and this model has none; use similarity")
+    if config.bypass == "drop" and not host.classifies_by_class_token:
+        raise UsageError("bypass drop leaves patches out for good: it is for models that classify by their class token")
+    if config.selection == "per_head":
+        attention = host.attention(host.blocks[0])
+        width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
+        if width % host.heads:
+            raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+    if config.lasting:
+        check_halves(host, host.blocks[0])
 
 
-def _make_selective(host: Host, layer: int, ratio: float, config: ConvertConfig) -> None:
-    listened, block = host.blocks[layer - 2], host.blocks[layer - 1]
+def _make_selective(host: Host, plan: list[tuple[int, float]], config: ConvertConfig, passage: Passage) -> None:
+    """Layers that all tokens leave."""
+    selections = {}
+    for layer, ratio in plan:
+        per_head = config.selection == "per_head"
+        selection = Selection(layer, ratio, host.prefix, config.bypass, passage, per_head, selections.get(layer - 1))
+        selections[layer] = selection
+        block = host.blocks[layer - 1]
+        _add_scorer(host, block, selection, config)
+        _graft(block, selective_class(type(block)), selection, host)
+        if block.selector.listens:
+            host.tap(host.blocks[layer - 2], block.listen)
+        if per_head:
+            attention = host.attention(block)
+            _graft(attention, per_head_class(type(attention)), selection, host)
+
+
+def _make_lasting(host: Host, stages: list[tuple[int, float]], config: ConvertConfig, passage: Passage) -> None:
+    """Layers behind which tokens are gone, from the first one that takes any to the model's last."""
+    before = 1.0
+    for layer, ratio in stages:
+        block, last = host.blocks[layer - 1], layer == len(host.blocks)
+        reduction = Reduction(layer, ratio, host.prefix, config.bypass, passage, reduces=ratio < before, last=last)
+        before = ratio
+        _add_scorer(host, block, reduction, config)
+        _graft(block, reducing_class(type(block)), reduction, host)
+        host.tap(host.blocks[layer - 2] if config.listens_before else block, block.listen)
+        if block.matcher is not None:
+            host.tap(block, block.listen_for_partners)
+        for half, module in (("attention", host.attention(block)), ("mlp", host.mlp(block))):
+            _graft(module, silenceable_class(type(module), half), reduction, host)
+
+
+def _add_scorer(host: Host, block: nn.Module, selection: Selection, config: ConvertConfig) -> None:
     weight = next(block.parameters())
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed * 1009 + layer)  # the CPU's only: a GPU's stays as it is
-        selector = build_score(config, host.heads, host.prefix, layer)
-    selection = Selection(layer, ratio, host.prefix, config.selection == "per_head")
-    block.__class__ = selective_class(type(block))
-    block.selection = selection
+        # The CPU's only: a GPU's stays as it is.
+        torch.default_generator.manual_seed(config.seed * 1009 + selection.layer)
+        selector = build_score(config, host.heads, host.prefix, selection.layer, selection.steps, selection.passage)
     block.selector = selector.to(weight.device, weight.dtype).train(block.training)
-    host.tap(listened, block.listen)
-    if selection.per_head:
-        attention = host.attention(block)
-        attention.__class__ = per_head_class(type(attention))
-        attention.selection, attention.selection_host = selection, host
+    partners_needed = config.bypass in PARTNERED and config.score != "similarity"
+    block.matcher = Matcher(host.prefix) if partners_needed else None
+
+
+def _graft(module: nn.Module, kind: type[nn.Module], selection: Selection, host: Host) -> None:
+    module.__class__ = kind
+    module.selection, module.selection_host = selection, host
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -87,16 +135,20 @@ def original(model: nn.Module) -> nn.Module:
     After fine-tuning the twin has the fine-tuned weights.
     """
     twin = copy.deepcopy(model)
-    for block in selective_blocks(twin):
-        del block.selector, block.selection
-        for module in block.modules():
-            if "selection_host" in module.__dict__:
-                del module.selection, module.selection_host
-                module.__class__ = type(module).__mro__[1]
-        block.__class__ = type(block).__mro__[1]
     for module in twin.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)]:
+        base = getattr(type(module), "grafted_on", None)
+        if base is not None:
+            module.__class__ = base
+            del module.selection, module.selection_host
+            for part in ("selector", "matcher"):
+                if part in module.__dict__ or part in module._modules:
+                    delattr(module, part)
+        for key in [key for key, hook in module._forward_hooks.items() if _is_ours(hook)]:
             del module._forward_hooks[key]
     if is_converted(twin):
         del twin.tosa_config
     return twin
+
+
+def _is_ours(hook) -> bool:
+    return isinstance(hook, Tap) or isinstance(getattr(hook, "__self__", None), Passage)

@@ -5,6 +5,7 @@ exports at any batch size and image size.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -26,24 +27,39 @@ def keep_count(patches: int, steps: int) -> int:
     return (patches * steps + (RATIO_STEPS - 1)) // RATIO_STEPS
 
 
-def top_tokens(scores: torch.Tensor, prefix: int, steps: int) -> torch.Tensor:
-    """Positions of the tokens that attend: every prefix token, then the best patch tokens.
+class Choice(NamedTuple):
+    """What one layer does with its tokens, as positions within each image.
+
+    Attributes:
+        attended: (B, K) tokens that run the layer, prefix tokens first.
+        skipped: (B, S) the others.
+        partners: (B, S) who stands in for each skipped token, as an index into ``attended``; None
+            where nobody does.
+    """
+
+    attended: torch.Tensor
+    skipped: torch.Tensor
+    partners: torch.Tensor | None = None
+
+
+def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:
+    """Every prefix token attends, then the ``kept`` best patch tokens.
 
     Args:
         scores: (B, N), one score per token; those of prefix tokens are not looked at.
         prefix: number of leading class, distillation and register tokens.
-        steps: keep ratio of the patch tokens, see :func:`ratio_steps`.
+        kept: how many patch tokens attend, see :func:`keep_count`.
 
-    Returns:
-        (B, prefix + K) int64 positions, K = :func:`keep_count` of N − prefix. Equal scores are
-        ordered by position, so that torch and ONNX Runtime choose alike.
+    Equal scores are ordered by position, so that torch and ONNX Runtime choose alike.
     """
-    batch, tokens = scores.shape
-    kept = keep_count(tokens - prefix, steps)
     # A stable sort, since torch.topk leaves the order of equal scores open.
-    order = torch.sort(scores[:, prefix:], dim=1, descending=True, stable=True).indices
-    leading = torch.arange(prefix, device=scores.device).expand(batch, prefix)
-    return torch.cat([leading, order[:, :kept] + prefix], dim=1)
+    order = torch.sort(scores[:, prefix:], dim=1, descending=True, stable=True).indices + prefix
+    return Choice(torch.cat([leading(scores, prefix), order[:, :kept]], dim=1), order[:, kept:])
+
+
+def leading(like: torch.Tensor, prefix: int) -> torch.Tensor:
+    """(B, prefix): the positions of the prefix tokens in each image of a batch like (B, …)."""
+    return torch.arange(prefix, device=like.device).expand(like.shape[0], prefix)
 
 
 def flat_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -66,6 +82,28 @@ def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.
     everything = tokens.reshape(batch * count, width)
     joined = everything.index_copy(0, rows, updated.reshape(-1, width).to(tokens.dtype))
     return joined.reshape(batch, count, width)
+
+
+def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, N) numbers and (B, K) positions → (B, K)."""
+    return gather_tokens(values[..., None], positions)[..., 0]
+
+
+def stand_ins(choice: Choice) -> torch.Tensor:
+    """(B, N): for each token the index into ``choice.attended`` of itself, or of its partner."""
+    attended, skipped, partners = choice
+    batch, kept = attended.shape
+    own = torch.arange(kept, device=attended.device).expand(batch, kept)
+    everyone = torch.cat([attended, skipped], dim=1)
+    found = torch.zeros_like(everyone)[..., None]
+    return rejoin_tokens(found, everyone, torch.cat([own, partners], dim=1)[..., None])[..., 0]
+
+
+def add_up(tokens: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, N, D) and the group of each token, (B, N) → (B, count, D), the sum over each group."""
+    batch, _, width = tokens.shape
+    sums = tokens.new_zeros(batch * count, width)
+    return sums.index_add(0, flat_positions(groups, count), tokens.reshape(-1, width)).reshape(batch, count, width)
 
 
 def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:

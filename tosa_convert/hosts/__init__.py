@@ -28,11 +28,17 @@ class Host(ABC):
         library: "timm" or "transformers".
         blocks: the layers, first to last; layer l is ``blocks[l - 1]``.
         prefix: number of class, distillation and register tokens in front of the patch tokens.
+        class_token: whether the first of them is a class token.
+        width: channels of a token.
+        bias_name: the keyword by which a block's forward takes what is added to its attention's logits.
     """
 
     library: str
     blocks: list[nn.Module]
     prefix: int
+    class_token: bool
+    width: int
+    bias_name: str
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -40,6 +46,24 @@ class Host(ABC):
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a block."""
         return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
+
+    def mlp(self, block: nn.Module) -> nn.Module:
+        """The MLP of a block."""
+        return block.mlp
+
+    @abstractmethod
+    def normed(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens as the block's attention takes them, (B, N, C)."""
+
+    @property
+    @abstractmethod
+    def patch_projection(self) -> nn.Module:
+        """The module that gives the patches on their grid, (B, C, rows, columns)."""
+
+    @property
+    @abstractmethod
+    def classifies_by_class_token(self) -> bool:
+        """Whether the model's output needs no patch tokens."""
 
     @property
     @abstractmethod
@@ -61,6 +85,10 @@ class Host(ABC):
     @abstractmethod
     def finish(self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor):
         """What the attention does after its heads: (B, N, C) of concatenated heads → what its forward returns."""
+
+    @abstractmethod
+    def as_attention_output(self, tokens: torch.Tensor):
+        """Tokens (B, N, C) in the form in which the attention's forward returns them."""
 
     @abstractmethod
     def attention_dropout(self, attention: nn.Module) -> float:

@@ -54,11 +54,28 @@ def _understood(block: nn.Module) -> bool:
 
 class TimmVit(Host):
     library = "timm"
+    bias_name = "attn_mask"
 
     def __init__(self, model: VisionTransformer):
         super().__init__(model)
         self.blocks = list(model.blocks)
         self.prefix = model.num_prefix_tokens
+        self.class_token = model.cls_token is not None
+        self.width = model.embed_dim
+
+    def normed(self, block, tokens):
+        return tokens if isinstance(block, ResPostBlock) else block.norm1(tokens)
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.model.patch_embed.proj
+
+    @property
+    def classifies_by_class_token(self) -> bool:
+        return self.class_token and self.model.num_classes > 0 and self.model.global_pool == "token"
+
+    def as_attention_output(self, tokens):
+        return tokens
 
     @property
     def heads(self) -> int:

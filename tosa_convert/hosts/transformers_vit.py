@@ -20,6 +20,7 @@ PREFIX_TOKENS = {
     "SiglipEncoderLayer": lambda config: 0,
 }
 """Layer class → how many tokens stand in front of the patches."""
+FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1")
 UNMASKED = "sdpa_without_mask"
 
 
@@ -54,11 +55,29 @@ def _layer_class(layer: nn.Module) -> str | None:
 
 class TransformersVit(Host):
     library = "transformers"
+    bias_name = "attention_mask"
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
         super().__init__(model)
         self.blocks = blocks
         self.prefix = PREFIX_TOKENS[_layer_class(blocks[0])](self.attention(blocks[0]).config)
+        self.class_token = self.prefix > 0
+        self.width = self._vision_config.hidden_size
+
+    def normed(self, block, tokens):
+        return next(child for name, child in block.named_children() if name in FIRST_NORMS)(tokens)
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        """The first convolution; CLIP's text tower has none."""
+        return next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
+
+    @property
+    def classifies_by_class_token(self) -> bool:
+        return type(self.model).__name__.endswith("ForImageClassification") and self.class_token
+
+    def as_attention_output(self, tokens):
+        return tokens, None
 
     @property
     def heads(self) -> int:
@@ -77,7 +96,7 @@ class TransformersVit(Host):
 
     def finish(self, attention, joined, tokens):
         project = getattr(attention, "o_proj", None) or attention.out_proj
-        return project(joined), None
+        return self.as_attention_output(project(joined))
 
     def attention_dropout(self, attention) -> float:
         return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)

@@ -57,6 +57,8 @@ class AttentionSelector(nn.Module):
     through the central taps), which distillation then improves on.
     """
 
+    listens = True
+
     def __init__(self, heads: int, prefix: int, rows: int | str = "all", hidden: int | None = None, kernel: int = 3):
         super().__init__()
         self.heads, self.kernel = heads, kernel

@@ -14,6 +14,8 @@ class RandomScore(nn.Module):
     the same in torch and ONNX Runtime, and at every batch size.
     """
 
+    listens = True
+
     def __init__(self, seed: int, layer: int):
         super().__init__()
         self.seed = seed

@@ -1,0 +1,16 @@
+"""Skipped tokens are averaged into their partner; the layer weighs each group by its size, as ToMe does
+(arXiv 2210.09461, section 3.3); each token then adds the update of its group to itself."""
+
+from collections.abc import Callable
+
+import torch
+
+from tosa_convert.tokens import Choice, add_up, gather_tokens, stand_ins
+
+
+def merge(run: Callable, tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """(B, N, D) → (B, N, D)."""
+    groups, count = stand_ins(choice), choice.attended.shape[1]
+    sizes = add_up(tokens.new_ones(*tokens.shape[:2], 1), groups, count)
+    means = add_up(tokens, groups, count) / sizes
+    return tokens + gather_tokens(run(means, sizes[..., 0]) - means, groups)

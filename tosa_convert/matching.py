@@ -1,0 +1,165 @@
+"""Pure tensor functions that find redundant tokens, and for each a token that can stand in for it.
+
+On a grid of patches the tokens that may stand in for others are thinned out step by step, like the levels
+of an image pyramid: every second one (a checkerboard), every fourth (one of each 2×2 window), every eighth
+and so on. The tokens that a step leaves out are matched with those it keeps, so that a smooth region
+can shrink to few tokens while each token of a detailed one stays.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from tosa_convert.tokens import RATIO_STEPS, Choice, gather_tokens, leading, pick, rejoin_tokens
+
+SKETCH_WIDTH = 64
+"""Numbers per token that are compared, see :func:`sketch`."""
+
+
+class Pyramid(NamedTuple):
+    """Patches from coarse to fine.
+
+    Attributes:
+        order: (N,) positions on the grid in reading order; the first ``counts[-1]`` are the coarsest level.
+        counts: how many patches each thinning keeps, from the finest to the coarsest.
+    """
+
+    order: torch.Tensor
+    counts: list[int]
+
+
+def thinnings(steps: int) -> int:
+    """How often the patches are thinned out for a keep ratio: once more than the ratio needs."""
+    return 1 + math.ceil(math.log2(RATIO_STEPS / steps))
+
+
+def pyramid(height: int, width: int, levels: int, most: int | None = None) -> Pyramid:
+    """The grid thinned out ``levels`` times, and further until at most ``most`` patches are left.
+
+    Height and width may be symbolic; ``most`` must be an int or None then.
+    """
+    if isinstance(height, int) and isinstance(width, int):
+        return _known_pyramid(height, width, levels, most)
+    return _pyramid(height, width, levels, None)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_pyramid(height: int, width: int, levels: int, most: int | None) -> Pyramid:
+    with torch.inference_mode(False):  # kept beyond this forward pass
+        return _pyramid(height, width, levels, most)
+
+
+def _pyramid(height, width, levels: int, most: int | None) -> Pyramid:
+    position = torch.arange(height * width)
+    row, column = position // width, position % width
+    depth, counts, level = torch.zeros_like(position), [], 0
+    while level < levels or (most is not None and counts[-1] > most):
+        stays, count = _stays(row, column, height, width, level)
+        depth = depth + stays.long()
+        counts.append(count)
+        level += 1
+    return Pyramid(torch.sort(depth, descending=True, stable=True).indices, counts)
+
+
+def _stays(row: torch.Tensor, column: torch.Tensor, height, width, level: int):
+    """Which patches the level-th thinning keeps, and how many: by turns a checkerboard of the grid that is
+    left, and one of each 2×2 window of it."""
+    step = 2 ** ((level + 1) // 2)
+    down, across = -(-height // step), -(-width // step)
+    stays = (row % step == 0) & (column % step == 0)
+    if level % 2:
+        return stays, down * across
+    return stays & ((row // step + column // step) % 2 == 0), (down * across + 1) // 2
+
+
+def sketch(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) → (B, N, about 64): sums of neighbouring channels under fixed signs. Distances between tokens are
+    kept roughly (a random projection), at the price of D additions per token."""
+    width = tokens.shape[-1]
+    group = max(1, width // SKETCH_WIDTH)
+    channel = torch.arange(width, device=tokens.device)
+    signs = 1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)
+    signed = F.pad(tokens * signs.to(tokens.dtype), (0, -width % group))
+    return signed.unflatten(-1, (-1, group)).sum(-1)
+
+
+def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
+    """Skip the patches that another one stands in for at the least distance.
+
+    Args:
+        features: (B, prefix + N, D); close features (Euclidean) mean that one token can stand in for the other.
+        prefix: number of leading tokens that are no patches.
+        grid: the pyramid of the N patches.
+        kept: how many patches attend; the coarsest level of the pyramid always does.
+    """
+    order = grid.order.to(features.device)
+    ranked = features.index_select(1, order + prefix)
+    coarsest, patches = grid.counts[-1], order.shape[0]
+    distances, parents = [], [torch.arange(coarsest, device=features.device).expand(len(features), coarsest)]
+    for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
+        distance, parent = nearest(ranked[:, count:finer], ranked[:, :count])
+        distances.append(distance)
+        parents.append(parent)
+    closest = torch.sort(torch.cat(distances, dim=1), dim=1, stable=True).indices + coarsest
+    surplus = patches - kept
+    always = torch.arange(coarsest, device=features.device).expand(len(features), coarsest)
+    attended, skipped = torch.cat([always, closest[:, surplus:]], dim=1), closest[:, :surplus]
+    partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
+    return Choice(
+        torch.cat([leading(features, prefix), order[attended] + prefix], dim=1),
+        order[skipped] + prefix,
+        partners + prefix,
+    )
+
+
+def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torch.Tensor, levels: int) -> torch.Tensor:
+    """(B, S): climb from each skipped token to the first of its ancestors that attends, as an index into
+    ``attended``. Parents are always of a coarser level, so ``levels`` steps lead to the coarsest."""
+    own = torch.arange(attended.shape[1], device=attended.device).expand_as(attended)
+    places = rejoin_tokens(torch.full_like(parents, -1)[..., None], attended, own[..., None])[..., 0]
+    found = pick(parents, skipped)
+    for _ in range(levels - 1):
+        found = torch.where(pick(places, found) < 0, pick(parents, found), found)
+    return pick(places, found)
+
+
+def nearest(tokens: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, N, D) and (B, M, D) → for each token the squared distance to the nearest of the others, (B, N), and
+    which one it is."""
+    closeness = tokens @ others.mT - 0.5 * others.square().sum(-1)[:, None]
+    best, index = closeness.max(-1)
+    return tokens.square().sum(-1) - 2 * best, index
+
+
+def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
+    """The same choice with partners: for each skipped token the nearest attending patch by ``features``, (B, N, D)."""
+    rows = [gather_tokens(features, positions) for positions in (choice.skipped, choice.attended[:, prefix:])]
+    return choice._replace(partners=nearest(*rows)[1] + prefix)
+
+
+def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
+    """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3.2): the tokens alternate between two sets,
+    and those of the first that are most similar to one of the second (cosine) are skipped.
+
+    Args:
+        features: (B, prefix + N, D), in the paper the mean of the keys over the heads.
+        kept: how many patches attend; the second set always does.
+
+    The attended tokens come in the paper's order, on which its next matching depends: the rest of the
+    first set in order, then the second.
+    """
+    batch, count, _ = features.shape
+    features = F.normalize(features, dim=-1)
+    start = prefix + prefix % 2  # the first token of the first set that is no prefix token
+    first, second = features[:, start::2], features[:, 1::2]
+    hidden = prefix // 2  # prefix tokens that would be in the second set
+    similarity, partner = (first @ second[:, hidden:].mT).max(-1)
+    surplus = count - prefix - kept
+    order = torch.sort(similarity, dim=1, descending=True, stable=True).indices
+    closest, rest = order[:, :surplus], torch.sort(order[:, surplus:], dim=1).values
+    ones = torch.arange(1 + 2 * hidden, count, 2, device=features.device).expand(batch, -1)
+    attended = torch.cat([leading(features, prefix), rest * 2 + start, ones], dim=1)
+    return Choice(attended, closest * 2 + start, pick(partner, closest) + prefix + rest.shape[1])

@@ -1,0 +1,54 @@
+"""Skip the most redundant tokens: those that another one can stand in for."""
+
+import torch
+from torch import nn
+
+from tosa_convert.matching import choose_bipartite, choose_redundant, pyramid, sketch, thinnings
+from tosa_convert.passage import Passage
+from tosa_convert.tokens import Choice, keep_count
+
+
+class GridSimilarity(nn.Module):
+    """On the grid of all patches: distances of a sketch of the layer's normed tokens, over the levels of a pyramid.
+
+    Args:
+        prefix: number of leading tokens that are no patches.
+        steps: keep ratio, see :func:`~tosa_convert.tokens.ratio_steps`.
+        passage: knows the grid.
+    """
+
+    listens = False
+
+    def __init__(self, prefix: int, steps: int, passage: Passage):
+        super().__init__()
+        self.prefix, self.steps, self.passage = prefix, steps, passage
+
+    def forward(self, tokens: torch.Tensor) -> Choice:
+        """(B, N, C) → the choice, with partners."""
+        kept = keep_count(self.passage.patches, self.steps)
+        grid = pyramid(*self.passage.grid, thinnings(self.steps), kept if isinstance(kept, int) else None)
+        return choose_redundant(sketch(tokens), self.prefix, grid, kept)
+
+
+class HeadMean(nn.Module):
+    """The mean of the keys over the heads."""
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) twice → (B, N, D)."""
+        return keys.mean(1)
+
+
+class KeySimilarity(nn.Module):
+    """Where tokens are gone already and there is no grid: ToMe's bipartite soft matching (arXiv 2210.09461)
+    of the layer's own keys."""
+
+    listens = True
+
+    def __init__(self, prefix: int, steps: int, passage: Passage):
+        super().__init__()
+        self.prefix, self.steps, self.passage = prefix, steps, passage
+        self.read = HeadMean()
+
+    def forward(self, keys: torch.Tensor) -> Choice:
+        """(B, N, D) → the choice, with partners; the keep ratio is of the image's patches, gone ones included."""
+        return choose_bipartite(keys, self.prefix, keep_count(self.passage.patches, self.steps))
