@@ -34,7 +34,7 @@ class Cost:
         size: image height and width.
         macs: of the model, selectors included.
         original: of the unconverted twin.
-        selectors: of all selectors, QKᵀ over again included.
+        selectors: of all that chooses tokens and finds them partners, QKᵀ over again included.
         layers: one :class:`LayerCost` per layer.
         uncounted: operators that fvcore has no rule for → how often they occur.
     """
@@ -88,7 +88,7 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
                 layer=layer,
                 tokens=block.selection.keep(patches) if keeps else patches,
                 macs=counted[name],
-                selector=counted[f"{name}.selector"] if id(block) in selective else 0,
+                selector=counted[f"{name}.selector"] + counted[f"{name}.matcher"] if id(block) in selective else 0,
                 original=before[name],
             )
         )

@@ -76,14 +76,16 @@ def _stays(row: torch.Tensor, column: torch.Tensor, height, width, level: int):
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) → (B, N, about 64): sums of neighbouring channels under fixed signs. Distances between tokens are
+    """(B, N, D) → (B, N, about 64): sums of every 64th channel under fixed signs. Distances between tokens are
     kept roughly (a random projection), at the price of D additions per token."""
     width = tokens.shape[-1]
     group = max(1, width // SKETCH_WIDTH)
     channel = torch.arange(width, device=tokens.device)
     signs = 1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)
-    signed = F.pad(tokens * signs.to(tokens.dtype), (0, -width % group))
-    return signed.unflatten(-1, (-1, group)).sum(-1)
+    signed = tokens * signs.to(tokens.dtype)
+    if width % group:
+        signed = F.pad(signed, (0, -width % group))
+    return signed.unflatten(-1, (group, -1)).sum(-2)
 
 
 def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
@@ -95,24 +97,33 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
         grid: the pyramid of the N patches.
         kept: how many patches attend; the coarsest level of the pyramid always does.
     """
-    order = grid.order.to(features.device)
+    order, batch = grid.order.to(features.device), features.shape[0]
     ranked = features.index_select(1, order + prefix)
+    lengths = ranked.square().sum(-1)
     coarsest, patches = grid.counts[-1], order.shape[0]
-    distances, parents = [], [torch.arange(coarsest, device=features.device).expand(len(features), coarsest)]
+    always = torch.arange(coarsest, device=features.device).expand(batch, coarsest)
+    distances, parents = [], [always]
     for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
-        distance, parent = nearest(ranked[:, count:finer], ranked[:, :count])
+        distance, parent = nearest(
+            ranked[:, count:finer], ranked[:, :count], lengths[:, count:finer], lengths[:, :count]
+        )
         distances.append(distance)
         parents.append(parent)
     closest = torch.sort(torch.cat(distances, dim=1), dim=1, stable=True).indices + coarsest
     surplus = patches - kept
-    always = torch.arange(coarsest, device=features.device).expand(len(features), coarsest)
     attended, skipped = torch.cat([always, closest[:, surplus:]], dim=1), closest[:, :surplus]
     partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
+    places = order + prefix
     return Choice(
-        torch.cat([leading(features, prefix), order[attended] + prefix], dim=1),
-        order[skipped] + prefix,
+        torch.cat([leading(features, prefix), _look_up(places, attended)], dim=1),
+        _look_up(places, skipped),
         partners + prefix,
     )
+
+
+def _look_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(N,) and (B, K) indices into it → (B, K)."""
+    return table.index_select(0, indices.reshape(-1)).reshape(indices.shape)
 
 
 def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torch.Tensor, levels: int) -> torch.Tensor:
@@ -126,18 +137,20 @@ def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torc
     return pick(places, found)
 
 
-def nearest(tokens: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, D) and (B, M, D) → for each token the squared distance to the nearest of the others, (B, N), and
-    which one it is."""
-    closeness = tokens @ others.mT - 0.5 * others.square().sum(-1)[:, None]
-    best, index = closeness.max(-1)
-    return tokens.square().sum(-1) - 2 * best, index
+def nearest(
+    tokens: torch.Tensor, others: torch.Tensor, lengths: torch.Tensor, their_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, N, D) and (B, M, D), with their squared lengths → for each token the squared distance to the nearest of
+    the others, (B, N), and which one it is."""
+    best, index = (tokens @ others.mT - 0.5 * their_lengths[:, None]).max(-1)
+    return lengths - 2 * best, index
 
 
 def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
     """The same choice with partners: for each skipped token the nearest attending patch by ``features``, (B, N, D)."""
-    rows = [gather_tokens(features, positions) for positions in (choice.skipped, choice.attended[:, prefix:])]
-    return choice._replace(partners=nearest(*rows)[1] + prefix)
+    skipped, attended = (gather_tokens(features, places) for places in (choice.skipped, choice.attended[:, prefix:]))
+    nearest_one = nearest(skipped, attended, skipped.square().sum(-1), attended.square().sum(-1))[1]
+    return choice._replace(partners=nearest_one + prefix)
 
 
 def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:

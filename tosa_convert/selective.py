@@ -86,12 +86,13 @@ class Selection:
         its backward), the choice of the last forward stands: there each forward needs its backward
         before the next.
         """
-        with torch.no_grad():
-            if not selector.listens:
-                self.choice = selector(features)
-            elif self.reading is not None:
-                found, self.reading = selector(self.reading), None
-                self.choice = found if isinstance(found, Choice) else self._best(found, patches)
+        reading, self.reading = self.reading if selector.listens else features, None
+        if reading is not None:
+            with torch.no_grad():
+                if selector.chooses:
+                    self.choice = selector(reading, self.steps)
+                else:
+                    self.choice = self._best(selector(reading), patches)
         if self.choice is None:
             raise TosaError(
                 f"layer {self.layer} is selective but the layer it listens to has not run before it; "

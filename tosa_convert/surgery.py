@@ -118,7 +118,7 @@ def _add_scorer(host: Host, block: nn.Module, selection: Selection, config: Conv
     with torch.random.fork_rng(devices=[]):
         # The CPU's only: a GPU's stays as it is.
         torch.default_generator.manual_seed(config.seed * 1009 + selection.layer)
-        selector = build_score(config, host.heads, host.prefix, selection.layer, selection.steps, selection.passage)
+        selector = build_score(config, host.heads, host.prefix, selection.layer, selection.passage)
     block.selector = selector.to(weight.device, weight.dtype).train(block.training)
     partners_needed = config.bypass in PARTNERED and config.score != "similarity"
     block.matcher = Matcher(host.prefix) if partners_needed else None

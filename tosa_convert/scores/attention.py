@@ -57,7 +57,7 @@ class AttentionSelector(nn.Module):
     through the central taps), which distillation then improves on.
     """
 
-    listens = True
+    listens, chooses = True, False
 
     def __init__(self, heads: int, prefix: int, rows: int | str = "all", hidden: int | None = None, kernel: int = 3):
         super().__init__()

@@ -16,7 +16,7 @@ class ClassRow(nn.Module):
 class ClassAttention(nn.Module):
     """Attention from the first prefix token, the class token, to every token."""
 
-    listens = True
+    listens, chooses = True, False
 
     def __init__(self):
         super().__init__()

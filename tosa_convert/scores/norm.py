@@ -13,7 +13,7 @@ class KeyLength(nn.Module):
 class KeyNorm(nn.Module):
     """The length of each token's key in each head."""
 
-    listens = True
+    listens, chooses = True, False
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ class RandomScore(nn.Module):
     the same in torch and ONNX Runtime, and at every batch size.
     """
 
-    listens = True
+    listens, chooses = True, False
 
     def __init__(self, seed: int, layer: int):
         super().__init__()

@@ -13,20 +13,19 @@ class GridSimilarity(nn.Module):
 
     Args:
         prefix: number of leading tokens that are no patches.
-        steps: keep ratio, see :func:`~tosa_convert.tokens.ratio_steps`.
         passage: knows the grid.
     """
 
-    listens = False
+    listens, chooses = False, True
 
-    def __init__(self, prefix: int, steps: int, passage: Passage):
+    def __init__(self, prefix: int, passage: Passage):
         super().__init__()
-        self.prefix, self.steps, self.passage = prefix, steps, passage
+        self.prefix, self.passage = prefix, passage
 
-    def forward(self, tokens: torch.Tensor) -> Choice:
-        """(B, N, C) → the choice, with partners."""
-        kept = keep_count(self.passage.patches, self.steps)
-        grid = pyramid(*self.passage.grid, thinnings(self.steps), kept if isinstance(kept, int) else None)
+    def forward(self, tokens: torch.Tensor, steps: int) -> Choice:
+        """(B, N, C) and the keep ratio, see :func:`~tosa_convert.tokens.ratio_steps` → the choice, with partners."""
+        kept = keep_count(self.passage.patches, steps)
+        grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None)
         return choose_redundant(sketch(tokens), self.prefix, grid, kept)
 
 
@@ -42,13 +41,13 @@ class KeySimilarity(nn.Module):
     """Where tokens are gone already and there is no grid: ToMe's bipartite soft matching (arXiv 2210.09461)
     of the layer's own keys."""
 
-    listens = True
+    listens, chooses = True, True
 
-    def __init__(self, prefix: int, steps: int, passage: Passage):
+    def __init__(self, prefix: int, passage: Passage):
         super().__init__()
-        self.prefix, self.steps, self.passage = prefix, steps, passage
+        self.prefix, self.passage = prefix, passage
         self.read = HeadMean()
 
-    def forward(self, keys: torch.Tensor) -> Choice:
-        """(B, N, D) → the choice, with partners; the keep ratio is of the image's patches, gone ones included."""
-        return choose_bipartite(keys, self.prefix, keep_count(self.passage.patches, self.steps))
+    def forward(self, keys: torch.Tensor, steps: int) -> Choice:
+        """(B, N, D) and the keep ratio, of the image's patches, gone ones included → the choice, with partners."""
+        return choose_bipartite(keys, self.prefix, keep_count(self.passage.patches, steps))
