@@ -102,6 +102,12 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     )
 
 
+def count_macs(model: nn.Module) -> int:
+    """Multiply–adds of one image of the model's own size."""
+    preprocessing = preprocessing_of(model)
+    return _count(model, torch.zeros(1, preprocessing.channels, *preprocessing.size))[0][""]
+
+
 class _Outputs(nn.Module):
     """A model as something that takes a tensor and returns tensors, which is what tracing wants."""
 

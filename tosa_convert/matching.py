@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tosa_convert.tokens import RATIO_STEPS, Choice, gather_tokens, leading, pick, rejoin_tokens
 
-SKETCH_WIDTH = 64
+SKETCH_WIDTH = 96
 """Numbers per token that are compared, see :func:`sketch`."""
 
 
@@ -76,7 +76,7 @@ def _stays(row: torch.Tensor, column: torch.Tensor, height, width, level: int):
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) → (B, N, about 64): sums of every 64th channel under fixed signs. Distances between tokens are
+    """(B, N, D) → (B, N, about 96): sums of every 96th channel under fixed signs. Distances between tokens are
     kept roughly (a random projection), at the price of D additions per token."""
     width = tokens.shape[-1]
     group = max(1, width // SKETCH_WIDTH)

@@ -13,7 +13,7 @@ from tosa_convert.lasting import Reduction, check_halves, reducing_class, silenc
 from tosa_convert.passage import Passage
 from tosa_convert.per_head import per_head_class
 from tosa_convert.scores import build_score
-from tosa_convert.selective import Matcher, Selection, selective_class
+from tosa_convert.selective import Matcher, Selection, selective_blocks, selective_class
 
 
 def convert(model: nn.Module, config: ConvertConfig | None = None, **options) -> nn.Module:
@@ -52,6 +52,15 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
     model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
+    return model
+
+
+def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
+    """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place."""
+    for block in selective_blocks(model):
+        block.selection.ratio = ratios.get(block.selection.layer, block.selection.ratio)
+    kept = {block.selection.layer: block.selection.ratio for block in selective_blocks(model)}
+    model.tosa_config = model.tosa_config.model_copy(update={"layers": list(kept), "ratio": list(kept.values())})
     return model
 
 

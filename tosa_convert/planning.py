@@ -1,0 +1,309 @@
+"""Find score, bypass and keep ratios for a budget, without training.
+
+Skipping in one layer makes skipping in the next cheaper, since tokens that shared an update have become more
+alike; so layers are not judged one by one. On a few dozen pictures a family of ramps is measured whole, each
+of them at the budget. Around the best one the curve of error over ratio is measured for each layer, with all
+other layers as they are, and the ratios that make the predicted error least under the budget are the next
+point to look around from, as long as what is measured there gets better.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from tosa_convert.config import ConvertConfig
+from tosa_convert.errors import UsageError
+from tosa_convert.fidelity import error, observe
+from tosa_convert.hosts import host_of
+from tosa_convert.methods import schedule_ratios
+from tosa_convert.prices import Prices, price
+from tosa_convert.progress import Progress
+from tosa_convert.surgery import convert, is_converted, set_ratios
+
+SCORES = ("similarity", "class_attention", "norm", "random")
+BYPASSES = ("merge", "borrow", "identity")
+BENDS = (0.6, 1.0, 1.5, 2.2)
+"""Exponents of the ramps that are tried."""
+STEPS = (0.12, 0.08, 0.05)
+"""How far around its present ratio each layer's curve is measured, round by round."""
+FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
+"""Keep ratios that a plan may choose from."""
+Ratios = dict[int, float]
+
+
+@dataclass
+class Plan:
+    """What :func:`find_plan` found.
+
+    Attributes:
+        config: for :func:`tosa_convert.convert`.
+        by, budget: what was asked for.
+        cost: predicted share of the original's cost.
+        predicted: error by the layers' curves, see :func:`tosa_convert.fidelity.error`.
+        measured: error on the pictures, mean over them.
+        rivals: name → measured error of the hand-made schedules at the same budget.
+        parts: "score × bypass" → error of a ramp, of the pairs that were tried.
+        images: how many pictures.
+    """
+
+    config: ConvertConfig
+    by: str
+    budget: float
+    cost: float
+    predicted: float
+    measured: float
+    rivals: dict[str, float]
+    parts: dict[str, float]
+    images: int
+
+
+def plan(model: nn.Module, images: torch.Tensor, budget: float = 0.75, **options) -> ConvertConfig:
+    """The best training-free conversion of a model for a budget; see :func:`find_plan` for the options."""
+    return find_plan(model, images, budget, **options).config
+
+
+def find_plan(
+    model: nn.Module,
+    images: torch.Tensor,
+    budget: float = 0.75,
+    *,
+    by: str = "macs",
+    runtime: str = "eager",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Plan:
+    """Search a conversion whose cost is at most ``budget`` and whose outputs stay nearest to the original's.
+
+    Args:
+        model: not converted; it is left as it is.
+        images: (B, C, H, W), a few dozen, preprocessed, of the size that the model is to be used at.
+        budget: share of the original's multiply–adds, or of its latency, in (0, 1).
+        by: "macs" or "latency", measured here, batch 1, one thread.
+        runtime: "eager" or "onnx", for the latency.
+
+    Raises:
+        UsageError: a model that is converted already, or a budget that cannot be reached.
+    """
+    if is_converted(model):
+        raise UsageError("this model is converted already; plan for original(model)")
+    if not 0 < budget < 1:
+        raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
+    search = Search(model, images, batch_size, progress or Progress())
+    search.settle_on_parts(budget)
+    search.price(by, runtime)
+    return search.solve(budget)
+
+
+class Search:
+    """The steps of a search, which share the pictures, the reference outputs and the probe, a converted copy
+    with all layers selective."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, batch_size: int, progress: Progress):
+        self.model, self.progress = model, progress
+        device = next(model.parameters()).device
+        self.batches = [batch.to(device) for batch in images.split(batch_size)]
+        self.wanted = [observe(model.eval(), batch) for batch in self.batches]
+        self.count = len(images)
+
+    def settle_on_parts(self, budget: float) -> None:
+        """The pair of score and bypass that does best on a ramp."""
+        pairs = [(score, bypass) for score in SCORES for bypass in BYPASSES if self._fits(score)]
+        found = {}
+        with self.progress.track("scores and bypasses", len(pairs)) as advance:
+            for pair in pairs:
+                self._build(*pair)
+                layers = self.probe.tosa_config.layers
+                ratio = max(0.55, 1 - (1 - budget) * len(host_of(self.model).blocks) / len(layers))
+                found[pair] = self.measure(_ramp(layers, ratio), first_only=True)
+                advance()
+        self.parts = found
+        self._build(*min(found, key=found.get))
+
+    def _fits(self, score: str) -> bool:
+        return score != "class_attention" or host_of(self.model).class_token
+
+    def _build(self, score: str, bypass: str) -> None:
+        self.probe = convert(copy.deepcopy(self.model), score=score, bypass=bypass, schedule="all", ratio=0.5)
+        self.layers = self.probe.tosa_config.layers
+
+    def price(self, by: str, runtime: str) -> None:
+        self.prices: Prices = price(self.probe, by, runtime, self.progress)
+
+    def measure(self, ratios: Ratios, first_only: bool = False) -> float:
+        """Mean error over the pictures, or those of the first batch."""
+        set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
+        pairs = list(zip(self.batches, self.wanted, strict=True))[: 1 if first_only else None]
+        errors = [error(observe(self.probe, batch), wanted) for batch, wanted in pairs]
+        return torch.cat(errors).mean().item()
+
+    def _vary(self, base: Ratios, variants: list[tuple[int, float]], what: str) -> dict[tuple[int, float], float]:
+        """Mean error of ``base`` with one layer's ratio changed, for each variant."""
+        sums = dict.fromkeys(variants, 0.0)
+        base = {layer: base.get(layer, 1.0) for layer in self.layers}
+        with self.progress.track(what, len(self.batches) * len(variants)) as advance:
+            for batch, wanted in zip(self.batches, self.wanted, strict=True):
+                set_ratios(self.probe, base)
+                inputs = self._inputs(batch)
+                for layer, ratio in variants:
+                    set_ratios(self.probe, {**base, layer: ratio})
+                    with self._resumed(inputs, layer):
+                        sums[layer, ratio] += error(observe(self.probe, batch), wanted).sum().item()
+                    advance()
+        return {variant: value / self.count for variant, value in sums.items()}
+
+    def _inputs(self, batch: torch.Tensor) -> dict[int, torch.Tensor]:
+        """What enters each layer."""
+        caught, handles = {}, []
+        for layer, block in enumerate(host_of(self.probe).blocks, start=1):
+            handles.append(block.register_forward_pre_hook(_Catch(caught, layer)))
+        observe(self.probe, batch)
+        for handle in handles:
+            handle.remove()
+        return caught
+
+    @contextmanager
+    def _resumed(self, inputs: dict[int, torch.Tensor], layer: int) -> Iterator[None]:
+        """Within this block the layers before ``layer`` cost nothing: they give what they gave before. Not where a
+        scorer listens to them."""
+        skipped = [] if self.probe.tosa_config.listens_before else host_of(self.probe).blocks[: layer - 1]
+        for block in skipped:
+            block.forward = lambda *args, **kwargs: inputs[layer]
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+    def solve(self, budget: float) -> Plan:
+        """The best ratios found within the budget."""
+        measured = {name: (self.measure(ratios), ratios) for name, ratios in self._ramps(budget).items()}
+        rivals = {name: self.measure(ratios) for name, ratios in self._hand_made(budget).items()}
+        error, ratios = min(measured.values(), key=lambda pair: pair[0])
+        predicted = error
+        for turn, step in enumerate(STEPS, start=1):
+            guess, there = self._improve(error, ratios, step, budget, turn)
+            found = self.measure(there)
+            if found < error:
+                predicted, error, ratios = guess, found, there
+        chosen = {layer: ratio for layer, ratio in ratios.items() if ratio < 1}
+        parts = self.probe.tosa_config
+        return Plan(
+            config=ConvertConfig(
+                score=parts.score, bypass=parts.bypass, schedule="all", layers=list(chosen), ratio=list(chosen.values())
+            ),
+            by=self.prices.by,
+            budget=budget,
+            cost=self.prices.total(chosen),
+            predicted=predicted,
+            measured=error,
+            rivals=rivals,
+            parts={" × ".join(pair): value for pair, value in self.parts.items()},
+            images=self.count,
+        )
+
+    def _ramps(self, budget: float) -> dict[str, Ratios]:
+        """Ramps that begin at different layers, bent differently, each as high as the budget allows."""
+        count = len(self.layers)
+        shapes = {
+            f"from layer {self.layers[first]}, bent by {bend}": _bent_ramp(self.layers, first, bend)
+            for first in sorted({0, count // 4, count // 2})
+            for bend in BENDS
+        }
+        found = {name: _fit(shape, self.prices, budget) for name, shape in shapes.items()}
+        if not any(found.values()):
+            least = self.prices.total(dict.fromkeys(self.layers, FINE[-1]))
+            raise UsageError(
+                f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
+                f"{least:.2f} at most; ask for more than that"
+            )
+        return {name: ratios for name, ratios in found.items() if ratios}
+
+    def _hand_made(self, budget: float) -> dict[str, Ratios]:
+        shapes: dict[str, Callable[[float], Ratios]] = {
+            "all layers alike": lambda ratio: dict.fromkeys(self.layers, ratio),
+            "ramp": lambda ratio: _ramp(self.layers, ratio),
+            "every second layer": lambda ratio: dict.fromkeys(self.layers[1::2], ratio),
+        }
+        found = {name: _fit(shape, self.prices, budget) for name, shape in shapes.items()}
+        return {name: ratios for name, ratios in found.items() if ratios}
+
+    def _improve(self, error: float, ratios: Ratios, step: float, budget: float, turn: int) -> tuple[float, Ratios]:
+        """The predicted error and the ratios of the best neighbour, no layer further away than ``step``."""
+        around = {
+            layer: sorted({max(FINE[-1], round(ratio - step, 2)), min(1.0, round(ratio + step, 2))} - {ratio})
+            for layer, ratio in ratios.items()
+        }
+        variants = [(layer, ratio) for layer, others in around.items() for ratio in others]
+        found = self._vary(ratios, variants, f"curves of each layer, round {turn}")
+        curves = {}
+        for layer, others in around.items():
+            points = [(ratios[layer], 0.0), *((ratio, found[layer, ratio] - error) for ratio in others)]
+            options = np.array([ratio for ratio in FINE if others[0] <= ratio <= max(others[-1], ratios[layer])])
+            curves[layer] = options, np.polyval(np.polyfit(*zip(*points, strict=True), len(points) - 1), options)
+        there = allocate(curves, self.prices, budget)
+        change = sum(float(curve[options.tolist().index(there[layer])]) for layer, (options, curve) in curves.items())
+        return error + change, there
+
+
+class _Catch:
+    def __init__(self, caught: dict, layer: int):
+        self.caught, self.layer = caught, layer
+
+    def __call__(self, module, inputs) -> None:
+        self.caught[self.layer] = inputs[0]
+
+
+def _ramp(layers: list[int], ratio: float) -> Ratios:
+    return dict(zip(layers, schedule_ratios("ramp", ratio, len(layers), lasting=False), strict=True))
+
+
+def _bent_ramp(layers: list[int], first: int, bend: float) -> Callable[[float], Ratios]:
+    """Layers before the ``first`` keep all tokens; behind it the share of skipped ones grows with a power."""
+    count = len(layers) - first
+    rises = [((max(index - first, -0.5) + 0.5) / count) ** bend for index in range(len(layers))]
+
+    def shape(lowest: float) -> Ratios:
+        return {layer: round(1 - (1 - lowest) * rise, 2) for layer, rise in zip(layers, rises, strict=True)}
+
+    return shape
+
+
+def _fit(shape: Callable[[float], Ratios], prices: Prices, budget: float) -> Ratios | None:
+    """The highest ratio at which a hand-made shape is within the budget."""
+    for ratio in FINE[1:]:
+        try:
+            ratios = shape(ratio)
+        except ValueError:  # a ramp that would reach zero
+            return None
+        if prices.total(ratios) <= budget:
+            return ratios
+    return None
+
+
+def allocate(curves: dict[int, tuple[np.ndarray, np.ndarray]], prices: Prices, budget: float) -> Ratios:
+    """The ratios with the least sum of errors whose cost is within the budget, or the cheapest if none is.
+
+    For a price of error per cost each layer's best ratio is found on its own; the price is lowered until
+    the budget is just met (Lagrange).
+
+    Args:
+        curves: per layer the ratios to choose from, and the error at each.
+    """
+    saved = {layer: np.array([prices.at(ratio) for ratio in options]) for layer, (options, _) in curves.items()}
+
+    def best(weight: float) -> Ratios:
+        return {
+            layer: float(options[int(np.argmin(errors - weight * saved[layer]))])
+            for layer, (options, errors) in curves.items()
+        }
+
+    low, high = -9.0, 9.0  # powers of ten
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if prices.total(best(10**middle)) <= budget else (middle, high)
+    return best(10**high)
