@@ -17,6 +17,7 @@ from tosa_convert.cli_bench import bench
 from tosa_convert.cli_options import (
     AugmentOption,
     BatchSize,
+    BypassOption,
     Checkpoint,
     DataOption,
     Device,
@@ -28,6 +29,7 @@ from tosa_convert.cli_options import (
     Labels,
     Layers,
     Lr,
+    MethodOption,
     Model,
     NumClasses,
     Out,
@@ -36,6 +38,7 @@ from tosa_convert.cli_options import (
     RecipeOption,
     Resume,
     Rows,
+    ScheduleOption,
     ScoreOption,
     Seed,
     SelectionOption,
@@ -50,6 +53,7 @@ from tosa_convert.cli_options import (
     stem,
 )
 from tosa_convert.cli_output import bar, print_json, say_data, show
+from tosa_convert.cli_plan import compare, plan
 from tosa_convert.cli_recipes import recipes_app
 from tosa_convert.errors import TosaError, UsageError
 
@@ -62,6 +66,8 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.command()(bench)
+app.command()(plan)
+app.command()(compare)
 
 
 def _version(asked: bool) -> None:
@@ -122,8 +128,11 @@ def finetune(
     out: Out = None,
     layers: Layers = None,
     ratio: Ratio = None,
-    selection: SelectionOption = None,
+    method: MethodOption = None,
     score: ScoreOption = None,
+    bypass: BypassOption = None,
+    schedule: ScheduleOption = None,
+    selection: SelectionOption = None,
     rows: Rows = None,
     steps: Steps = None,
     epochs: Epochs = None,
@@ -148,15 +157,15 @@ def finetune(
 ) -> None:
     """Train a run's model to work with its layers selective. The result is a new run.
 
-    Given a model instead of a run, it is converted first (--score random: the control).
+    Given a model instead of a run, it is converted first (--method tome, --score random, …).
     """
     from tosa_convert import stages
 
     source = pick_source(run)
     trained = is_run(source)
-    if trained and any(value is not None for value in (layers, ratio, selection, score)):
+    if trained and convert_options(locals()):
         raise UsageError(
-            "--layers, --ratio, --selection and --score are fixed in a run; distill the model anew with them"
+            "how a run was converted is fixed; leave these options out, or convert the model anew with them"
         )
     known = Path(source) / "recipe.yaml"  # a run saved from Python has none
     options = {**locals(), "model": None if trained and known.exists() else source}
@@ -188,7 +197,7 @@ def run(
     folder = out_folder(out, path.stem, resume, device)
 
     def report(stage: str, results: dict) -> None:
-        tables = {"export": "export_table", "eval": "eval_table"}
+        tables = {"convert": "convert_table", "export": "export_table", "eval": "eval_table"}
         if not as_json:
             show(results, tables.get(stage, "training_table"), False)
 
@@ -202,8 +211,11 @@ def flops(
     source: Source = None,
     layers: Layers = None,
     ratio: Ratio = None,
-    selection: SelectionOption = None,
+    method: MethodOption = None,
     score: ScoreOption = None,
+    bypass: BypassOption = None,
+    schedule: ScheduleOption = None,
+    selection: SelectionOption = None,
     rows: Rows = None,
     hidden: Hidden = None,
     kernel: Kernel = None,

@@ -15,9 +15,10 @@ class Selection(StrEnum):
     per_head = "per_head"
 
 
-class Score(StrEnum):
-    attention = "attention"
-    random = "random"
+Method = StrEnum("Method", ["tosa", "tome", "idle", "evit", "random"])
+Score = StrEnum("Score", ["attention", "class_attention", "similarity", "norm", "random"])
+Bypass = StrEnum("Bypass", ["identity", "borrow", "merge", "drop", "fuse", "persist"])
+Schedule = StrEnum("Schedule", ["pairs", "all", "ramp", "stages"])
 
 
 class Augment(StrEnum):
@@ -35,15 +36,25 @@ class Precision(StrEnum):
 MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
 Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
-Layers = Annotated[str | None, typer.Option(help="selective layers from 1, such as 2,4,6", show_default="every second")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="selective layers from 1, such as 2,4,6 or 3:0.9,5:0.7", show_default="the schedule's"),
+]
 Ratio = Annotated[
     str | None, typer.Option(help="share of patches that attend, one or one per layer", show_default="0.8")
 ]
 SelectionOption = Annotated[
     Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")
 ]
+MethodOption = Annotated[
+    Method | None, typer.Option(help="published score, bypass and schedule in one", show_default="tosa")
+]
 ScoreOption = Annotated[
     Score | None, typer.Option(help="who chooses the tokens; random is the control", show_default="attention")
+]
+BypassOption = Annotated[Bypass | None, typer.Option(help="what the other tokens get", show_default="identity")]
+ScheduleOption = Annotated[
+    Schedule | None, typer.Option(help="which layers, and how the ratio runs over them", show_default="pairs")
 ]
 Rows = Annotated[
     str | None, typer.Option(help="query rows that score the tokens, or all (the paper)", show_default="32")
@@ -105,14 +116,28 @@ def _given(options: dict, names) -> dict:
 
 
 def convert_options(options: dict) -> dict:
-    found = _given(options, ("selection", "score", "hidden", "kernel"))
+    found = _given(options, ("method", "score", "bypass", "schedule", "selection", "hidden", "kernel"))
     if options.get("layers") is not None:
-        found["layers"] = numbers(options["layers"], int, "--layers")
+        found["layers"] = _layers(options["layers"])
     if options.get("rows") is not None:
         found["rows"] = _query_rows(options["rows"])
     if options.get("ratio") is not None:
         ratios = numbers(options["ratio"], float, "--ratio")
         found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    return found
+
+
+def _layers(text: str) -> list[int] | dict[int, float]:
+    """2,4,6 or 3:0.9,5:0.7."""
+    if ":" not in text:
+        return numbers(text, int, "--layers")
+    pairs = [part.split(":") for part in text.split(",")]
+    try:
+        found = {int(layer): float(ratio) for layer, ratio in pairs}
+    except ValueError:
+        raise UsageError(f"--layers {text!r} is no list of layer:ratio; write it like 3:0.9,5:0.7") from None
+    if len(found) < len(pairs):
+        raise UsageError(f"--layers {text!r} names a layer twice; name each layer once")
     return found
 
 

@@ -111,6 +111,29 @@ def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.
     return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if augment == "flip" else transform
 
 
+def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) -> tuple[torch.Tensor, "Images", list]:
+    """``count`` pictures to look at a model with: spread evenly over a folder, or where it has fewer, seeded random
+    crops of them, several of each.
+
+    Returns:
+        (B, C, H, W); the folder; and the indices in it.
+
+    Raises:
+        TosaError: none of them can be read.
+    """
+    images = Images(source, preprocessing)
+    if len(images) >= count:
+        indices = [place * len(images) // count for place in range(count)]
+        items = [(images[index], index) for index in indices]
+        found = [(item[0], index) for item, index in items if item[0] is not None]
+    else:
+        crops = Images(source, preprocessing, augment="crop")
+        found = [(crops[draw, draw % len(images)][0], draw % len(images)) for draw in range(count)]
+    if not found:
+        raise TosaError(f"not one picture in {images.name} can be read")
+    return torch.stack([image for image, _ in found]), images, [index for _, index in found]
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)

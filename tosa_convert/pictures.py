@@ -7,7 +7,9 @@ from matplotlib.figure import Figure
 
 from tosa_convert.files import atomic
 
-INK, BAR, IDEAL = "#333333", "#3b76af", "#d1642e"
+INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
+MARKS = "osD^vPX*<>"
+KINDS = {"patch": "cosine of patch tokens", "class": "cosine of the class token", "agreement": "agreement"}
 ROOM = 0.34  # inches per bar
 
 
@@ -44,10 +46,66 @@ def speedup_picture(results: dict, file: Path) -> Path:
     axes.set_xlabel(f"speed-up over {results['reference']} (1 = no gain)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    with atomic(file) as temporary, matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(temporary, format="png", dpi=120)
-    return file
+    return _write(figure, file)
 
 
 def _case(case: dict) -> str:
     return f"{case['runtime']}, {case['size'][0]} px, batch {case['batch_size']}, {case['precision']}"
+
+
+def tokens_picture(layers: list[dict], title: str, file: Path) -> Path:
+    """How many patches run each layer, as bars; ``layers`` are dictionaries of :class:`tosa_convert.macs.LayerCost`."""
+    figure = Figure(figsize=(1.6 + 0.45 * len(layers), 3.4), layout="constrained")
+    axes = figure.subplots()
+    places, tokens = [layer["layer"] for layer in layers], [layer["tokens"] for layer in layers]
+    most = max(tokens)
+    axes.bar(places, [most] * len(places), color=SKIPPED, label="skipped")
+    axes.bar(places, tokens, color=BAR, label="attend")
+    for place, count in zip(places, tokens, strict=True):
+        axes.text(place, count - 0.02 * most, str(count), ha="center", va="top", color="white", fontsize=7)
+    axes.set_xticks(places)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("patches")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return _write(figure, file)
+
+
+def pareto_picture(results: dict, file: Path) -> Path:
+    """Error of each method over its multiply–adds, and over its latency where that was measured.
+
+    Args:
+        results: of :func:`tosa_convert.comparing.compare`.
+        file: the PNG.
+    """
+    rows = results["rows"]
+    axis = {"macs": "share of the original's MACs"}
+    if rows and "ms" in rows[0]:
+        axis["ms"] = f"ms per picture ({results['runtime']})"
+    kinds = [name for name in ("patch", "class", "agreement") if any(name in row for row in rows)]
+    kind = kinds[0] if kinds else "patch"
+    figure = Figure(figsize=(5.2 * len(axis), 4.6), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, len(axis), squeeze=False)[0], axis.items(), strict=True):
+        for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            points = sorted(
+                (row[key], max(1 - row[kind], 1e-6)) for row in rows if row["method"] == name and kind in row
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=MARKS[index % len(MARKS)], color=f"C{index}", label=name)
+        if key == "ms":
+            axes.axvline(results["original"]["ms"], color=INK, linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"1 − {KINDS[kind]}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    return _write(figure, file)
+
+
+def _write(figure: Figure, file: Path) -> Path:
+    with atomic(file) as temporary, matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure.savefig(temporary, format="png", dpi=120)
+    return file

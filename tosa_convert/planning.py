@@ -18,8 +18,9 @@ from torch import nn
 
 from tosa_convert.config import ConvertConfig
 from tosa_convert.errors import UsageError
-from tosa_convert.fidelity import error, observe
+from tosa_convert.fidelity import Outputs, error, figures, observe
 from tosa_convert.hosts import host_of
+from tosa_convert.macs import count_macs
 from tosa_convert.methods import schedule_ratios
 from tosa_convert.prices import Prices, price
 from tosa_convert.progress import Progress
@@ -29,6 +30,8 @@ SCORES = ("similarity", "class_attention", "norm", "random")
 BYPASSES = ("merge", "borrow", "identity")
 BENDS = (0.6, 1.0, 1.5, 2.2)
 """Exponents of the ramps that are tried."""
+BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
+"""What is tried for a drop."""
 STEPS = (0.12, 0.08, 0.05)
 """How far around its present ratio each layer's curve is measured, round by round."""
 FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
@@ -62,7 +65,7 @@ class Plan:
     images: int
 
 
-def plan(model: nn.Module, images: torch.Tensor, budget: float = 0.75, **options) -> ConvertConfig:
+def plan(model: nn.Module, images: torch.Tensor, budget: float | None = None, **options) -> ConvertConfig:
     """The best training-free conversion of a model for a budget; see :func:`find_plan` for the options."""
     return find_plan(model, images, budget, **options).config
 
@@ -70,8 +73,10 @@ def plan(model: nn.Module, images: torch.Tensor, budget: float = 0.75, **options
 def find_plan(
     model: nn.Module,
     images: torch.Tensor,
-    budget: float = 0.75,
+    budget: float | None = None,
     *,
+    target_drop: float | None = None,
+    labels: torch.Tensor | None = None,
     by: str = "macs",
     runtime: str = "eager",
     batch_size: int = 8,
@@ -82,33 +87,43 @@ def find_plan(
     Args:
         model: not converted; it is left as it is.
         images: (B, C, H, W), a few dozen, preprocessed, of the size that the model is to be used at.
-        budget: share of the original's multiply–adds, or of its latency, in (0, 1).
+        budget: share of the original's multiply–adds, or of its latency, in (0, 1); 0.75 if nothing is given.
+        target_drop: in place of a budget: the cheapest plan that loses at most this, see :meth:`Search.drop`.
+        labels: (B,) of the images, for ``target_drop``.
         by: "macs" or "latency", measured here, batch 1, one thread.
         runtime: "eager" or "onnx", for the latency.
 
     Raises:
-        UsageError: a model that is converted already, or a budget that cannot be reached.
+        UsageError: a model that is converted already, or a budget or drop that cannot be reached.
     """
     if is_converted(model):
         raise UsageError("this model is converted already; plan for original(model)")
+    if budget is not None and target_drop is not None:
+        raise UsageError("a budget and a target drop are both given; keep one of them")
+    budget = 0.75 if budget is None else budget
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
-    search = Search(model, images, batch_size, progress or Progress())
+    if target_drop is not None and not 0 <= target_drop < 1:
+        raise UsageError(f"target drop {target_drop} is out of range; give a share such as 0.01")
+    search = Search(model, images, labels, batch_size, progress or Progress())
     search.settle_on_parts(budget)
     search.price(by, runtime)
-    return search.solve(budget)
+    return search.solve(budget if target_drop is None else search.budget_for(target_drop))
 
 
 class Search:
     """The steps of a search, which share the pictures, the reference outputs and the probe, a converted copy
     with all layers selective."""
 
-    def __init__(self, model: nn.Module, images: torch.Tensor, batch_size: int, progress: Progress):
-        self.model, self.progress = model, progress
+    def __init__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, batch_size: int, progress: Progress
+    ):
+        self.model, self.labels, self.progress = model, labels, progress
         device = next(model.parameters()).device
         self.batches = [batch.to(device) for batch in images.split(batch_size)]
         self.wanted = [observe(model.eval(), batch) for batch in self.batches]
         self.count = len(images)
+        self.whole = count_macs(model)
 
     def settle_on_parts(self, budget: float) -> None:
         """The pair of score and bypass that does best on a ramp."""
@@ -136,10 +151,44 @@ class Search:
 
     def measure(self, ratios: Ratios, first_only: bool = False) -> float:
         """Mean error over the pictures, or those of the first batch."""
+        pairs = list(zip(self._observe(ratios, first_only), self.wanted, strict=not first_only))
+        return torch.cat([error(found, wanted) for found, wanted in pairs]).mean().item()
+
+    def _observe(self, ratios: Ratios, first_only: bool = False) -> list[Outputs]:
         set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
-        pairs = list(zip(self.batches, self.wanted, strict=True))[: 1 if first_only else None]
-        errors = [error(observe(self.probe, batch), wanted) for batch, wanted in pairs]
-        return torch.cat(errors).mean().item()
+        return [observe(self.probe, batch) for batch in self.batches[: 1 if first_only else None]]
+
+    def drop(self, ratios: Ratios) -> float:
+        """What these ratios lose: with labels top-1, of another classifier the share of pictures whose top-1 changes,
+        otherwise 1 − cosine of patch tokens or of the class token, whichever is more."""
+        found = self._observe(ratios)
+        if self.labels is not None:
+            before, after = (torch.cat([each.output for each in outputs]) for outputs in (self.wanted, found))
+            right = [(each.argmax(-1).cpu() == self.labels).float().mean().item() for each in (before, after)]
+            return right[0] - right[1]
+        compared = [figures(*pair) for pair in zip(found, self.wanted, strict=True)]
+        names = ("agreement",) if "agreement" in compared[0] else ("patch", "class")
+        means = [torch.cat([each[name] for each in compared]).mean().item() for name in names if name in compared[0]]
+        return 1 - min(means)
+
+    def budget_for(self, target: float) -> float:
+        """The lowest budget at which the best ramp stays within a drop."""
+        with self.progress.track("budget for the drop", len(BUDGETS).bit_length()) as advance:
+            first, last = 0, len(BUDGETS)  # BUDGETS[last] is the highest that fails
+            while first < last:
+                middle = (first + last) // 2
+                if self._within(target, BUDGETS[middle]):
+                    first = middle + 1
+                else:
+                    last = middle
+                advance()
+        if not first:
+            raise UsageError(f"no plan loses as little as {target} on these pictures; allow a larger --target-drop")
+        return BUDGETS[first - 1]
+
+    def _within(self, target: float, budget: float) -> bool:
+        ramp = _fit(_bent_ramp(self.layers, 0, 1.5), self.prices, budget)
+        return ramp is not None and self.drop(ramp) <= target
 
     def _vary(self, base: Ratios, variants: list[tuple[int, float]], what: str) -> dict[tuple[int, float], float]:
         """Mean error of ``base`` with one layer's ratio changed, for each variant."""
@@ -190,6 +239,9 @@ class Search:
             found = self.measure(there)
             if found < error:
                 predicted, error, ratios = guess, found, there
+        if self.prices.by == "macs":
+            ratios = self._trimmed(ratios, budget)
+            error = self.measure(ratios)
         chosen = {layer: ratio for layer, ratio in ratios.items() if ratio < 1}
         parts = self.probe.tosa_config
         return Plan(
@@ -205,6 +257,17 @@ class Search:
             parts={" × ".join(pair): value for pair, value in self.parts.items()},
             images=self.count,
         )
+
+    def _trimmed(self, ratios: Ratios, budget: float) -> Ratios:
+        """Prices are shared out among layers and interpolated: keep to the budget by what is really counted."""
+        ratios, most = dict(ratios), budget * self.whole
+        order = sorted((layer for layer in ratios if ratios[layer] < 1), key=ratios.get)
+        for turn in range(4 * len(order)):
+            if count_macs(set_ratios(self.probe, ratios)) <= most:
+                break
+            layer = order[turn % len(order)]
+            ratios[layer] = max(FINE[-1], round(ratios[layer] - 0.01, 2))
+        return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
         """Ramps that begin at different layers, bent differently, each as high as the budget allows."""

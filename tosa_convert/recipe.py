@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Resolved: every value spelled out, stages that do not run left away."""
         stages = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-        return yaml.safe_dump(stages, sort_keys=False)
+        return yaml.safe_dump(stages, sort_keys=False, default_flow_style=None, width=110)
 
 
 def recipes_folder() -> Path:

@@ -69,6 +69,13 @@ def training_table(results: dict) -> Table:
     return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
 
 
+def convert_table(results: dict) -> Table:
+    """What a conversion without training costs."""
+    return Table(
+        f"convert → {results['run']}", ["", "value"], _cost_rows(results["flops"]), _cost_notes(results["flops"])
+    )
+
+
 def _cost_rows(cost: dict) -> list[list[str]]:
     return [
         ["MACs, original", mega(cost["original"])],
@@ -188,6 +195,71 @@ def _milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def plan_table(results: dict) -> Table:
+    """What a plan is, what was predicted and what measured."""
+    config, plan = results["convert"], results["plan"]
+    rows = [
+        ["score × bypass", f"{config['score']} × {config['bypass']}"],
+        ["ratios by layer", ", ".join(f"{layer}: {ratio:g}" for layer, ratio in _pairs(config))],
+        [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
+        ["share of the MACs, counted", percent(results["macs"])],
+        *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
+        ["error, predicted", f"{plan['predicted']:.5f}"],
+        ["error, measured", f"{plan['measured']:.5f}"],
+        *([name, f"{value:.5f}"] for name, value in _fidelity(results)),
+    ]
+    notes = [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
+    notes.append(
+        f"{plan['images']} pictures of {results['data']}; error: KL of the logits of a classifier, otherwise "
+        "1 − cosine of patch tokens plus that of the class token"
+    )
+    notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); picture: {results['picture']}")
+    return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
+
+
+PRICED = {"macs": "MACs", "latency": "latency"}
+FIDELITY = {"patch": "patch cos", "class": "class cos", "agreement": "agree", "top1": "top-1"}
+
+
+def _pairs(config: dict) -> list[tuple[int, float]]:
+    ratios = config["ratio"] if isinstance(config["ratio"], list) else [config["ratio"]] * len(config["layers"])
+    return list(zip(config["layers"], ratios, strict=True))
+
+
+def _fidelity(figures: dict) -> list[tuple[str, float]]:
+    return [(FIDELITY[name], figures[name]) for name in FIDELITY if name in figures]
+
+
+def compare_table(results: dict) -> Table:
+    """Methods at the same budgets."""
+    kinds = [name for name in FIDELITY if any(name in row for row in results["rows"])]
+    timed = "ms" in results["original"]
+    rows = []
+    for row in [{"method": "original", "budget": None, **results["original"], "macs": 1.0}, *results["rows"]]:
+        cells = ["" if row["budget"] is None else f"{row['budget']:g}", row["method"], f"{row['macs']:.3f}"]
+        cells += [_figure(name, row.get(name)) for name in kinds]
+        cells += [_milliseconds(row["ms"]), f"{row['speedup']:.2f}×" if "speedup" in row else ""] if timed else []
+        rows.append(cells)
+    rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
+    notes = [*results["notes"]]
+    if any(row["method"] == "tosa" for row in results["rows"]):
+        steps = results["distill_steps"]
+        how = f"distilled for {steps} steps" if steps else "not distilled (--distill-steps)"
+        notes.append(f"tosa: its selectors are {how}")
+    timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn" if timed else ""
+    notes.append("patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original")
+    notes.append(f"{results['images']} pictures of {results['data']}, no training; MACs with all that chooses{timing}")
+    shown = [FIDELITY[name] for name in kinds]
+    columns = ["budget", "method", "MACs", *shown, *(["ms", "speed-up"] if timed else [])]
+    return Table("Methods at the same budgets", columns, rows, notes)
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return percent(value) if name in ("agreement", "top1") else f"{value:.4f}"
+
+
 def broken_notes(names: list[str]) -> list[str]:
     """Which pictures could not be read, named up to five."""
     if not names:
@@ -200,7 +272,8 @@ def write_report(run: Path) -> None:
     """``report.md`` of a run, from its ``config.json`` and ``metrics.jsonl``."""
     config = read_json(run / "config.json")
     results = config.get("results")  # a run saved from Python has none
-    tables = [training_table(results), flops_table(results["flops"], run.name)] if results else []
+    first = convert_table if results and results["stage"] == "convert" else training_table
+    tables = [first(results), flops_table(results["flops"], run.name)] if results else []
     latest = {line["stage"]: line for line in runs.read_metrics(run)}
     if "eval" in latest:
         tables.append(eval_table(latest["eval"]))

@@ -1,13 +1,16 @@
 """The stages of the work on files: each takes a recipe or a run, and leaves a run directory."""
 
+import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.benching import BenchSettings, bench
+from tosa_convert.comparing import compare, labelled_sample, mean_figures
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import evaluate, random_control
@@ -15,10 +18,13 @@ from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.files import check_writable, read_json, write_json, write_text
 from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
+from tosa_convert.machine import machine
 from tosa_convert.macs import flops
+from tosa_convert.planning import find_plan
+from tosa_convert.prices import time_models
 from tosa_convert.progress import Progress
 from tosa_convert.recipe import Recipe, read_recipe
-from tosa_convert.report import write_report
+from tosa_convert.report import compare_table, percent, write_report
 from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
 from tosa_convert.surgery import convert, is_converted, original
 from tosa_convert.train import CHECKPOINT
@@ -29,6 +35,21 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
     model = _converted(recipe)
     check_distillable(model)
     return _train_stage("distill", model, recipe, out, resume, device, progress)
+
+
+def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> dict:
+    """Load and convert, for what needs no training; a run in ``out``."""
+    if processes.is_main() and not (resume and runs.is_run(out)):
+        model = _converted(recipe)
+        runs.prepare(out, resume)
+        resolved = recipe.model_copy(update={"convert": model.tosa_config})
+        write_text(out / "recipe.yaml", resolved.to_yaml())
+        results = {"stage": "convert", "run": str(out), "flops": flops(model).to_dict()}
+        runs.save(model, out, stage="convert", results=results)
+        write_report(out)
+        runs.remember(out)
+    processes.join(device)
+    return read_json(out / "config.json")["results"]
 
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
@@ -47,14 +68,20 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     """
     stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
     if stages in ([], ["export"]):
-        raise UsageError("the recipe trains nothing; add distill: or finetune:")
+        if recipe.convert.score == "attention":
+            raise UsageError(
+                "the recipe trains nothing, and score attention has to be taught; add distill: or finetune:"
+            )
+        stages = ["convert", *stages]
     if processes.is_main():
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", recipe.to_yaml())
     results, options = {}, {"resume": resume, "device": device, "progress": progress}
     run = None
     for name in stages:
-        if name == "distill":
+        if name == "convert":
+            run, results[name] = out / name, convert_stage(recipe, out / name, resume=resume, device=device)
+        elif name == "distill":
             run, results[name] = out / name, distill_stage(recipe, out / name, **options)
         elif name == "finetune":
             source = str(run or recipe.model)
@@ -69,8 +96,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
                     recipe.data.eval,
                     device=device,
                     progress=progress,
-                    batch_size=getattr(recipe, name).batch_size,
-                    workers=getattr(recipe, name).workers,
+                    **({} if name == "convert" else _reading(getattr(recipe, name))),
                 )
                 report("eval", results[f"eval {name}"])
         processes.join(device)
@@ -147,6 +173,85 @@ def bench_stage(
     if out is None:
         write_report(folder)
     return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
+
+
+def plan_stage(
+    source: str,
+    *,
+    data: str | None,
+    images: int,
+    budget: float | None,
+    target_drop: float | None,
+    by: str,
+    runtime: str,
+    checkpoint: str | None = None,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    out: Path,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """A plan for a model: ``plan.yaml``, a recipe; ``plan.json``; and ``plan.png``, tokens per layer, in ``out``."""
+    from tosa_convert.pictures import tokens_picture
+
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    check_writable(out)
+    model.to(processes.pick_device(device))
+    pictures, folder, labels = labelled_sample(model, data, images)
+    options = {"by": by, "runtime": runtime, "labels": labels, "target_drop": target_drop, "progress": progress}
+    plan = find_plan(model, pictures, budget, **options)
+    converted = convert(copy.deepcopy(model), plan.config)
+    cost = flops(converted)
+    latency = None
+    if by == "latency":
+        times = time_models({"original": model, "plan": converted}, runtime, progress or Progress())
+        latency = times["plan"] / times["original"]
+    recipe = Recipe(
+        model=source,
+        checkpoint=checkpoint and str(checkpoint),
+        img_size=img_size,
+        num_classes=num_classes,
+        convert=plan.config,
+        export=ExportSettings(),
+    )
+    results = {
+        "source": source,
+        "data": folder.name,
+        "convert": plan.config.model_dump(),
+        "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
+        "macs": cost.macs / cost.original,
+        "latency": latency,
+        **mean_figures(model, {"plan": converted}, pictures, labels)["plan"],
+        "recipe": str(out / "plan.yaml"),
+        "picture": str(out / "plan.png"),
+        "machine": machine(device),
+    }
+    head = (
+        f"# {plan.config.score} × {plan.config.bypass} at {percent(cost.macs / cost.original)} of the MACs, found by\n"
+    )
+    head += f"# `tosa-convert plan` without training.\n#\n#   tosa-convert run {out / 'plan.yaml'}\n\n"
+    write_text(out / "plan.yaml", head + recipe.to_yaml())
+    layers = [asdict(layer) for layer in cost.layers]
+    tokens_picture(layers, f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png")
+    write_json(out / "plan.json", results)
+    return results
+
+
+def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, **options) -> dict:
+    """Methods compared; ``compare.json``, ``compare.md`` and ``compare.png`` in ``out``."""
+    from tosa_convert.pictures import pareto_picture
+
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    check_writable(out)
+    results = {"source": source, **compare(model, **options)}
+    results["picture"] = str(pareto_picture(results, out / "compare.png"))
+    write_json(out / "compare.json", results)
+    write_text(out / "compare.md", compare_table(results).markdown())
+    return results
+
+
+def _reading(settings) -> dict:
+    return {"batch_size": settings.batch_size, "workers": settings.workers}
 
 
 def _note_export(source: Path, out: Path | None, results: dict) -> None:

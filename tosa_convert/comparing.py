@@ -1,0 +1,197 @@
+"""Methods side by side: how far each stays with the original at the same budgets, and what it takes in the clock."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tosa_convert.config import ConvertConfig, build_config
+from tosa_convert.data import sample
+from tosa_convert.distillation import distill
+from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.evaluation import has_labels
+from tosa_convert.fidelity import figures, observe
+from tosa_convert.machine import machine
+from tosa_convert.macs import count_macs
+from tosa_convert.methods import METHODS
+from tosa_convert.origin import preprocessing_of
+from tosa_convert.planning import find_plan
+from tosa_convert.prices import time_models
+from tosa_convert.processes import pick_device
+from tosa_convert.progress import Progress
+from tosa_convert.settings import DistillSettings
+from tosa_convert.surgery import convert, is_converted
+
+PLAN, CONTROL = "plan", "random"
+CLOSE_ENOUGH = 0.002
+"""Share of the MACs by which a method may stay below its budget, where it can be set so finely."""
+LOWEST_RATIO, MOST_TRIES = 0.02, 10
+
+
+def compare(
+    model: nn.Module,
+    data: str | Path | None = None,
+    *,
+    budgets: list[float],
+    methods: list[str],
+    images: int = 32,
+    distill_steps: int = 0,
+    runtime: str | None = "eager",
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Convert a model by each method to each budget of multiply–adds, without training, and measure all on the
+    same pictures.
+
+    Args:
+        model: not converted; left as it is.
+        data: a folder of pictures, with class folders for top-1; None takes the built-in photos.
+        budgets: shares of the original's multiply–adds.
+        methods: named ones (see :mod:`tosa_convert.methods`), "plan", or "SCORE/BYPASS" such as
+            "similarity/merge", on a ramp unless a "/SCHEDULE" follows. Random selection is always there.
+        images: how many pictures are looked at. A plan is made on the built-in photos, never on ``data``.
+        distill_steps: steps of distillation for ToSA's selectors; with 0 each predicts the attention it reads.
+        runtime: "eager" or "onnx", for the latency; None leaves it out.
+
+    Returns:
+        {"machine", "data", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget", "macs",
+        the means of :func:`tosa_convert.fidelity.figures`, "top1" with labels, "ms" and "speedup".
+    """
+    if is_converted(model):
+        raise UsageError("this model is converted already; compare methods on the original")
+    progress, device = progress or Progress(), pick_device(device)
+    methods = list(dict.fromkeys([*methods, CONTROL]))
+    for name in methods:
+        _config(name, 0.9)
+    for budget in budgets:
+        if not 0 < budget < 1:
+            raise UsageError(f"budget {budget} is out of range; give a share of the original's MACs such as 0.8")
+    model = model.to(device).eval()
+    pictures, folder, labels = labelled_sample(model, data, images)
+    whole, notes, converted = count_macs(model), [], {}
+    if data is None and PLAN in methods:
+        notes.append("plan was made on these same photos; give others with --data for a fair comparison")
+    with progress.track("convert", len(methods) * len(budgets)) as advance:
+        for name in methods:
+            for budget in budgets:
+                try:
+                    found = _planned(model, budget) if name == PLAN else _at_budget(model, name, budget, whole)
+                except TosaError as error:
+                    notes.append(f"{name} at {budget}: {error}")
+                else:
+                    if found.tosa_config.score == "attention" and distill_steps:
+                        distill(found, data, DistillSettings(steps=distill_steps), device=device)
+                    converted[name, budget] = found
+                advance()
+    seen = mean_figures(model, {"original": model, **converted}, pictures, labels, progress)
+    times = {}
+    if runtime is not None:
+        labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
+        times = time_models({"original": model, **labelled_models}, runtime, progress)
+    rows = []
+    for (name, budget), each in converted.items():
+        row = {"method": name, "budget": budget, "macs": count_macs(each) / whole, **seen[name, budget]}
+        if times:
+            ms = times[f"{name} {budget}"]
+            row |= {"ms": ms, "speedup": times["original"] / ms}
+        rows.append(row)
+    return {
+        "machine": machine(device),
+        "data": folder.name,
+        "images": len(pictures),
+        "labelled": labels is not None,
+        "runtime": runtime,
+        "distill_steps": distill_steps,
+        "notes": notes,
+        "original": {"macs": whole, **seen["original"], **({"ms": times["original"]} if times else {})},
+        "rows": rows,
+    }
+
+
+def _config(name: str, ratio: float) -> ConvertConfig | None:
+    """What a name in ``methods`` stands for."""
+    if name == PLAN:
+        return None
+    if name in METHODS:
+        return ConvertConfig(method=name, ratio=ratio)
+    parts = dict(zip(("score", "bypass", "schedule"), name.split("/"), strict=False))
+    if len(parts) < 2 or name.count("/") > 2:
+        known = ", ".join([PLAN, *METHODS])
+        raise UsageError(
+            f"there is no method {name!r}; choose from {known}, or write SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, such as "
+            "similarity/merge"
+        )
+    return build_config(ConvertConfig, {"schedule": "ramp", **parts, "ratio": ratio})
+
+
+def _light_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares its weights with the model."""
+    shared = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo=shared)
+
+
+def _planned(model: nn.Module, budget: float) -> nn.Module:
+    pictures = sample(None, preprocessing_of(model), 24)[0]
+    return convert(_light_copy(model), find_plan(model, pictures, budget).config)
+
+
+def _at_budget(model: nn.Module, name: str, budget: float, whole: int) -> nn.Module:
+    """The method at about the highest ratio whose multiply–adds are within the budget: by halves until one is, then
+    by regula falsi, since they are nearly linear in the ratio."""
+    low, high = LOWEST_RATIO, 1.0
+    share_low, share_high = 0.0, 1.0
+    best, reason = None, None
+    for _ in range(MOST_TRIES):
+        place = 0.5 if best is None else (budget - share_low) / (share_high - share_low)
+        ratio = round(low + (high - low) * min(max(place, 0.05), 0.95), 4)
+        try:
+            candidate = convert(_light_copy(model), _config(name, ratio))
+        except UsageError as error:  # perhaps a ratio too low for the schedule
+            low, share_low, reason = ratio, 0.0, error
+            continue
+        share = count_macs(candidate) / whole
+        if share > budget:
+            high, share_high = ratio, share
+            continue
+        low, share_low, best = ratio, share, candidate
+        if share > budget - CLOSE_ENOUGH:
+            break
+    if best is None:
+        raise reason or UsageError("its ratio cannot be as low as this budget needs")
+    return best
+
+
+def labelled_sample(model: nn.Module, data: str | Path | None, count: int):
+    """:func:`tosa_convert.data.sample` for a model: the pictures, their folder, and their labels or None."""
+    pictures, folder, indices = sample(data, preprocessing_of(model), count)
+    if not has_labels(folder, model):
+        return pictures, folder, None
+    return pictures, folder, torch.tensor([folder.reader.samples[index][1] for index in indices])
+
+
+def mean_figures(
+    model: nn.Module,
+    others: dict,
+    pictures: torch.Tensor,
+    labels: torch.Tensor | None,
+    progress: Progress | None = None,
+) -> dict:
+    """For each of the others the means of :func:`tosa_convert.fidelity.figures` over the pictures, and "top1" with
+    labels."""
+    device = next(model.parameters()).device
+    sums: dict = {key: {} for key in others}
+    batches = pictures.split(8)
+    truths = labels.split(8) if labels is not None else [None] * len(batches)
+    with (progress or Progress()).track("compare", len(batches) * len(sums)) as advance:
+        for batch, truth in zip(batches, truths, strict=True):
+            wanted = observe(model, batch.to(device))
+            for key, total in sums.items():
+                found = observe(others[key], batch.to(device))
+                values = figures(found, wanted)
+                if truth is not None:
+                    values["top1"] = (found.output.argmax(-1).cpu() == truth).float()
+                for name, value in values.items():
+                    total[name] = total.get(name, 0.0) + value.sum().item()
+                advance()
+    return {key: {name: value / len(pictures) for name, value in total.items()} for key, total in sums.items()}
