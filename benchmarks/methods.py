@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from record import record
+import record
 
 from tosa_convert import load
 from tosa_convert.comparing import compare
@@ -24,13 +24,16 @@ BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
 METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "norm/merge", "class_attention/merge", "random/merge"]
 TARGETS = {0.9: 0.5, 0.8: 0.5, 0.7: 0.55, 0.6: 0.6}
-SCENES = ["HappyFish", "aero1", "aloeL", "apple", "baboon", "basketball1", "board", "box_in_scene", "building", "butterfly", "cards", "chicky_512", "fruits", "graf1", "home", "leuvenA", "licenseplate_motion", "messi5", "orange", "rubberwhale1", "smarties", "squirrel_cls", "starry_night", "stuff"]
+SCENES = set(
+    ["HappyFish", "aero1", "aloeL", "apple", "baboon", "basketball1", "board", "box_in_scene", "building", "butterfly", "cards", "chicky_512", "fruits", "graf1", "home", "leuvenA", "licenseplate_motion", "messi5", "orange", "rubberwhale1", "smarties", "squirrel_cls", "starry_night", "stuff"]
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
     parser.add_argument("photos", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
     arguments = parser.parse_args()
     model = load("vit_small_patch14_dinov2", checkpoint=arguments.weights, img_size=224)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +47,7 @@ def main() -> None:
         )
     results["data"] = f"{len(scenes)} photos of Debian's opencv-doc"
     results["targets"] = [_target(results["rows"], budget) for budget in BUDGETS]
-    record("methods", results)
+    record.write(arguments.out, results)
     for found in results["targets"]:
         print(found)
     for row in results["rows"]:

@@ -119,8 +119,8 @@ def _config(name: str, ratio: float) -> ConvertConfig | None:
     if len(parts) < 2 or name.count("/") > 2:
         known = ", ".join([PLAN, *METHODS])
         raise UsageError(
-            f"there is no method {name!r}; choose from {known}, or write SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, such as "
-            "similarity/merge"
+            f"there is no method {name!r}; choose from {known}, or write SCORE/BYPASS or "
+            "SCORE/BYPASS/SCHEDULE, such as similarity/merge"
         )
     return build_config(ConvertConfig, {"schedule": "ramp", **parts, "ratio": ratio})
 

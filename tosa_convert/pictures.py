@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tosa_convert.files import atomic
 
@@ -96,6 +97,7 @@ def pareto_picture(results: dict, file: Path) -> Path:
         if key == "ms":
             axes.axvline(results["original"]["ms"], color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(label)
         axes.set_ylabel(f"1 − {KINDS[kind]}")
         axes.grid(alpha=0.25)
