@@ -24,9 +24,32 @@ BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
 METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "norm/merge", "class_attention/merge", "random/merge"]
 TARGETS = {0.9: 0.5, 0.8: 0.5, 0.7: 0.55, 0.6: 0.6}
-SCENES = set(
-    ["HappyFish", "aero1", "aloeL", "apple", "baboon", "basketball1", "board", "box_in_scene", "building", "butterfly", "cards", "chicky_512", "fruits", "graf1", "home", "leuvenA", "licenseplate_motion", "messi5", "orange", "rubberwhale1", "smarties", "squirrel_cls", "starry_night", "stuff"]
-)
+SCENES = {
+    "HappyFish",
+    "aero1",
+    "aloeL",
+    "apple",
+    "baboon",
+    "basketball1",
+    "board",
+    "box_in_scene",
+    "building",
+    "butterfly",
+    "cards",
+    "chicky_512",
+    "fruits",
+    "graf1",
+    "home",
+    "leuvenA",
+    "licenseplate_motion",
+    "messi5",
+    "orange",
+    "rubberwhale1",
+    "smarties",
+    "squirrel_cls",
+    "starry_night",
+    "stuff",
+}
 
 
 def main() -> None:

@@ -6,14 +6,14 @@ and so on. The tokens that a step leaves out are matched with those it keeps, so
 can shrink to few tokens while each token of a detailed one stays.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.tokens import RATIO_STEPS, Choice, gather_tokens, leading, pick, rejoin_tokens
+from tosa_convert.tokens import RATIO_STEPS, Choice, gather_tokens, leading, pick, put
 
 SKETCH_WIDTH = 96
 """Numbers per token that are compared, see :func:`sketch`."""
@@ -36,24 +36,36 @@ def thinnings(steps: int) -> int:
     return 1 + math.ceil(math.log2(RATIO_STEPS / steps))
 
 
-def pyramid(height: int, width: int, levels: int, most: int | None = None) -> Pyramid:
+def pyramid(
+    height: int, width: int, levels: int, most: int | None = None, device: torch.device | None = None
+) -> Pyramid:
     """The grid thinned out ``levels`` times, and further until at most ``most`` patches are left.
 
     Height and width may be symbolic; ``most`` must be an int or None then.
     """
     if isinstance(height, int) and isinstance(width, int):
-        return _known_pyramid(height, width, levels, most)
-    return _pyramid(height, width, levels, None)
+        key = "pyramid", height, width, levels, most, device
+        return _remembered(key, lambda: _pyramid(height, width, levels, most, device))
+    return _pyramid(height, width, levels, None, device)
 
 
-@functools.lru_cache(maxsize=256)
-def _known_pyramid(height: int, width: int, levels: int, most: int | None) -> Pyramid:
-    with torch.inference_mode(False):  # kept beyond this forward pass
-        return _pyramid(height, width, levels, most)
+_KNOWN: dict = {}
 
 
-def _pyramid(height, width, levels: int, most: int | None) -> Pyramid:
-    position = torch.arange(height * width)
+def _remembered(key: tuple, make: Callable):
+    """What does not depend on the pictures is computed once. Not while a graph is traced: its tensors are not real."""
+    if key not in _KNOWN:
+        if torch.compiler.is_compiling():
+            return make()
+        if len(_KNOWN) >= 256:
+            _KNOWN.clear()
+        with torch.inference_mode(False):  # kept beyond this forward pass
+            _KNOWN[key] = make()
+    return _KNOWN[key]
+
+
+def _pyramid(height, width, levels: int, most: int | None, device: torch.device | None) -> Pyramid:
+    position = torch.arange(height * width, device=device)
     row, column = position // width, position % width
     depth, counts, level = torch.zeros_like(position), [], 0
     while level < levels or (most is not None and counts[-1] > most):
@@ -80,12 +92,16 @@ def sketch(tokens: torch.Tensor) -> torch.Tensor:
     kept roughly (a random projection), at the price of D additions per token."""
     width = tokens.shape[-1]
     group = max(1, width // SKETCH_WIDTH)
-    channel = torch.arange(width, device=tokens.device)
-    signs = 1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)
-    signed = tokens * signs.to(tokens.dtype)
+    device, dtype = tokens.device, tokens.dtype
+    signed = tokens * _remembered(("signs", width, device, dtype), lambda: _signs(width, device, dtype))
     if width % group:
         signed = F.pad(signed, (0, -width % group))
     return signed.unflatten(-1, (group, -1)).sum(-2)
+
+
+def _signs(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    channel = torch.arange(width, device=device)
+    return (1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)).to(dtype)
 
 
 def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
@@ -94,10 +110,10 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
     Args:
         features: (B, prefix + N, D); close features (Euclidean) mean that one token can stand in for the other.
         prefix: number of leading tokens that are no patches.
-        grid: the pyramid of the N patches.
+        grid: the pyramid of the N patches, on the same device.
         kept: how many patches attend; the coarsest level of the pyramid always does.
     """
-    order, batch = grid.order.to(features.device), features.shape[0]
+    order, batch = grid.order, features.shape[0]
     ranked = features.index_select(1, order + prefix)
     lengths = ranked.square().sum(-1)
     coarsest, patches = grid.counts[-1], order.shape[0]
@@ -130,7 +146,7 @@ def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torc
     """(B, S): climb from each skipped token to the first of its ancestors that attends, as an index into
     ``attended``. Parents are always of a coarser level, so ``levels`` steps lead to the coarsest."""
     own = torch.arange(attended.shape[1], device=attended.device).expand_as(attended)
-    places = rejoin_tokens(torch.full_like(parents, -1)[..., None], attended, own[..., None])[..., 0]
+    places = put(torch.full_like(parents, -1), attended, own)
     found = pick(parents, skipped)
     for _ in range(levels - 1):
         found = torch.where(pick(places, found) < 0, pick(parents, found), found)

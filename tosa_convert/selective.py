@@ -19,7 +19,7 @@ from tosa_convert.bypasses import WHOLE
 from tosa_convert.errors import TosaError
 from tosa_convert.matching import match, sketch
 from tosa_convert.passage import Passage
-from tosa_convert.tokens import RATIO_STEPS, Choice, choose_best, keep_count, ratio_steps, rejoin_tokens
+from tosa_convert.tokens import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
 
 
 class Matcher(nn.Module):
@@ -104,7 +104,7 @@ class Selection:
         scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
         if self.previous is not None and self.previous.selects:
             before = self.previous
-            scores = rejoin_tokens(before.scores[..., None], before.choice.attended, scores[..., None])[..., 0]
+            scores = put(before.scores, before.choice.attended, scores)
         self.scores = scores
         return choose_best(scores, self.prefix, self.keep(patches))
 

@@ -64,8 +64,15 @@ def leading(like: torch.Tensor, prefix: int) -> torch.Tensor:
 
 def flat_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
     """(B, K) positions within each image → (B·K,) rows of the (B·N, D) matrix of all tokens."""
+    if is_one(positions.shape[0]):
+        return positions.reshape(-1)
     first_rows = torch.arange(positions.shape[0], device=positions.device) * tokens
     return (positions + first_rows[:, None]).reshape(-1)
+
+
+def is_one(batch: int) -> bool:
+    """Whether a batch holds a single image; never of a symbolic batch, which must not be decided on."""
+    return isinstance(batch, int) and batch == 1
 
 
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -86,17 +93,21 @@ def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.
 
 def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, N) numbers and (B, K) positions → (B, K)."""
-    return gather_tokens(values[..., None], positions)[..., 0]
+    return values.reshape(-1).index_select(0, flat_positions(positions, values.shape[1])).reshape(positions.shape)
+
+
+def put(values: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """(B, N) with the entries at ``positions`` (B, K) replaced by ``numbers`` (B, K)."""
+    rows = flat_positions(positions, values.shape[1])
+    return values.reshape(-1).index_copy(0, rows, numbers.reshape(-1)).reshape(values.shape)
 
 
 def stand_ins(choice: Choice) -> torch.Tensor:
     """(B, N): for each token the index into ``choice.attended`` of itself, or of its partner."""
     attended, skipped, partners = choice
-    batch, kept = attended.shape
-    own = torch.arange(kept, device=attended.device).expand(batch, kept)
+    own = torch.arange(attended.shape[1], device=attended.device).expand(attended.shape)
     everyone = torch.cat([attended, skipped], dim=1)
-    found = torch.zeros_like(everyone)[..., None]
-    return rejoin_tokens(found, everyone, torch.cat([own, partners], dim=1)[..., None])[..., 0]
+    return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))
 
 
 def add_up(tokens: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:

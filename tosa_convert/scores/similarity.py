@@ -25,7 +25,7 @@ class GridSimilarity(nn.Module):
     def forward(self, tokens: torch.Tensor, steps: int) -> Choice:
         """(B, N, C) and the keep ratio, see :func:`~tosa_convert.tokens.ratio_steps` → the choice, with partners."""
         kept = keep_count(self.passage.patches, steps)
-        grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None)
+        grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None, tokens.device)
         return choose_redundant(sketch(tokens), self.prefix, grid, kept)
 
 

@@ -1,0 +1,146 @@
+"""Who stands in for whom: against plain loops, on any grid."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tosa_convert.matching import choose_bipartite, choose_redundant, match, pyramid, sketch, thinnings
+from tosa_convert.tokens import Choice, add_up, choose_best, keep_count, ratio_steps, stand_ins
+
+sides = st.integers(1, 9)
+seeds = st.integers(0, 99)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(height=sides, width=sides, levels=st.integers(1, 5))
+def test_a_pyramid_thins_out_the_grid_evenly(height, width, levels):
+    grid = pyramid(height, width, levels)
+    assert sorted(grid.order.tolist()) == list(range(height * width))
+    assert len(grid.counts) == levels
+    for level, count in enumerate(grid.counts):
+        step = 2 ** ((level + 1) // 2)
+        kept = {(row, column) for row in range(0, height, step) for column in range(0, width, step)}
+        if level % 2 == 0:
+            kept = {(row, column) for row, column in kept if (row // step + column // step) % 2 == 0}
+        assert {divmod(position, width) for position in grid.order[:count].tolist()} == kept
+        # Every patch has one that stays within a few steps of the grid.
+        assert all(
+            min(abs(r - a) + abs(c - b) for a, b in kept) <= 2 * step for r in range(height) for c in range(width)
+        )
+
+
+@given(height=sides, width=sides, most=st.integers(1, 81))
+def test_a_pyramid_goes_down_to_what_is_asked_for(height, width, most):
+    assert pyramid(height, width, 1, most).counts[-1] <= most
+
+
+@given(
+    height=sides,
+    width=sides,
+    prefix=st.integers(0, 3),
+    batch=st.integers(1, 3),
+    ratio=st.floats(0.05, 1.0),
+    seed=seeds,
+)
+def test_redundant_tokens_are_those_with_the_nearest_stand_ins(height, width, prefix, batch, ratio, seed):
+    patches, steps = height * width, ratio_steps(ratio)
+    kept = keep_count(patches, steps)
+    grid = pyramid(height, width, thinnings(steps), kept)
+    features = random(batch, prefix + patches, 3, seed=seed).double()
+    choice = choose_redundant(features, prefix, grid, kept)
+    for image in range(batch):
+        attended, skipped = choice.attended[image].tolist(), choice.skipped[image].tolist()
+        assert attended[:prefix] == list(range(prefix))
+        assert sorted(attended + skipped) == list(range(prefix + patches))
+        assert len(attended) == prefix + kept
+        cost, parent = _parents(features[image, prefix:], grid)
+        left = sorted(cost, key=cost.get)[: patches - kept]
+        assert {place - prefix for place in skipped} == set(left)
+        for place, partner in zip(skipped, choice.partners[image].tolist(), strict=True):
+            ancestor = parent[place - prefix]
+            while ancestor in left:
+                ancestor = parent[ancestor]
+            assert attended[partner] == ancestor + prefix
+
+
+def _parents(patches: torch.Tensor, grid) -> tuple[dict, dict]:
+    """Of each patch that is not of the coarsest level: the squared distance to the nearest one that outlives it,
+    and which that is."""
+    cost, parent, order = {}, {}, grid.order.tolist()
+    for finer, count in zip([len(order), *grid.counts], grid.counts, strict=False):
+        for place in order[count:finer]:
+            distances = {other: (patches[place] - patches[other]).square().sum().item() for other in order[:count]}
+            parent[place] = min(distances, key=distances.get)
+            cost[place] = distances[parent[place]]
+    return cost, parent
+
+
+@given(prefix=st.integers(0, 3), patches=st.integers(2, 20), gone=st.integers(0, 10), seed=seeds)
+def test_bipartite_matching_is_tomes(prefix, patches, gone, seed):
+    """Written out from the paper's section 3.2, over all tokens, with the prefix tokens held back."""
+    count = prefix + patches
+    keys = random(2, count, 4, seed=seed).double()
+    first = [place for place in range(0, count, 2) if place >= prefix]
+    second = [place for place in range(1, count, 2) if place >= prefix]
+    gone = min(gone, len(first)) if second else 0
+    if not second:
+        return
+    choice = choose_bipartite(keys, prefix, patches - gone)
+    for image in range(2):
+        unit = keys[image] / keys[image].norm(dim=-1, keepdim=True)
+        best = {a: max(second, key=lambda b: (unit[a] @ unit[b]).item()) for a in first}
+        order = sorted(first, key=lambda a: -(unit[a] @ unit[best[a]]).item())
+        wanted = [*range(prefix), *sorted(order[gone:]), *second]
+        assert choice.attended[image].tolist() == wanted
+        assert choice.skipped[image].tolist() == order[:gone]
+        assert [wanted[index] for index in choice.partners[image].tolist()] == [best[a] for a in order[:gone]]
+
+
+@given(prefix=st.integers(0, 3), patches=st.integers(2, 20), seed=seeds)
+def test_partners_are_the_nearest_attended_patches(prefix, patches, seed):
+    features = random(2, prefix + patches, 5, seed=seed).double()
+    choice = match(features, prefix, choose_best(random(2, prefix + patches, seed=seed + 1), prefix, patches // 2))
+    for image in range(2):
+        attended = choice.attended[image]
+        distances = torch.cdist(features[image, choice.skipped[image]], features[image, attended[prefix:]])
+        assert choice.partners[image].tolist() == (distances.argmin(1) + prefix).tolist()
+
+
+@given(batch=st.integers(1, 3), patches=st.integers(1, 20), kept=st.integers(1, 20), seed=seeds)
+def test_everyone_has_a_stand_in_and_is_counted_once(batch, patches, kept, seed):
+    kept = min(kept, patches)
+    choice = choose_best(random(batch, patches, seed=seed), 0, kept)
+    generator = torch.Generator().manual_seed(seed)
+    choice = choice._replace(partners=torch.randint(kept, choice.skipped.shape, generator=generator))
+    groups = stand_ins(choice)
+    for image in range(batch):
+        for index, place in enumerate(choice.attended[image].tolist()):
+            assert groups[image, place] == index
+        for index, place in enumerate(choice.skipped[image].tolist()):
+            assert groups[image, place] == choice.partners[image, index]
+    tokens = random(batch, patches, 2, seed=seed).double()
+    sums = add_up(tokens, groups, kept)
+    for image in range(batch):
+        for group in range(kept):
+            assert torch.allclose(sums[image, group], tokens[image, groups[image] == group].sum(0))
+
+
+def test_a_sketch_keeps_distances_roughly():
+    """A random projection: squared distances are right on average, whatever the width."""
+    for width in (48, 100, 192, 384, 768, 1024):
+        tokens = random(1, 60, width)
+        pairs = torch.triu_indices(60, 60, 1)
+        exact, rough = (torch.cdist(each, each)[0, pairs[0], pairs[1]].square() for each in (tokens, sketch(tokens)))
+        assert sketch(tokens).shape[-1] <= 200
+        assert abs((rough / exact).mean() - 1) < 0.15
+        assert (rough / exact).std() < 0.3
+
+
+def test_nobody_is_skipped_at_ratio_one():
+    grid = pyramid(4, 4, thinnings(ratio_steps(1.0)))
+    choice = choose_redundant(random(1, 17, 3), 1, grid, 16)
+    assert isinstance(choice, Choice)
+    assert choice.skipped.shape == choice.partners.shape == (1, 0)
