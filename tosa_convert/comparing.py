@@ -76,7 +76,7 @@ def compare(
         for name in methods:
             for budget in budgets:
                 try:
-                    found = _planned(model, budget) if name == PLAN else _at_budget(model, name, budget, whole)
+                    found = _planned(model, budget) if name == PLAN else at_budget(model, name, budget)
                 except TosaError as error:
                     notes.append(f"{name} at {budget}: {error}")
                 else:
@@ -136,9 +136,10 @@ def _planned(model: nn.Module, budget: float) -> nn.Module:
     return convert(_light_copy(model), find_plan(model, pictures, budget).config)
 
 
-def _at_budget(model: nn.Module, name: str, budget: float, whole: int) -> nn.Module:
-    """The method at about the highest ratio whose multiply–adds are within the budget: by halves until one is, then
+def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
+    """A converted copy that shares the model's weights: the method at about the highest ratio whose multiply–adds are within the budget: by halves until one is, then
     by regula falsi, since they are nearly linear in the ratio."""
+    whole = count_macs(model)
     low, high = LOWEST_RATIO, 1.0
     share_low, share_high = 0.0, 1.0
     best, reason = None, None

@@ -63,12 +63,13 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         refuse_per_token_arguments(selection.layer, args, kwargs)
         drops = selection.bypass == "drop"
         groups = None if drops else selection.passage.entering(selection.layer, tokens)
-        proportional = weighed(host.bias_name, groups.sizes if selection.bypass == "persist" else None)
+        sizes = groups.sizes if selection.bypass == "persist" else None
+        positional, named = weighed(host.bias_name, args, kwargs, sizes)
         if not selection.reduces:
-            tokens = base.forward(self, tokens, *args, **{**kwargs, **proportional})
+            tokens = base.forward(self, tokens, *positional, **named)
         else:
             with selection.without("mlp"):
-                tokens = base.forward(self, tokens, *args, **{**kwargs, **proportional})
+                tokens = base.forward(self, tokens, *positional, **named)
             tokens, groups = _reduce(self, tokens, groups)
             with selection.without("attention"):
                 tokens = base.forward(self, tokens, *args, **kwargs)
@@ -116,7 +117,7 @@ def check_halves(host: Host, block: nn.Module) -> None:
         host.attention(block).forward = lambda *args, **kwargs: host.as_attention_output(torch.zeros_like(tokens))
         host.mlp(block).forward = lambda *args, **kwargs: torch.zeros_like(tokens)
         with torch.no_grad():
-            after = block(tokens)
+            after = block(tokens, **{host.bias_name: None})
     finally:
         for module in halves:
             del module.forward

@@ -101,7 +101,7 @@ class Selection:
         return self.choice
 
     def _best(self, scores: torch.Tensor, patches: int) -> Choice:
-        scores = scores.flatten(0, 1) if self.per_head else scores.sum(1)
+        scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
         if self.previous is not None and self.previous.selects:
             before = self.previous
             scores = put(before.scores, before.choice.attended, scores)
@@ -137,17 +137,18 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
             choice = self.matcher(sketch(features), choice)
 
         def run(some, sizes=None):
-            return base.forward(self, some, *args, **{**kwargs, **weighed(host.bias_name, sizes)})
+            positional, named = weighed(host.bias_name, args, kwargs, sizes)
+            return base.forward(self, some, *positional, **named)
 
         return WHOLE[selection.bypass](run, tokens, choice)
 
     return grafted_class("Selective", base, forward=forward, listen=listen)
 
 
-def weighed(keyword: str, sizes: torch.Tensor | None) -> dict:
-    """The keyword argument by which a block's attention weighs each token, (B, N), by how many it stands for
-    (ToMe's proportional attention, arXiv 2210.09461, section 3.3)."""
-    return {} if sizes is None else {keyword: sizes.log()[:, None, None, :]}
+def weighed(keyword: str, args: tuple, kwargs: dict, sizes: torch.Tensor | None) -> tuple[tuple, dict]:
+    """A block's arguments behind the tokens, with the bias by which its attention weighs each token by how many it
+    stands for, ``sizes`` (B, N) (ToMe's proportional attention, arXiv 2210.09461, section 3.3)."""
+    return (args, kwargs) if sizes is None else (args[1:], {**kwargs, keyword: sizes.log()[:, None, None, :]})
 
 
 def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:

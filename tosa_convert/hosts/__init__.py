@@ -30,7 +30,8 @@ class Host(ABC):
         prefix: number of class, distillation and register tokens in front of the patch tokens.
         class_token: whether the first of them is a class token.
         width: channels of a token.
-        bias_name: the keyword by which a block's forward takes what is added to its attention's logits.
+        bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
+            is also its first argument behind the tokens.
     """
 
     library: str

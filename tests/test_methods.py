@@ -1,0 +1,351 @@
+"""Score × bypass × schedule on every family, against the original's own blocks and the papers written out."""
+
+import copy
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILIES, LAYERS, lively
+from test_contract import first
+
+from tosa_convert import ConvertConfig, TosaError, UsageError, convert, flops, load, original, save
+from tosa_convert.bypasses import LASTING, WHOLE
+from tosa_convert.hosts import host_of, run
+from tosa_convert.selective import chosen_tokens, selective_blocks
+
+SCORES = ("attention", "class_attention", "similarity", "norm", "random")
+PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attention", "fuse")]
+
+
+def fits(model, score: str, bypass: str) -> bool:
+    host = host_of(model)
+    post_norm = "ResPost" in type(host.blocks[0]).__name__
+    return (host.class_token or score != "class_attention") and not (post_norm and bypass in LASTING)
+
+
+def layers_for(score: str) -> list[int]:
+    return LAYERS if score == "attention" else [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize(("score", "bypass"), PAIRS)
+def test_ratio_one_equals_the_original(family, images, score, bypass):
+    if not fits(family, score, bypass):
+        pytest.skip("this family has not got the parts")
+    wanted = run(family, images)
+    converted = convert(copy.deepcopy(family), layers=layers_for(score), ratio=1.0, score=score, bypass=bypass)
+    for name, value in run(converted, images).items():
+        assert torch.allclose(value, wanted[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(("score", "bypass"), [*product(("similarity", "norm"), WHOLE), ("class_attention", "merge")])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_all_tokens_bypasses_equal_the_original_block_with_loops(family, score, bypass, size):
+    """Groups are averaged and weighed token by token, the block is the original's."""
+    if not fits(family, score, bypass):
+        pytest.skip("this family has not got the parts")
+    if size != (32, 32) and host_of(family).library == "timm":
+        host_of(family).resize(size)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+    ratio = 0.3 if score == "similarity" else 0.6
+    converted = convert(copy.deepcopy(family), layers=layers_for(score), ratio=ratio, score=score, bypass=bypass)
+    found = run(converted, images)
+    choices = {block.selection.layer: block.selection.choice for block in selective_blocks(converted)}
+    reference = copy.deepcopy(family)
+    for block in selective_blocks(converted):
+        layer = block.selection.layer
+        choice = choices[layer]
+        if bypass != "identity" and choice.partners is None:
+            choice = choice._replace(partners=_partners(converted, block, images))
+        _spell_out(host_of(reference), layer, choice, bypass)
+    for name, value in run(reference, images).items():
+        assert torch.allclose(found[name], value, atol=2e-5), name
+    assert not torch.allclose(first(found), first(run(family, images)), atol=1e-3)
+
+
+def _partners(converted, block, images):
+    """The partners that the block's matcher gave, caught while it runs."""
+    caught = []
+    handle = block.matcher.register_forward_hook(lambda module, inputs, output: caught.append(output.partners))
+    run(converted, images)
+    handle.remove()
+    return caught[0]
+
+
+def _spell_out(host, layer: int, choice, bypass: str) -> None:
+    block = host.blocks[layer - 1]
+    forward = block.forward
+
+    def spelt_out(tokens, *args, **kwargs):
+        result = tokens.clone()
+        for image in range(len(tokens)):
+            attended, skipped = choice.attended[image].tolist(), choice.skipped[image].tolist()
+            groups = {place: [place] for place in attended}
+            if bypass != "identity":
+                for place, partner in zip(skipped, choice.partners[image].tolist(), strict=True):
+                    groups[attended[partner]].append(place)
+            merged = bypass == "merge"
+            rows = [tokens[image, members if merged else members[:1]].mean(0) for members in groups.values()]
+            taken = torch.stack(rows)[None]
+            sizes = torch.tensor([[len(members) if merged else 1 for members in groups.values()]])
+            update = forward(taken, **{host.bias_name: sizes.float().log()[:, None, None]})[0] - taken[0]
+            for index, members in enumerate(groups.values()):
+                result[image, members] = tokens[image, members] + update[index]
+        return result
+
+    block.forward = spelt_out
+
+
+def test_tome_is_the_papers(images):
+    """ToMe (arXiv 2210.09461) written out on timm's parts: r tokens of each of six layers, un-merged at the end."""
+    model = lively(FAMILIES["timm vit"]())
+    found = convert(copy.deepcopy(model), method="tome", ratio=1 - 6 / 32).forward_features(images)  # r = 1 of 16
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    wanted = torch.stack([_tome(model, image, r=1) for image in tokens])
+    assert torch.allclose(found, model.norm(wanted), atol=1e-5)
+
+
+def _tome(model, tokens: torch.Tensor, r: int) -> torch.Tensor:
+    members = [[place] for place in range(len(tokens))]
+    for block in model.blocks:
+        heads = block.attn.num_heads
+        bias = torch.tensor([len(group) for group in members]).float().log()
+        normed = block.norm1(tokens)[None]
+        tokens = tokens + block.ls1(block.attn(normed, attn_mask=bias.expand(1, 1, len(tokens), -1)))[0]
+        keys = block.attn.qkv(normed).unflatten(-1, (3, heads, -1))[0, :, 1].mean(1)
+        unit = F.normalize(keys, dim=-1)
+        first_set, second = range(2, len(tokens), 2), range(1, len(tokens), 2)
+        best = {a: max(second, key=lambda b: (unit[a] @ unit[b]).item()) for a in first_set}
+        closest = sorted(best, key=lambda a: -(unit[a] @ unit[best[a]]).item())[:r]
+        joined = {b: [b, *(a for a in closest if best[a] == b)] for b in second}
+        order = [[0], *([a] for a in first_set if a not in closest), *joined.values()]
+        weights = [torch.tensor([float(len(members[place])) for place in places])[:, None] for places in order]
+        tokens = torch.stack([(tokens[p] * w).sum(0) / w.sum() for p, w in zip(order, weights, strict=True)])
+        members = [[part for place in places for part in members[place]] for places in order]
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)[None]))[0]
+    result = torch.empty(sum(map(len, members)), tokens.shape[1])
+    for token, group in zip(tokens, members, strict=True):
+        result[group] = token
+    return result
+
+
+def test_evit_is_the_papers(images):
+    """EViT (arXiv 2202.07800): the class token's attention keeps the best, the others become one weighted sum."""
+    model = lively(FAMILIES["timm vit"]())
+    found = convert(copy.deepcopy(model), method="evit", layers=[3], ratio=0.5)(images)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for layer, block in enumerate(model.blocks, start=1):
+        if layer != 3:
+            tokens = block(tokens)
+            continue
+        queries, keys, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 3, 16)).unbind(2)
+        row = torch.einsum("bhd,bnhd->bhn", queries[:, 0], keys) / 4
+        scores = row.softmax(-1).mean(1)[:, 1:]
+        tokens = tokens + block.attn(block.norm1(tokens))
+        order = scores.argsort(1, descending=True)
+        rows = []
+        for image, places in enumerate(order):
+            patches = tokens[image, 1:]
+            fused = (patches[places[8:]] * scores[image, places[8:], None]).sum(0, keepdim=True)
+            rows.append(torch.cat([tokens[image, :1], patches[places[:8]], fused]))
+        tokens = torch.stack(rows)
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    assert torch.allclose(found, model.forward_head(model.norm(tokens)), atol=1e-5)
+
+
+def test_idle_reselects_by_the_class_tokens_last_look(images):
+    """IdleViT: a token that was skipped keeps the score it had, and can come back."""
+    model = convert(lively(FAMILIES["timm vit"]()), method="idle", ratio=0.6)
+    blocks, rows = selective_blocks(model), {}
+    assert [block.selection.layer for block in blocks] == [2, 3, 4, 5, 6]
+    assert [round(block.selection.ratio, 4) for block in blocks] == [0.6, 0.6, 0.36, 0.36, 0.216]
+    for block in blocks:
+        keep = block.selection.layer
+        block.selector.register_forward_hook(lambda _, __, output, keep=keep: rows.update({keep: output.mean(1)}))
+    model(images)
+    scores = rows[2]
+    chosen = chosen_tokens(model)
+    for block in blocks[1:]:
+        layer = block.selection.layer
+        scores = scores.scatter(1, chosen[layer - 1], rows[layer])
+        assert torch.allclose(block.selection.scores, scores)
+        best = scores[:, 1:].topk(chosen[layer].shape[1] - 1).indices + 1
+        assert [set(row.tolist()) for row in best] == [set(row[1:].tolist()) for row in chosen[layer]]
+
+
+@pytest.mark.parametrize("score", ["class_attention", "random", "norm"])
+def test_dropped_tokens_are_gone_and_the_class_token_knows(score, images):
+    model = lively(FAMILIES["timm vit"]())
+    converted = convert(copy.deepcopy(model), score=score, bypass="drop", layers=[4], ratio=0.5)
+    assert converted.forward_features(images).shape[1] == 1 + 8
+    assert converted(images).shape == model(images).shape
+
+
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_lasting_methods_put_every_token_back(family, images, method):
+    score = "similarity" if method == "tome" else "class_attention"
+    if not fits(family, score, "persist"):
+        pytest.skip("this family has not got the parts")
+    wanted, found = run(family, images), run(convert(family, method=method, ratio=0.7), images)
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "idle"])
+def test_halves_compute_what_is_left(method, images):
+    """The attention sees what enters a layer, its MLP what leaves it."""
+    model = convert(lively(FAMILIES["timm vit"]()), method=method, ratio=0.7)
+    seen = {}
+    for layer, block in enumerate(model.blocks, start=1):
+        for name, module in (("attention", block.attn.qkv), ("mlp", block.mlp.fc1)):
+            module.register_forward_hook(lambda _, i, o, at=(layer, name): seen.setdefault(at, []).append(o.shape[1]))
+    model(images)
+    assert all(len(counts) == 1 for counts in seen.values()), "each half runs once"
+    counts = [seen[layer, name][0] for layer in range(1, 7) for name in ("attention", "mlp")]
+    if method == "idle":
+        assert counts[0] == 17
+        assert len(set(counts)) > 2
+    else:
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] < 17
+
+
+METHODS = [
+    {"method": "tome"},
+    {"method": "evit"},
+    {"method": "idle"},
+    {"score": "similarity", "bypass": "merge", "schedule": "ramp"},
+    {"score": "class_attention", "bypass": "borrow", "schedule": "all"},
+    {"score": "random", "bypass": "persist", "schedule": "ramp"},
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+@pytest.mark.parametrize("name", ["timm vit", "hf ViT classifier"])
+def test_copies_twins_and_batches(options, name, images):
+    model = lively(FAMILIES[name]())
+    keys, wanted = set(model.state_dict()), first(run(model, images))
+    kinds = [type(module) for module in model.modules()]
+    converted = convert(copy.deepcopy(model), **options)
+    assert set(converted.state_dict()) == keys, "these methods have nothing to learn"
+    found = first(run(converted, images))
+    assert not torch.allclose(found, wanted, atol=1e-3)
+    alone = torch.cat([first(run(converted, image[None])) for image in images])
+    assert torch.allclose(alone, found, atol=1e-5)
+    twin = copy.deepcopy(converted)
+    run(converted, torch.zeros_like(images))
+    assert torch.equal(first(run(twin, images)), found)
+    back = original(converted)
+    assert [type(module) for module in back.modules()] == kinds
+    assert not any(module._forward_hooks for module in back.modules())
+    assert torch.equal(first(run(back, images)), wanted)
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_checkpointed_gradients_are_the_same(options, images):
+    model = convert(lively(FAMILIES["timm vit"]()), **options)
+
+    def gradients(checkpointing: bool) -> dict:
+        model.set_grad_checkpointing(checkpointing)
+        model.train().zero_grad()
+        model(images).square().sum().backward()
+        return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert set(plain) == set(checkpointed) == {name for name, _ in model.named_parameters()}
+    for name, value in plain.items():
+        assert torch.allclose(checkpointed[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_saved_and_loaded_it_is_the_same(options, vit, tmp_path):
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    converted = convert(vit, **options)
+    wanted = converted(images)
+    save(converted, tmp_path / "run")
+    again = load(tmp_path / "run")
+    assert torch.equal(again(images), wanted)
+    assert again.tosa_config == converted.tosa_config
+
+
+@pytest.mark.parametrize("bypass", ["borrow", "merge"])
+def test_choosing_and_matching_are_counted_apart(bypass, vit):
+    cost = flops(convert(vit, score="class_attention", bypass=bypass, layers=[4], ratio=0.5))
+    layer = cost.layers[3]
+    width, patches, kept = 64, 49, 25
+    assert layer.selector >= (patches - kept) * kept * width  # the distances
+    assert layer.macs - layer.selector < 0.6 * layer.original
+
+
+def test_any_grid_is_read_from_the_picture(images):
+    model = lively(FAMILIES["hf Dinov2Model"]())
+    convert(model, score="similarity", bypass="merge", layers=[2, 3], ratio=0.5)
+    for height, width in ((32, 32), (40, 24), (8, 56)):
+        model(torch.randn(1, 3, height, width))
+        assert chosen_tokens(model)[3].shape[1] == 1 + math.ceil(height * width / 64 / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tome", "bypass": "merge"}, "method 'tome' has bypass 'persist'"),
+        ({"method": "tom"}, "method"),
+        ({"score": "random", "bypass": "fuse"}, "fuse weighs tokens"),
+        ({"score": "similarity", "selection": "per_head"}, "Eq. 4"),
+        ({"schedule": "all"}, "neighbours"),
+        ({"method": "idle", "layers": [1, 2]}, "start at 2"),
+        ({"schedule": "ramp", "score": "similarity", "ratio": 0.4}, "no token at all"),
+        ({"score": "random", "bypass": "persist", "layers": {2: 0.5, 4: 0.8}}, "ratios only fall"),
+        ({"score": "similarity", "bypass": "persist", "layers": {2: 0.4}}, "at most half"),
+        ({"layers": {2: 0.5}, "ratio": 0.5}, "leave ratio out"),
+        ({"layers": {2: 1.5}}, "out of range"),
+        ({"layers": {"two": 0.5}}, "layers"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(options, message, images):
+    model = lively(FAMILIES["timm vit"]())
+    wanted = model(images)
+    with pytest.raises(UsageError, match=message):
+        convert(model, **options)
+    assert not selective_blocks(model)
+    assert torch.equal(model(images), wanted)
+
+
+def test_what_a_model_has_not_got_is_refused():
+    with pytest.raises(UsageError, match="needs a class token"):
+        convert(FAMILIES["timm siglip"](), method="idle")
+    with pytest.raises(UsageError, match="by their class token"):
+        convert(FAMILIES["timm siglip"](), score="random", bypass="drop")
+    post_norm = lively(FAMILIES["timm post-norm"]())
+    post_norm.blocks[0].norm1.bias.data.fill_(0.1)
+    with pytest.raises(TosaError, match="adds to the tokens by itself"):
+        convert(post_norm, method="tome")
+    model = convert(FAMILIES["timm vit"](), score="similarity", bypass="merge")
+    with pytest.raises(TosaError, match="run the model from its pictures on"):
+        model.blocks[1](torch.randn(1, 17, 48))
+
+
+def test_layers_and_ratios_in_one():
+    assert ConvertConfig(layers={6: 0.5, 3: 0.9}).plan(12) == [(3, 0.9), (6, 0.5)]
+    assert ConvertConfig(method="tosa") == ConvertConfig(method="tosa", **{"score": "attention"})
+
+
+THIRDS = {**dict.fromkeys((4, 5, 6), 0.5), **dict.fromkeys((7, 8, 9), 0.25), **dict.fromkeys((10, 11, 12), 0.125)}
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, dict.fromkeys((2, 4, 6, 8, 10), 0.8)),
+        ({"score": "similarity", "schedule": "all"}, dict.fromkeys(range(1, 13), 0.8)),
+        ({"score": "norm", "schedule": "all"}, dict.fromkeys(range(2, 13), 0.8)),
+        ({"method": "idle", "ratio": 0.5}, THIRDS),
+        ({"method": "tome", "ratio": 0.7}, {layer: 1 - 0.05 * layer for layer in range(1, 13)}),
+        (
+            {"score": "similarity", "schedule": "ramp", "ratio": 0.7},
+            {layer: 1 - 0.05 * (layer - 0.5) for layer in range(1, 13)},
+        ),
+    ],
+)
+def test_schedules(options, wanted):
+    assert dict(ConvertConfig(**options).plan(12)) == pytest.approx(wanted)
