@@ -1,10 +1,10 @@
-"""Methods on the quickstart's model at 0.9, 0.8 and 0.7 of the multiply–adds: top-1 without training, and after the same
-short fine-tuning.
+"""Methods on the quickstart's model at 0.9, 0.8 and 0.7 of the multiply–adds: top-1 without training, and after
+the same short fine-tuning.
 
     python benchmarks/quickstart_methods.py --out benchmarks/results/quickstart_methods.json
 
-Fine-tuning is the quickstart's: 150 steps of 64 pictures, learning rate 1e-4. ToSA's selectors are distilled for 60 steps
-first, as there. Takes a quarter of an hour on two cores.
+Fine-tuning is the quickstart's: 150 steps of 64 pictures, learning rate 1e-4. ToSA's selectors are distilled for
+60 steps first, as there. Takes a quarter of an hour on two cores.
 """
 
 import argparse

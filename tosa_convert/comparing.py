@@ -137,8 +137,12 @@ def _planned(model: nn.Module, budget: float) -> nn.Module:
 
 
 def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
-    """A converted copy that shares the model's weights: the method at about the highest ratio whose multiply–adds are within the budget: by halves until one is, then
-    by regula falsi, since they are nearly linear in the ratio."""
+    """A converted copy that shares the model's weights, with about the highest ratio whose multiply–adds are within
+    the budget: found by halves until one is, then by regula falsi, since they are nearly linear in the ratio.
+
+    Raises:
+        UsageError: the method does not come down to the budget.
+    """
     whole = count_macs(model)
     low, high = LOWEST_RATIO, 1.0
     share_low, share_high = 0.0, 1.0

@@ -1,0 +1,229 @@
+"""Plans keep their budget, predict what they measure, and beat what is made by hand; comparisons are fair."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, lively, write_pictures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tosa_convert import ConvertConfig, UsageError, compare, convert, find_plan, flops, load, plan
+from tosa_convert.comparing import at_budget
+from tosa_convert.data import sample
+from tosa_convert.fidelity import error, figures, observe
+from tosa_convert.hosts import host_of
+from tosa_convert.macs import count_macs
+from tosa_convert.origin import preprocessing_of
+from tosa_convert.planning import FINE, Search, allocate
+from tosa_convert.prices import Prices
+from tosa_convert.progress import Progress
+
+LINE = Prices("macs", (0.2, 1.0), (0.08, 0.0))
+
+
+@given(
+    scales=st.lists(st.floats(0.01, 10), min_size=2, max_size=6),
+    budget=st.floats(0.6, 0.99),
+)
+def test_an_allocation_is_within_the_budget_and_spends_it_where_errors_are_small(scales, budget):
+    options = np.array(FINE)
+    curves = {layer: (options, scale * (1 - options) ** 2) for layer, scale in enumerate(scales, start=1)}
+    ratios = allocate(curves, LINE, budget)
+    cheapest = LINE.total(dict.fromkeys(curves, FINE[-1]))
+    assert LINE.total(ratios) <= max(budget, cheapest) + 1e-9
+    assert LINE.total(ratios) >= budget - 0.002 * len(scales) or LINE.total(ratios) == pytest.approx(cheapest)
+    for layer, scale in enumerate(scales, start=1):
+        for other, larger in enumerate(scales, start=1):
+            if larger > scale:
+                assert ratios[layer] <= ratios[other] + 0.011
+
+
+def test_an_allocation_is_the_best_there_is():
+    """Against every combination of a few coarse ratios."""
+    options = np.array([1.0, 0.8, 0.6, 0.4])
+    curves = {layer: (options, scale * (1 - options) ** 2) for layer, scale in enumerate((1.0, 2.0, 5.0), start=1)}
+    found = allocate(curves, LINE, 0.88)
+
+    def cost(ratios):
+        return sum(float(curves[layer][1][options.tolist().index(ratio)]) for layer, ratio in ratios.items())
+
+    grid = [{1: a, 2: b, 3: c} for a in options for b in options for c in options]
+    best = min(cost(ratios) for ratios in grid if LINE.total(ratios) <= LINE.total(found) + 1e-9)
+    assert cost(found) == pytest.approx(best)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    model = load("quickstart")
+    return model, sample(None, preprocessing_of(model), 8)[0]
+
+
+@pytest.fixture(scope="module")
+def planned(quick):
+    return find_plan(*quick, 0.8)
+
+
+def test_a_plan_keeps_its_budget_and_beats_what_is_made_by_hand(quick, planned):
+    model, pictures = quick
+    converted = convert(load("quickstart"), planned.config)
+    cost = flops(converted)
+    assert 0.77 <= cost.macs / cost.original <= 0.8
+    assert planned.measured <= min(planned.rivals.values())
+    wanted, found = observe(model, pictures), observe(converted, pictures)
+    assert error(found, wanted).mean().item() == pytest.approx(planned.measured, rel=1e-3)
+    assert planned.config.bypass == "merge"
+    assert not hasattr(model, "tosa_config"), "the model is left as it is"
+
+
+def test_a_plan_is_the_same_again(quick, planned):
+    assert plan(*quick, budget=0.8) == planned.config
+
+
+def test_layers_resumed_give_what_a_whole_pass_gives(quick):
+    """Skipping the layers before the one that varies changes nothing."""
+    model, pictures = quick
+    search = Search(model, pictures, None, 8, Progress())
+    for score in ("similarity", "class_attention"):
+        search._build(score, "merge")
+        base = {3: 0.8, 5: 0.7}
+        found = search._vary(base, [(6, 0.5), (2, 0.9)], "")
+        for (layer, ratio), value in found.items():
+            assert search.measure({**base, layer: ratio}) == pytest.approx(value, rel=1e-4)
+
+
+def test_a_target_drop_gives_the_cheapest_plan_within_it(quick):
+    model, pictures = quick
+    tight, loose = (find_plan(model, pictures, target_drop=drop) for drop in (0.0, 0.5))
+    assert loose.cost < tight.cost
+    wanted, found = observe(model, pictures), observe(convert(load("quickstart"), loose.config), pictures)
+    assert 1 - figures(found, wanted)["agreement"].mean() <= 0.5
+
+
+def test_a_plan_by_latency_is_of_times_measured_here(quick):
+    found = find_plan(*quick, 0.97, by="latency") if _gains(quick) else None
+    if found is not None:
+        assert found.by == "latency"
+        assert found.cost <= 0.97
+
+
+def _gains(quick) -> bool:
+    """Whether skipping gains any time at all on this machine: the model is tiny."""
+    try:
+        find_plan(*quick, 0.97, by="latency")
+    except UsageError as error:
+        assert "out of reach" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "out of range"),
+        ({"budget": 1.2}, "out of range"),
+        ({"budget": 0.05}, "out of reach"),
+        ({"budget": 0.8, "target_drop": 0.1}, "keep one of them"),
+        ({"target_drop": -1}, "out of range"),
+    ],
+)
+def test_impossible_plans_are_refused(quick, options, message):
+    with pytest.raises(UsageError, match=message):
+        find_plan(*quick, **options)
+
+
+def test_a_converted_model_is_not_planned_for(quick):
+    model, pictures = quick
+    with pytest.raises(UsageError, match="converted already"):
+        find_plan(convert(load("quickstart"), score="random"), pictures, 0.8)
+
+
+def test_plans_for_models_without_a_class_token_or_a_head():
+    model = lively(FAMILIES["timm siglip"]())
+    model.reset_classifier(0)
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = find_plan(model, pictures, 0.85)
+    assert isinstance(found.config, ConvertConfig)
+    assert not any("class_attention" in pair for pair in found.parts)
+
+
+@pytest.mark.parametrize("name", ["similarity/merge", "tome", "evit", "idle", "tosa", "random", "norm/borrow/all"])
+def test_methods_come_to_the_budget(quick, name):
+    model, _ = quick
+    share = count_macs(at_budget(model, name, 0.85)) / count_macs(model)
+    assert 0.82 <= share <= 0.85
+
+
+def test_a_comparison_measures_every_method_on_the_same_pictures(labelled):
+    model = load("quickstart")
+    found = compare(model, labelled, budgets=[0.9, 0.8], methods=["similarity/merge", "tome"], images=12, runtime=None)
+    assert [row["method"] for row in found["rows"]] == ["similarity/merge"] * 2 + ["tome"] * 2 + ["random"] * 2
+    assert found["images"] == 12
+    assert found["original"]["patch"] == pytest.approx(1)
+    assert found["original"]["agreement"] == 1
+    pictures, folder, indices = sample(labelled, preprocessing_of(model), 12)
+    labels = torch.tensor([folder.reader.samples[index][1] for index in indices])
+    row = found["rows"][0]
+    converted = at_budget(model, "similarity/merge", 0.9)
+    output = observe(converted, pictures)
+    assert row["macs"] == count_macs(converted) / count_macs(model)
+    assert row["top1"] == pytest.approx((output.output.argmax(-1) == labels).float().mean().item())
+    assert row["patch"] == pytest.approx(figures(output, observe(model, pictures))["patch"].mean().item(), rel=1e-4)
+    assert not hasattr(model, "tosa_config")
+
+
+def test_a_method_that_cannot_is_named_and_the_others_go_on():
+    found = compare(load("quickstart"), budgets=[0.4], methods=["tosa", "evit"], images=4, runtime=None)
+    assert any(note.startswith("tosa at 0.4") for note in found["notes"])
+    assert "evit" in {row["method"] for row in found["rows"]}
+
+
+@pytest.mark.parametrize("name", ["tom", "similarity/merg", "similarity/merge/all/more", "similarity/fuse"])
+def test_methods_that_do_not_exist_are_refused(name):
+    with pytest.raises(UsageError):
+        compare(load("quickstart"), budgets=[0.9], methods=[name], images=4, runtime=None)
+
+
+def test_few_pictures_are_looked_at_in_several_crops(tmp_path):
+    write_pictures(tmp_path, 3, size=64)
+    preprocessing = preprocessing_of(load("quickstart"))
+    pictures, _, indices = sample(tmp_path, preprocessing, 7)
+    assert pictures.shape == (7, 1, 28, 28)
+    assert indices == [0, 1, 2, 0, 1, 2, 0]
+    assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == 7
+    assert torch.equal(sample(tmp_path, preprocessing, 7)[0], pictures)
+
+
+def test_figures_of_models_with_patches_gone():
+    model = lively(FAMILIES["timm vit"]())
+    images = torch.randn(2, 3, 32, 32)
+    wanted = observe(model, images)
+    found = observe(convert(model, score="random", bypass="drop", layers=[3], ratio=0.5), images)
+    assert set(figures(found, wanted)) == {"class", "agreement"}
+    assert host_of(model).prefix == 1
+
+
+def test_the_commands_leave_a_recipe_tables_and_pictures(tmp_path, capsys):
+    from tosa_convert.cli import main
+
+    def tool(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    out = str(tmp_path / "plan")
+    results = json.loads(tool("plan", "quickstart", "--budget", "0.85", "--images", "4", "--out", out, "--json"))
+    assert results["macs"] <= 0.85
+    for name in ("plan.yaml", "plan.json", "plan.png"):
+        assert (tmp_path / "plan" / name).stat().st_size > 100
+    run = str(tmp_path / "run")
+    tool("run", f"{out}/plan.yaml", "--out", run)
+    assert (tmp_path / "run" / "convert" / "model.onnx").exists()
+    assert load(f"{run}/convert").tosa_config.ratio == results["convert"]["ratio"]
+    out = str(tmp_path / "compare")
+    table = tool("compare", "quickstart", "--budgets", "0.9", "--methods", "tome", "--images", "4", "--out", out)
+    assert "random" in table
+    assert (tmp_path / "compare" / "compare.png").stat().st_size > 100
+    assert "tome" in (tmp_path / "compare" / "compare.md").read_text()
