@@ -17,6 +17,8 @@ from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
+SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
+"""The everyday ones among them."""
 
 
 def built_in_photos() -> Path:
@@ -113,7 +115,8 @@ def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.
 
 def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) -> tuple[torch.Tensor, "Images", list]:
     """``count`` pictures to look at a model with: spread evenly over a folder, or where it has fewer, seeded random
-    crops of them, several of each.
+    crops of them, several of each. Of the built-in photos only the everyday scenes: what suits a wall of bricks or a
+    deep field of stars suits little else.
 
     Returns:
         (B, C, H, W); the folder; and the indices in it.
@@ -122,16 +125,22 @@ def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) 
         TosaError: none of them can be read.
     """
     images = Images(source, preprocessing)
-    if len(images) >= count:
+    if len(images) >= count and source is not None:
         indices = [place * len(images) // count for place in range(count)]
         items = [(images[index], index) for index in indices]
         found = [(item[0], index) for item, index in items if item[0] is not None]
     else:
         crops = Images(source, preprocessing, augment="crop")
-        found = [(crops[draw, draw % len(images)][0], draw % len(images)) for draw in range(count)]
+        indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
+        draws = [(draw, indices[draw % len(indices)]) for draw in range(count)]
+        found = [(crops[draw][0], draw[1]) for draw in draws]
     if not found:
         raise TosaError(f"not one picture in {images.name} can be read")
     return torch.stack([image for image, _ in found]), images, [index for _, index in found]
+
+
+def _name(images: Images, index: int) -> str:
+    return Path(images.reader.filename(index)).stem
 
 
 def seed_everything(seed: int) -> None:

@@ -47,9 +47,10 @@ class Plan:
         config: for :func:`tosa_convert.convert`.
         by, budget: what was asked for.
         cost: predicted share of the original's cost.
-        predicted: error by the layers' curves, see :func:`tosa_convert.fidelity.error`.
-        measured: error on the pictures, mean over them.
-        rivals: name → measured error of the hand-made schedules at the same budget.
+        predicted: error by the layers' curves, see :func:`tosa_convert.fidelity.error`; a mean over the pictures
+            in which each counts alike, whatever its own level of error.
+        measured: the same, measured.
+        rivals: name → the same of the hand-made schedules at this budget.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many pictures.
     """
@@ -124,6 +125,7 @@ class Search:
         self.wanted = [observe(model.eval(), batch) for batch in self.batches]
         self.count = len(images)
         self.whole = count_macs(model)
+        self.weights: list[torch.Tensor] | None = None
 
     def settle_on_parts(self, budget: float) -> None:
         """The pair of score and bypass that does best on a ramp."""
@@ -151,8 +153,27 @@ class Search:
 
     def measure(self, ratios: Ratios, first_only: bool = False) -> float:
         """Mean error over the pictures, or those of the first batch."""
-        pairs = list(zip(self._observe(ratios, first_only), self.wanted, strict=not first_only))
-        return torch.cat([error(found, wanted) for found, wanted in pairs]).mean().item()
+        return torch.cat(self._errors(ratios, first_only)).mean().item()
+
+    def _errors(self, ratios: Ratios, first_only: bool = False) -> list[torch.Tensor]:
+        """Per batch, the error of each picture."""
+        pairs = zip(self._observe(ratios, first_only), self.wanted, strict=not first_only)
+        return [error(found, wanted) for found, wanted in pairs]
+
+    def _weigh(self, ratios: Ratios) -> None:
+        """Let every picture count alike from here on, whatever its error with these ratios: else a plan would be made
+        for the few pictures with the largest."""
+        errors = self._errors(ratios)
+        mean = torch.cat(errors).mean()
+        self.weights = [mean / each.clamp(min=0.1 * mean) for each in errors]
+
+    def _weighed(self, errors: torch.Tensor, batch: int) -> torch.Tensor:
+        return errors if self.weights is None else errors * self.weights[batch]
+
+    def _score(self, ratios: Ratios) -> float:
+        """Mean of the weighed errors."""
+        errors = [self._weighed(each, batch) for batch, each in enumerate(self._errors(ratios))]
+        return torch.cat(errors).mean().item()
 
     def _observe(self, ratios: Ratios, first_only: bool = False) -> list[Outputs]:
         set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
@@ -195,13 +216,14 @@ class Search:
         sums = dict.fromkeys(variants, 0.0)
         base = {layer: base.get(layer, 1.0) for layer in self.layers}
         with self.progress.track(what, len(self.batches) * len(variants)) as advance:
-            for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            for index, (batch, wanted) in enumerate(zip(self.batches, self.wanted, strict=True)):
                 set_ratios(self.probe, base)
                 inputs = self._inputs(batch)
                 for layer, ratio in variants:
                     set_ratios(self.probe, {**base, layer: ratio})
                     with self._resumed(inputs, layer):
-                        sums[layer, ratio] += error(observe(self.probe, batch), wanted).sum().item()
+                        errors = error(observe(self.probe, batch), wanted)
+                    sums[layer, ratio] += self._weighed(errors, index).sum().item()
                     advance()
         return {variant: value / self.count for variant, value in sums.items()}
 
@@ -230,18 +252,17 @@ class Search:
 
     def solve(self, budget: float) -> Plan:
         """The best ratios found within the budget."""
-        measured = {name: (self.measure(ratios), ratios) for name, ratios in self._ramps(budget).items()}
-        rivals = {name: self.measure(ratios) for name, ratios in self._hand_made(budget).items()}
-        error, ratios = min(measured.values(), key=lambda pair: pair[0])
-        predicted = error
+        ramps, by_hand = self._ramps(budget), self._hand_made(budget)
+        self._weigh(next(iter(ramps.values())))
+        score, ratios = min(((self._score(ratios), ratios) for ratios in ramps.values()), key=lambda pair: pair[0])
+        predicted = score
         for turn, step in enumerate(STEPS, start=1):
-            guess, there = self._improve(error, ratios, step, budget, turn)
-            found = self.measure(there)
-            if found < error:
-                predicted, error, ratios = guess, found, there
-        if self.prices.by == "macs":
-            ratios = self._trimmed(ratios, budget)
-            error = self.measure(ratios)
+            guess, there = self._improve(score, ratios, step, budget, turn)
+            there = self._to_budget(there, budget)
+            found = self._score(there)
+            if found < score:
+                predicted, score, ratios = guess, found, there
+        rivals = {name: self._score(ratios) for name, ratios in by_hand.items()}
         chosen = {layer: ratio for layer, ratio in ratios.items() if ratio < 1}
         parts = self.probe.tosa_config
         return Plan(
@@ -252,21 +273,29 @@ class Search:
             budget=budget,
             cost=self.prices.total(chosen),
             predicted=predicted,
-            measured=error,
+            measured=score,
             rivals=rivals,
             parts={" × ".join(pair): value for pair, value in self.parts.items()},
             images=self.count,
         )
 
-    def _trimmed(self, ratios: Ratios, budget: float) -> Ratios:
-        """Prices are shared out among layers and interpolated: keep to the budget by what is really counted."""
-        ratios, most = dict(ratios), budget * self.whole
+    def _to_budget(self, ratios: Ratios, budget: float) -> Ratios:
+        """Up to the budget and not above it, hundredth by hundredth, by what is really counted: prices are shared out
+        among layers and interpolated, and a price of error can leave some of the budget unspent."""
+        if self.prices.by != "macs":
+            return ratios
+        ratios, spent = dict(ratios), lambda: count_macs(set_ratios(self.probe, ratios)) / self.whole
         order = sorted((layer for layer in ratios if ratios[layer] < 1), key=ratios.get)
+        change = -0.01 if spent() > budget else 0.01
         for turn in range(4 * len(order)):
-            if count_macs(set_ratios(self.probe, ratios)) <= most:
-                break
             layer = order[turn % len(order)]
-            ratios[layer] = max(FINE[-1], round(ratios[layer] - 0.01, 2))
+            before = ratios[layer]
+            ratios[layer] = min(0.99, max(FINE[-1], round(before + change, 2)))
+            over = spent() > budget
+            if change > 0 and over:
+                ratios[layer] = before
+            if over == (change > 0):
+                break
         return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
@@ -295,7 +324,7 @@ class Search:
         found = {name: _fit(shape, self.prices, budget) for name, shape in shapes.items()}
         return {name: ratios for name, ratios in found.items() if ratios}
 
-    def _improve(self, error: float, ratios: Ratios, step: float, budget: float, turn: int) -> tuple[float, Ratios]:
+    def _improve(self, score: float, ratios: Ratios, step: float, budget: float, turn: int) -> tuple[float, Ratios]:
         """The predicted error and the ratios of the best neighbour, no layer further away than ``step``."""
         around = {
             layer: sorted({max(FINE[-1], round(ratio - step, 2)), min(1.0, round(ratio + step, 2))} - {ratio})
@@ -305,12 +334,12 @@ class Search:
         found = self._vary(ratios, variants, f"curves of each layer, round {turn}")
         curves = {}
         for layer, others in around.items():
-            points = [(ratios[layer], 0.0), *((ratio, found[layer, ratio] - error) for ratio in others)]
+            points = [(ratios[layer], 0.0), *((ratio, found[layer, ratio] - score) for ratio in others)]
             options = np.array([ratio for ratio in FINE if others[0] <= ratio <= max(others[-1], ratios[layer])])
             curves[layer] = options, np.polyval(np.polyfit(*zip(*points, strict=True), len(points) - 1), options)
         there = allocate(curves, self.prices, budget)
         change = sum(float(curve[options.tolist().index(there[layer])]) for layer, (options, curve) in curves.items())
-        return error + change, there
+        return score + change, there
 
 
 class _Catch:
