@@ -36,6 +36,31 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, t
             assert np.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "tome", "ratio": 0.7},
+        {"method": "evit", "ratio": 0.7},
+        {"method": "idle", "ratio": 0.7},
+        {"score": "similarity", "bypass": "merge", "layers": {2: 0.7, 3: 0.4}},
+        {"score": "norm", "bypass": "borrow", "layers": {3: 0.5}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["timm vit", "hf Dinov2Model"])
+def test_every_bypass_exports_with_any_batch(name, options, pictures, tmp_path):
+    model = convert(lively(FAMILIES[name]()), **options)
+    check = export_onnx(model, tmp_path, pictures)
+    assert check.difference < 1e-4
+    assert set(check.selected.values()) == {1.0}
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            wanted = next(iter(run(model, images).values()))
+        assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
+
+
 def test_ties_are_broken_alike(pictures, tmp_path):
     """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
