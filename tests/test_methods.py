@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from conftest import FAMILIES, LAYERS, lively
 from test_contract import first
 
-from tosa_convert import ConvertConfig, TosaError, UsageError, convert, flops, load, original, save
+from tosa_convert import (
+    ConvertConfig,
+    FinetuneSettings,
+    TosaError,
+    UsageError,
+    convert,
+    finetune,
+    flops,
+    load,
+    original,
+    random_control,
+    save,
+)
 from tosa_convert.bypasses import LASTING, WHOLE
 from tosa_convert.hosts import host_of, run
 from tosa_convert.selective import chosen_tokens, selective_blocks
@@ -349,3 +361,27 @@ THIRDS = {**dict.fromkeys((4, 5, 6), 0.5), **dict.fromkeys((7, 8, 9), 0.25), **d
 )
 def test_schedules(options, wanted):
     assert dict(ConvertConfig(**options).plan(12)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_the_random_control_has_the_same_ratios(options, images):
+    model = convert(lively(FAMILIES["timm vit"]()), **options)
+    control = random_control(model)
+    plan, theirs = dict(model.tosa_config.plan(6)), dict(control.tosa_config.plan(6))
+    assert {layer: ratio for layer, ratio in plan.items() if layer in theirs} == theirs
+    assert set(plan) - set(theirs) <= {1}
+    assert control.tosa_config.score == "random"
+    assert first(run(control, images)).shape == first(run(model, images)).shape
+    assert torch.equal(control.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("options", [{"method": "tome"}, {"score": "class_attention", "bypass": "drop", "layers": [4]}])
+def test_converted_models_are_finetuned(options, vit, labelled):
+    settings = FinetuneSettings(steps=1, batch_size=2)
+    assert finetune(convert(vit, **options), labelled, settings)["steps"] == 1
+
+
+def test_features_cannot_be_learnt_from_tokens_that_are_gone(vit, labelled):
+    model = convert(vit, score="random", bypass="drop", layers=[4])
+    with pytest.raises(UsageError, match="set features to 0"):
+        finetune(model, labelled, FinetuneSettings(steps=1, features=1.0))

@@ -1,21 +1,20 @@
 """How well a converted model does its work: top-1 where there are labels, closeness to the original everywhere."""
 
-import copy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tosa_convert.config import ConvertConfig, build_config
 from tosa_convert.data import Images, check_classes, loader
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.finetuning import outputs_of
-from tosa_convert.hosts import run
+from tosa_convert.hosts import host_of, run
 from tosa_convert.origin import class_names, preprocessing_of
 from tosa_convert.processes import pick_device
 from tosa_convert.progress import Progress
-from tosa_convert.scores.random import RandomScore
-from tosa_convert.selective import selective_blocks
+from tosa_convert.surgery import convert, original
 
 CLOSE = 0.999
 """Cosine from which on two feature vectors count as the same, for models without a head."""
@@ -124,8 +123,18 @@ def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.
 
 
 def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a converted model whose selective layers choose their tokens at random, at the same ratios."""
-    twin = copy.deepcopy(model)
-    for block in selective_blocks(twin):
-        block.selector = RandomScore(seed, block.selection.layer)
-    return twin
+    """A copy of a converted model that chooses its tokens at random, at the same ratios and with the same bypass.
+
+    EViT's fusing, which needs the class token's attention, becomes merging for good; and where random selection
+    cannot be in the first layer, that one runs on all tokens.
+    """
+    config = model.tosa_config
+    bypass = "persist" if config.bypass == "fuse" else config.bypass
+    control = config.model_copy(update={"method": None, "score": "random", "bypass": bypass, "seed": seed})
+    ratios = dict(config.plan(depth=len(host_of(model).blocks)))
+    if control.listens_before:
+        ratios.pop(1, None)
+    if not ratios:
+        raise UsageError("random selection cannot be in the first layer, and this model has no other selective one")
+    options = {**control.model_dump(), "layers": list(ratios), "ratio": list(ratios.values())}
+    return convert(original(model), build_config(ConvertConfig, options)).train(model.training)

@@ -85,7 +85,10 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
         check_classes(images, outputs, class_names(model))
     alone = float(not labels)
     logits = settings.logits if settings.logits is not None else alone * (outputs > 0)
-    features = settings.features if settings.features is not None else alone
+    whole = model.tosa_config.bypass != "drop"
+    features = settings.features if settings.features is not None else alone * whole
+    if features and not whole:
+        raise UsageError("bypass drop leaves fewer tokens than the original has to learn from; set features to 0")
     if labels + logits + features == 0:
         raise UsageError("labels, logits and features all weigh 0: there is nothing to learn from")
     return {"labels": labels, "logits": logits, "features": features}
