@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tosa_convert import ConvertConfig, UsageError, compare, convert, find_plan, flops, load, plan
+from tosa_convert.allocation import FINE, allocate
 from tosa_convert.comparing import at_budget
 from tosa_convert.data import sample
 from tosa_convert.fidelity import error, figures, observe
 from tosa_convert.hosts import host_of
 from tosa_convert.macs import count_macs
 from tosa_convert.origin import preprocessing_of
-from tosa_convert.planning import FINE, Search, allocate
+from tosa_convert.planning import Search
 from tosa_convert.prices import Prices
 from tosa_convert.progress import Progress
 

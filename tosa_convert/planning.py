@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from tosa_convert.allocation import FINE, Ratios, allocate, bent_ramp, fit, ramp
 from tosa_convert.config import ConvertConfig
 from tosa_convert.errors import UsageError
 from tosa_convert.fidelity import Outputs, error, figures, observe
 from tosa_convert.hosts import host_of
 from tosa_convert.macs import count_macs
-from tosa_convert.methods import schedule_ratios
 from tosa_convert.prices import Prices, price
 from tosa_convert.progress import Progress
 from tosa_convert.surgery import convert, is_converted, set_ratios
@@ -34,9 +34,6 @@ BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
 STEPS = (0.12, 0.08, 0.05)
 """How far around its present ratio each layer's curve is measured, round by round."""
-FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
-"""Keep ratios that a plan may choose from."""
-Ratios = dict[int, float]
 
 
 @dataclass
@@ -136,7 +133,7 @@ class Search:
                 self._build(*pair)
                 layers = self.probe.tosa_config.layers
                 ratio = max(0.55, 1 - (1 - budget) * len(host_of(self.model).blocks) / len(layers))
-                found[pair] = self.measure(_ramp(layers, ratio), first_only=True)
+                found[pair] = self.measure(ramp(layers, ratio), first_only=True)
                 advance()
         self.parts = found
         self._build(*min(found, key=found.get))
@@ -208,8 +205,8 @@ class Search:
         return BUDGETS[first - 1]
 
     def _within(self, target: float, budget: float) -> bool:
-        ramp = _fit(_bent_ramp(self.layers, 0, 1.5), self.prices, budget)
-        return ramp is not None and self.drop(ramp) <= target
+        ratios = fit(bent_ramp(self.layers, 0, 1.5), self.prices, budget)
+        return ratios is not None and self.drop(ratios) <= target
 
     def _vary(self, base: Ratios, variants: list[tuple[int, float]], what: str) -> dict[tuple[int, float], float]:
         """Mean error of ``base`` with one layer's ratio changed, for each variant."""
@@ -254,8 +251,8 @@ class Search:
         """The best ratios found within the budget."""
         ramps, by_hand = self._ramps(budget), self._hand_made(budget)
         self._weigh(next(iter(ramps.values())))
-        score, ratios = min(((self._score(ratios), ratios) for ratios in ramps.values()), key=lambda pair: pair[0])
-        predicted = score
+        ratios = self._to_budget(min(ramps.values(), key=self._score), budget)
+        predicted = score = self._score(ratios)
         for turn, step in enumerate(STEPS, start=1):
             guess, there = self._improve(score, ratios, step, budget, turn)
             there = self._to_budget(there, budget)
@@ -302,11 +299,11 @@ class Search:
         """Ramps that begin at different layers, bent differently, each as high as the budget allows."""
         count = len(self.layers)
         shapes = {
-            f"from layer {self.layers[first]}, bent by {bend}": _bent_ramp(self.layers, first, bend)
+            f"from layer {self.layers[first]}, bent by {bend}": bent_ramp(self.layers, first, bend)
             for first in sorted({0, count // 4, count // 2})
             for bend in BENDS
         }
-        found = {name: _fit(shape, self.prices, budget) for name, shape in shapes.items()}
+        found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
         if not any(found.values()):
             least = self.prices.total(dict.fromkeys(self.layers, FINE[-1]))
             raise UsageError(
@@ -318,10 +315,10 @@ class Search:
     def _hand_made(self, budget: float) -> dict[str, Ratios]:
         shapes: dict[str, Callable[[float], Ratios]] = {
             "all layers alike": lambda ratio: dict.fromkeys(self.layers, ratio),
-            "ramp": lambda ratio: _ramp(self.layers, ratio),
+            "ramp": lambda ratio: ramp(self.layers, ratio),
             "every second layer": lambda ratio: dict.fromkeys(self.layers[1::2], ratio),
         }
-        found = {name: _fit(shape, self.prices, budget) for name, shape in shapes.items()}
+        found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
         return {name: ratios for name, ratios in found.items() if ratios}
 
     def _improve(self, score: float, ratios: Ratios, step: float, budget: float, turn: int) -> tuple[float, Ratios]:
@@ -348,54 +345,3 @@ class _Catch:
 
     def __call__(self, module, inputs) -> None:
         self.caught[self.layer] = inputs[0]
-
-
-def _ramp(layers: list[int], ratio: float) -> Ratios:
-    return dict(zip(layers, schedule_ratios("ramp", ratio, len(layers), lasting=False), strict=True))
-
-
-def _bent_ramp(layers: list[int], first: int, bend: float) -> Callable[[float], Ratios]:
-    """Layers before the ``first`` keep all tokens; behind it the share of skipped ones grows with a power."""
-    count = len(layers) - first
-    rises = [((max(index - first, -0.5) + 0.5) / count) ** bend for index in range(len(layers))]
-
-    def shape(lowest: float) -> Ratios:
-        return {layer: round(1 - (1 - lowest) * rise, 2) for layer, rise in zip(layers, rises, strict=True)}
-
-    return shape
-
-
-def _fit(shape: Callable[[float], Ratios], prices: Prices, budget: float) -> Ratios | None:
-    """The highest ratio at which a hand-made shape is within the budget."""
-    for ratio in FINE[1:]:
-        try:
-            ratios = shape(ratio)
-        except ValueError:  # a ramp that would reach zero
-            return None
-        if prices.total(ratios) <= budget:
-            return ratios
-    return None
-
-
-def allocate(curves: dict[int, tuple[np.ndarray, np.ndarray]], prices: Prices, budget: float) -> Ratios:
-    """The ratios with the least sum of errors whose cost is within the budget, or the cheapest if none is.
-
-    For a price of error per cost each layer's best ratio is found on its own; the price is lowered until
-    the budget is just met (Lagrange).
-
-    Args:
-        curves: per layer the ratios to choose from, and the error at each.
-    """
-    saved = {layer: np.array([prices.at(ratio) for ratio in options]) for layer, (options, _) in curves.items()}
-
-    def best(weight: float) -> Ratios:
-        return {
-            layer: float(options[int(np.argmin(errors - weight * saved[layer]))])
-            for layer, (options, errors) in curves.items()
-        }
-
-    low, high = -9.0, 9.0  # powers of ten
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if prices.total(best(10**middle)) <= budget else (middle, high)
-    return best(10**high)

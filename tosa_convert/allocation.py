@@ -1,0 +1,63 @@
+"""Shapes of keep ratios over the layers, fitted to a budget, and the allocation of a budget by curves of error."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tosa_convert.methods import schedule_ratios
+from tosa_convert.prices import Prices
+
+Ratios = dict[int, float]
+FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
+"""Keep ratios that a plan may choose from."""
+
+
+def ramp(layers: list[int], ratio: float) -> Ratios:
+    return dict(zip(layers, schedule_ratios("ramp", ratio, len(layers), lasting=False), strict=True))
+
+
+def bent_ramp(layers: list[int], first: int, bend: float) -> Callable[[float], Ratios]:
+    """Layers before the ``first`` keep all tokens; behind it the share of skipped ones grows with a power."""
+    count = len(layers) - first
+    rises = [((max(index - first, -0.5) + 0.5) / count) ** bend for index in range(len(layers))]
+
+    def shape(lowest: float) -> Ratios:
+        return {layer: round(1 - (1 - lowest) * rise, 2) for layer, rise in zip(layers, rises, strict=True)}
+
+    return shape
+
+
+def fit(shape: Callable[[float], Ratios], prices: Prices, budget: float) -> Ratios | None:
+    """The highest ratio at which a hand-made shape is within the budget."""
+    for ratio in FINE[1:]:
+        try:
+            ratios = shape(ratio)
+        except ValueError:  # a ramp that would reach zero
+            return None
+        if prices.total(ratios) <= budget:
+            return ratios
+    return None
+
+
+def allocate(curves: dict[int, tuple[np.ndarray, np.ndarray]], prices: Prices, budget: float) -> Ratios:
+    """The ratios with the least sum of errors whose cost is within the budget, or the cheapest if none is.
+
+    For a price of error per cost each layer's best ratio is found on its own; the price is lowered until
+    the budget is just met (Lagrange).
+
+    Args:
+        curves: per layer the ratios to choose from, and the error at each.
+    """
+    saved = {layer: np.array([prices.at(ratio) for ratio in options]) for layer, (options, _) in curves.items()}
+
+    def best(weight: float) -> Ratios:
+        return {
+            layer: float(options[int(np.argmin(errors - weight * saved[layer]))])
+            for layer, (options, errors) in curves.items()
+        }
+
+    low, high = -9.0, 9.0  # powers of ten
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if prices.total(best(10**middle)) <= budget else (middle, high)
+    return best(10**high)
