@@ -22,7 +22,7 @@ from tosa_convert.progress import Progress
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
-METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "norm/merge", "class_attention/merge", "random/merge"]
+METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "class_attention/merge", "random/merge"]
 TARGETS = {0.9: 0.5, 0.8: 0.5, 0.7: 0.55, 0.6: 0.6}
 SCENES = {
     "HappyFish",

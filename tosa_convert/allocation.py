@@ -27,6 +27,17 @@ def bent_ramp(layers: list[int], first: int, bend: float) -> Callable[[float], R
     return shape
 
 
+def nudged(ratios: Ratios, hundredths: int) -> Ratios:
+    """So many hundredths of ratio more, or less, spread over the selective layers, the lowest ratios first."""
+    ratios = dict(ratios)
+    order = sorted((layer for layer in ratios if ratios[layer] < 1), key=ratios.get)
+    for turn in range(abs(hundredths)):
+        layer = order[turn % len(order)]
+        step = 0.01 if hundredths > 0 else -0.01
+        ratios[layer] = min(0.99, max(FINE[-1], round(ratios[layer] + step, 4)))
+    return ratios
+
+
 def fit(shape: Callable[[float], Ratios], prices: Prices, budget: float) -> Ratios | None:
     """The highest ratio at which a hand-made shape is within the budget."""
     for ratio in FINE[1:]:

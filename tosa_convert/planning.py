@@ -8,6 +8,7 @@ point to look around from, as long as what is measured there gets better.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tosa_convert.allocation import FINE, Ratios, allocate, bent_ramp, fit, ramp
+from tosa_convert.allocation import FINE, Ratios, allocate, bent_ramp, fit, nudged, ramp
 from tosa_convert.config import ConvertConfig
 from tosa_convert.errors import UsageError
 from tosa_convert.fidelity import Outputs, error, figures, observe
@@ -32,6 +33,8 @@ BENDS = (0.6, 1.0, 1.5, 2.2)
 """Exponents of the ramps that are tried."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
+COUNTS = 8
+"""How often the multiply–adds are counted to meet a budget."""
 STEPS = (0.12, 0.08, 0.05)
 """How far around its present ratio each layer's curve is measured, round by round."""
 
@@ -277,22 +280,16 @@ class Search:
         )
 
     def _to_budget(self, ratios: Ratios, budget: float) -> Ratios:
-        """Up to the budget and not above it, hundredth by hundredth, by what is really counted: prices are shared out
-        among layers and interpolated, and a price of error can leave some of the budget unspent."""
+        """Up to the budget and not above it, by what is really counted: prices are shared out among layers and
+        interpolated, and a price of error can leave some of the budget unspent."""
         if self.prices.by != "macs":
             return ratios
-        ratios, spent = dict(ratios), lambda: count_macs(set_ratios(self.probe, ratios)) / self.whole
-        order = sorted((layer for layer in ratios if ratios[layer] < 1), key=ratios.get)
-        change = -0.01 if spent() > budget else 0.01
-        for turn in range(4 * len(order)):
-            layer = order[turn % len(order)]
-            before = ratios[layer]
-            ratios[layer] = min(0.99, max(FINE[-1], round(before + change, 2)))
-            over = spent() > budget
-            if change > 0 and over:
-                ratios[layer] = before
-            if over == (change > 0):
+        per_hundredth = (self.prices.at(0.5) - self.prices.at(0.75)) / 25
+        for _ in range(COUNTS):
+            gap = budget - count_macs(set_ratios(self.probe, ratios)) / self.whole
+            if 0 <= gap < per_hundredth:
                 break
+            ratios = nudged(ratios, math.floor(gap / per_hundredth))
         return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
