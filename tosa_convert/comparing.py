@@ -36,6 +36,7 @@ def compare(
     budgets: list[float],
     methods: list[str],
     images: int = 32,
+    labels: bool = True,
     distill_steps: int = 0,
     runtime: str | None = "eager",
     device: str | None = None,
@@ -50,6 +51,7 @@ def compare(
         budgets: shares of the original's multiply–adds.
         methods: named ones (see :mod:`tosa_convert.methods`), "plan", or "SCORE/BYPASS" such as
             "similarity/merge", on a ramp unless a "/SCHEDULE" follows. Random selection is always there.
+        labels: False leaves the names of the folders aside.
         images: how many pictures are looked at. A plan is made on the built-in photos, never on ``data``.
         distill_steps: steps of distillation for ToSA's selectors; with 0 each predicts the attention it reads.
         runtime: "eager" or "onnx", for the latency; None leaves it out.
@@ -64,11 +66,14 @@ def compare(
     methods = list(dict.fromkeys([*methods, CONTROL]))
     for name in methods:
         _config(name, 0.9)
+    budgets = list(dict.fromkeys(budgets))
+    if not budgets:
+        raise UsageError("there is no budget; give a list such as 0.9,0.8")
     for budget in budgets:
         if not 0 < budget < 1:
             raise UsageError(f"budget {budget} is out of range; give a share of the original's MACs such as 0.8")
     model = model.to(device).eval()
-    pictures, folder, labels = labelled_sample(model, data, images)
+    pictures, folder, truths = labelled_sample(model, data, images, labels)
     whole, notes, converted = count_macs(model), [], {}
     if data is None and PLAN in methods:
         notes.append("plan was made on these same photos; give others with --data for a fair comparison")
@@ -76,7 +81,7 @@ def compare(
         for name in methods:
             for budget in budgets:
                 try:
-                    found = _planned(model, budget) if name == PLAN else at_budget(model, name, budget)
+                    found = _planned(model, budget) if name == PLAN else _converted(model, name, budget)
                 except TosaError as error:
                     notes.append(f"{name} at {budget}: {error}")
                 else:
@@ -84,7 +89,7 @@ def compare(
                         distill(found, data, DistillSettings(steps=distill_steps), device=device)
                     converted[name, budget] = found
                 advance()
-    seen = mean_figures(model, {"original": model, **converted}, pictures, labels, progress)
+    seen = mean_figures(model, {"original": model, **converted}, pictures, truths, progress)
     times = {}
     if runtime is not None:
         labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
@@ -100,7 +105,7 @@ def compare(
         "machine": machine(device),
         "data": folder.name,
         "images": len(pictures),
-        "labelled": labels is not None,
+        "labelled": truths is not None,
         "runtime": runtime,
         "distill_steps": distill_steps,
         "notes": notes,
@@ -136,6 +141,16 @@ def _planned(model: nn.Module, budget: float) -> nn.Module:
     return convert(_light_copy(model), find_plan(model, pictures, budget).config)
 
 
+def _converted(model: nn.Module, name: str, budget: float) -> nn.Module:
+    """The method at the budget; the control in all layers where every second one is not enough."""
+    try:
+        return at_budget(model, name, budget)
+    except UsageError:
+        if name != CONTROL:
+            raise
+        return at_budget(model, "random/identity/all", budget)
+
+
 def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
     """A converted copy that shares the model's weights, with about the highest ratio whose multiply–adds are within
     the budget: found by halves until one is, then by regula falsi, since they are nearly linear in the ratio.
@@ -163,14 +178,14 @@ def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
         if share > budget - CLOSE_ENOUGH:
             break
     if best is None:
-        raise reason or UsageError("its ratio cannot be as low as this budget needs")
+        raise reason or UsageError("it does not come down to this budget; ask for more, or for more layers")
     return best
 
 
-def labelled_sample(model: nn.Module, data: str | Path | None, count: int):
+def labelled_sample(model: nn.Module, data: str | Path | None, count: int, labels: bool = True):
     """:func:`tosa_convert.data.sample` for a model: the pictures, their folder, and their labels or None."""
     pictures, folder, indices = sample(data, preprocessing_of(model), count)
-    if not has_labels(folder, model):
+    if not labels or not has_labels(folder, model):
         return pictures, folder, None
     return pictures, folder, torch.tensor([folder.reader.samples[index][1] for index in indices])
 

@@ -82,7 +82,9 @@ class ConvertConfig(BaseModel):
         row = METHODS.get(values.get("method")) if isinstance(values, dict) else None
         for name, part in (row or {}).items():
             if values.get(name, part) != part:
-                raise ValueError(f"method {values['method']!r} has {name} {part!r}; leave out one of the two")
+                raise ValueError(
+                    f"method {values['method']!r} has {name} {part!r}, not {values[name]!r}; leave out one of the two"
+                )
         return {**values, **row} if row else values
 
     @model_validator(mode="before")
@@ -150,7 +152,7 @@ class ConvertConfig(BaseModel):
         """Where a layer is read, there must be one; ToSA's selector was taught by an ordinary one."""
         if self.listens_before and min(layers) == 1:
             raise ValueError("layer 1 cannot be selective: there is no layer before it to listen to; start at 2")
-        if self.score == "attention":
+        if self.score == "attention" or self.selection == "per_head":
             for lower, upper in itertools.pairwise(sorted(layers)):
                 if lower + 1 == upper:
                     raise ValueError(
@@ -170,8 +172,10 @@ class ConvertConfig(BaseModel):
             if self.layers is None
             else self.layers
         )
-        if not layers or max(layers) > depth:
-            raise ValueError(f"layer {max(layers, default=2)} does not exist: the model has layers 1 to {depth}")
+        if not layers:
+            raise ValueError(f"schedule {self.schedule} finds no layer in a model of {depth}; name layers yourself")
+        if max(layers) > depth:
+            raise ValueError(f"layer {max(layers)} does not exist: the model has layers 1 to {depth}")
         self._check_listening(layers)
         if not isinstance(self.ratio, list):
             ratios = schedule_ratios(self.schedule, self.ratio, len(layers), self.lasting)

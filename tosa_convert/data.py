@@ -133,7 +133,8 @@ def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) 
         crops = Images(source, preprocessing, augment="crop")
         indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
         draws = [(draw, indices[draw % len(indices)]) for draw in range(count)]
-        found = [(crops[draw][0], draw[1]) for draw in draws]
+        items = [(crops[draw], draw[1]) for draw in draws]
+        found = [(image, index) for (image, _, broken), index in items if not broken]  # another one in its place
     if not found:
         raise TosaError(f"not one picture in {images.name} can be read")
     return torch.stack([image for image, _ in found]), images, [index for _, index in found]

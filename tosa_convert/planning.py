@@ -29,8 +29,8 @@ from tosa_convert.surgery import convert, is_converted, set_ratios
 
 SCORES = ("similarity", "class_attention", "norm", "random")
 BYPASSES = ("merge", "borrow", "identity")
-BENDS = (0.6, 1.0, 1.5, 2.2)
-"""Exponents of the ramps that are tried."""
+BENDS = (0.0, 0.6, 1.0, 1.5, 2.2)
+"""Exponents of the ramps that are tried; 0 is all layers alike."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
 COUNTS = 8
@@ -46,6 +46,7 @@ class Plan:
     Attributes:
         config: for :func:`tosa_convert.convert`.
         by, budget: what was asked for.
+        drop: what it loses on the pictures, see :meth:`Search.drop`.
         cost: predicted share of the original's cost.
         predicted: error by the layers' curves, see :func:`tosa_convert.fidelity.error`; a mean over the pictures
             in which each counts alike, whatever its own level of error.
@@ -58,6 +59,7 @@ class Plan:
     config: ConvertConfig
     by: str
     budget: float
+    drop: float
     cost: float
     predicted: float
     measured: float
@@ -106,10 +108,18 @@ def find_plan(
         raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
     if target_drop is not None and not 0 <= target_drop < 1:
         raise UsageError(f"target drop {target_drop} is out of range; give a share such as 0.01")
-    search = Search(model, images, labels, batch_size, progress or Progress())
-    search.settle_on_parts(budget)
-    search.price(by, runtime)
-    return search.solve(budget if target_drop is None else search.budget_for(target_drop))
+    if images.ndim != 4 or not len(images):
+        raise UsageError(f"images of shape {tuple(images.shape)} are no batch of pictures; give (B, C, H, W)")
+    if by not in ("macs", "latency"):
+        raise UsageError(f"by {by!r} is not known; choose macs or latency")
+    training = model.training
+    try:
+        search = Search(model.eval(), images, labels, batch_size, progress or Progress())
+        search.settle_on_parts(budget)
+        search.price(by, runtime)
+        return search.solve(budget) if target_drop is None else search.solve_for(target_drop)
+    finally:
+        model.train(training)
 
 
 class Search:
@@ -122,7 +132,7 @@ class Search:
         self.model, self.labels, self.progress = model, labels, progress
         device = next(model.parameters()).device
         self.batches = [batch.to(device) for batch in images.split(batch_size)]
-        self.wanted = [observe(model.eval(), batch) for batch in self.batches]
+        self.wanted = [observe(model, batch) for batch in self.batches]
         self.count = len(images)
         self.whole = count_macs(model)
         self.weights: list[torch.Tensor] | None = None
@@ -164,8 +174,8 @@ class Search:
         """Let every picture count alike from here on, whatever its error with these ratios: else a plan would be made
         for the few pictures with the largest."""
         errors = self._errors(ratios)
-        mean = torch.cat(errors).mean()
-        self.weights = [mean / each.clamp(min=0.1 * mean) for each in errors]
+        mean = torch.cat(errors).mean().clamp(min=1e-12)
+        self.weights = [mean / each.clamp(min=0.1 * mean.item()) for each in errors]
 
     def _weighed(self, errors: torch.Tensor, batch: int) -> torch.Tensor:
         return errors if self.weights is None else errors * self.weights[batch]
@@ -192,8 +202,17 @@ class Search:
         means = [torch.cat([each[name] for each in compared]).mean().item() for name in names if name in compared[0]]
         return 1 - min(means)
 
-    def budget_for(self, target: float) -> float:
-        """The lowest budget at which the best ramp stays within a drop."""
+    def solve_for(self, target: float) -> Plan:
+        """The plan at the lowest budget that stays within a drop; above it while the plan itself does not."""
+        budget = self._budget_for(target)
+        while (found := self.solve(budget)).drop > target and budget < BUDGETS[0]:
+            budget = min(BUDGETS[0], round(budget + 0.04, 2))
+        if found.drop > target:
+            raise UsageError(f"no plan loses as little as {target} on these pictures; allow a larger --target-drop")
+        return found
+
+    def _budget_for(self, target: float) -> float:
+        """The lowest budget at which a ramp stays within a drop."""
         with self.progress.track("budget for the drop", len(BUDGETS).bit_length()) as advance:
             first, last = 0, len(BUDGETS)  # BUDGETS[last] is the highest that fails
             while first < last:
@@ -208,7 +227,8 @@ class Search:
         return BUDGETS[first - 1]
 
     def _within(self, target: float, budget: float) -> bool:
-        ratios = fit(bent_ramp(self.layers, 0, 1.5), self.prices, budget)
+        shapes = (fit(bent_ramp(self.layers, 0, bend), self.prices, budget) for bend in (1.5, 0.6, 0.0))
+        ratios = next((found for found in shapes if found), None)
         return ratios is not None and self.drop(ratios) <= target
 
     def _vary(self, base: Ratios, variants: list[tuple[int, float]], what: str) -> dict[tuple[int, float], float]:
@@ -271,6 +291,7 @@ class Search:
             ),
             by=self.prices.by,
             budget=budget,
+            drop=self.drop(chosen),
             cost=self.prices.total(chosen),
             predicted=predicted,
             measured=score,
@@ -303,9 +324,14 @@ class Search:
         found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
         if not any(found.values()):
             least = self.prices.total(dict.fromkeys(self.layers, FINE[-1]))
+            if least >= 1:
+                raise UsageError(
+                    f"there is no gain in {self.prices.by} at this size: choosing tokens takes longer than they would; "
+                    "try a larger --img-size, or --runtime onnx"
+                )
             raise UsageError(
                 f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
-                f"{least:.2f} at most; ask for more than that"
+                f"{least:.2f}; ask for that or more"
             )
         return {name: ratios for name, ratios in found.items() if ratios}
 
@@ -329,11 +355,12 @@ class Search:
         curves = {}
         for layer, others in around.items():
             points = [(ratios[layer], 0.0), *((ratio, found[layer, ratio] - score) for ratio in others)]
-            options = np.array([ratio for ratio in FINE if others[0] <= ratio <= max(others[-1], ratios[layer])])
+            lowest, highest = min(others[0], ratios[layer]), max(others[-1], ratios[layer])
+            options = np.array([ratio for ratio in FINE if lowest <= ratio <= highest])
             curves[layer] = options, np.polyval(np.polyfit(*zip(*points, strict=True), len(points) - 1), options)
         there = allocate(curves, self.prices, budget)
         change = sum(float(curve[options.tolist().index(there[layer])]) for layer, (options, curve) in curves.items())
-        return score + change, there
+        return max(score + change, 0.0), there
 
 
 class _Catch:

@@ -204,14 +204,15 @@ def plan_table(results: dict) -> Table:
         [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
         ["share of the MACs, counted", percent(results["macs"])],
         *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
+        ["lost (top-1 or 1 − cosine)", f"{plan['drop']:.5f}"],
         ["error, predicted", f"{plan['predicted']:.5f}"],
         ["error, measured", f"{plan['measured']:.5f}"],
         *([name, f"{value:.5f}"] for name, value in _fidelity(results)),
     ]
     notes = [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
     notes.append(
-        f"{plan['images']} pictures of {results['data']}; error: KL of the logits of a classifier, otherwise "
-        "1 − cosine of patch tokens plus that of the class token"
+        f"{plan['images']} pictures of {results['data']}, each counting alike; error: KL of the logits of a "
+        "classifier, otherwise 1 − cosine of patch tokens plus that of the class token"
     )
     notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); picture: {results['picture']}")
     return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)

@@ -180,6 +180,7 @@ def plan_stage(
     *,
     data: str | None,
     images: int,
+    labels: bool,
     budget: float | None,
     target_drop: float | None,
     by: str,
@@ -197,8 +198,8 @@ def plan_stage(
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
     check_writable(out)
     model.to(processes.pick_device(device))
-    pictures, folder, labels = labelled_sample(model, data, images)
-    options = {"by": by, "runtime": runtime, "labels": labels, "target_drop": target_drop, "progress": progress}
+    pictures, folder, truths = labelled_sample(model, data, images, labels)
+    options = {"by": by, "runtime": runtime, "labels": truths, "target_drop": target_drop, "progress": progress}
     plan = find_plan(model, pictures, budget, **options)
     converted = convert(copy.deepcopy(model), plan.config)
     cost = flops(converted)
@@ -221,7 +222,7 @@ def plan_stage(
         "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
         "macs": cost.macs / cost.original,
         "latency": latency,
-        **mean_figures(model, {"plan": converted}, pictures, labels)["plan"],
+        **mean_figures(model, {"plan": converted}, pictures, truths)["plan"],
         "recipe": str(out / "plan.yaml"),
         "picture": str(out / "plan.png"),
         "machine": machine(device),

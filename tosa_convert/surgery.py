@@ -26,8 +26,9 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
         **options: fields of :class:`ConvertConfig`, over those of ``config``.
 
     Returns:
-        The same model. It takes images (B, channels, H, W) of any size the original takes, and all
-        tokens leave every layer, in order.
+        The same model. It takes images (B, channels, H, W) of any size the original takes. With the bypasses
+        identity, borrow and merge all tokens leave every layer, in order; with the others they are fewer
+        inside, and intermediate features with them.
 
     Raises:
         UsageError: impossible layers or ratios, or a model that is converted already.
@@ -56,7 +57,13 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
 
 
 def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
-    """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place."""
+    """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place.
+
+    Raises:
+        UsageError: tokens are gone behind its layers, which fixes who takes how many away.
+    """
+    if model.tosa_config.lasting:
+        raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) anew")
     for block in selective_blocks(model):
         block.selection.ratio = ratios.get(block.selection.layer, block.selection.ratio)
     kept = {block.selection.layer: block.selection.ratio for block in selective_blocks(model)}
@@ -67,6 +74,10 @@ def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
 def make_config(config: ConvertConfig | None, options: dict) -> ConvertConfig:
     """``config`` with ``options`` over it, validated; every mistake is named in one message."""
     given = config.model_dump(exclude_unset=True) if config else {}
+    if isinstance(options.get("layers"), dict):
+        given.pop("ratio", None)
+    if options.get("method") is not None:
+        given = {name: value for name, value in given.items() if name not in ("score", "bypass", "schedule")}
     return build_config(ConvertConfig, {**given, **options})
 
 

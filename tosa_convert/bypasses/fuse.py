@@ -8,6 +8,8 @@ from tosa_convert.tokens import Choice, gather_tokens, pick, stand_ins
 
 def fuse(tokens: torch.Tensor, choice: Choice, groups: Groups, weights: torch.Tensor | None):
     """(B, N, D) → (B, K + 1, D), the fused token last. ``weights``, (B, N): the class token's attention."""
+    if choice.skipped.shape[1] == 0:  # a sum of nobody would be a token of its own
+        return tokens, groups
     shares = pick(weights, choice.skipped)[..., None]
     fused = (gather_tokens(tokens, choice.skipped) * shares).sum(1, keepdim=True)
     last = torch.full_like(choice.skipped, choice.attended.shape[1])

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from tosa_convert.errors import TosaError
 from tosa_convert.matching import choose_bipartite, choose_redundant, pyramid, sketch, thinnings
 from tosa_convert.passage import Passage
 from tosa_convert.tokens import Choice, keep_count
@@ -24,7 +25,13 @@ class GridSimilarity(nn.Module):
 
     def forward(self, tokens: torch.Tensor, steps: int) -> Choice:
         """(B, N, C) and the keep ratio, see :func:`~tosa_convert.tokens.ratio_steps` → the choice, with partners."""
-        kept = keep_count(self.passage.patches, steps)
+        patches, count = self.passage.patches, tokens.shape[1] - self.prefix
+        if isinstance(patches, int) and isinstance(count, int) and patches != count:
+            raise TosaError(
+                f"{count} patch tokens do not fill the grid of {patches}: score similarity needs all of them, so no "
+                "patch dropout, and the patch embedding that the model had when it was converted"
+            )
+        kept = keep_count(patches, steps)
         grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None, tokens.device)
         return choose_redundant(sketch(tokens), self.prefix, grid, kept)
 
