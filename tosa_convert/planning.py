@@ -33,7 +33,7 @@ BENDS = (0.0, 0.6, 1.0, 1.5, 2.2)
 """Exponents of the ramps that are tried; 0 is all layers alike."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
-COUNTS = 8
+COUNTS = 3
 """How often the multiply–adds are counted to meet a budget."""
 STEPS = (0.12, 0.08, 0.05)
 """How far around its present ratio each layer's curve is measured, round by round."""

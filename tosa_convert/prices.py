@@ -2,14 +2,18 @@
 
 import copy
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from torch import nn
 
 from tosa_convert.benching import BenchSettings, bench
+from tosa_convert.hosts import host_of
 from tosa_convert.macs import count_macs
+from tosa_convert.origin import preprocessing_of
 from tosa_convert.progress import Progress
 from tosa_convert.surgery import original, set_ratios
+from tosa_convert.tokens import keep_count, ratio_steps
 
 RATIOS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -22,14 +26,21 @@ class Prices:
         by: "macs" or "latency".
         ratios: ascending, the last one 1.0.
         saved: at each of them; 0.0 at 1.0, and negative where choosing the tokens costs more than it saves.
+        patches: of a picture, since whole tokens attend.
     """
 
     by: str
     ratios: tuple[float, ...]
     saved: tuple[float, ...]
+    patches: int = 10_000
 
     def at(self, ratio: float) -> float:
-        return 0.0 if ratio >= 1 else float(np.interp(ratio, self.ratios, self.saved))
+        if ratio >= 1:
+            return 0.0
+        return float(np.interp(self._share(ratio), list(map(self._share, self.ratios)), self.saved))
+
+    def _share(self, ratio: float) -> float:
+        return keep_count(self.patches, ratio_steps(ratio)) / self.patches
 
     def total(self, ratios: dict[int, float]) -> float:
         """Share of the original's cost that is left with these ratios by layer."""
@@ -49,7 +60,12 @@ def price(probe: nn.Module, by: str, runtime: str, progress: Progress) -> Prices
     slope = (saved[1] - saved[0]) / (RATIOS[0] - RATIOS[1])
     nearly = saved[0] - slope * (0.999 - RATIOS[0])
     ratios, values = (*RATIOS[::-1], 0.999, 1.0), (*saved[::-1], nearly, 0.0)
-    return Prices(by, ratios, values)
+    return Prices(by, ratios, values, _patches(probe))
+
+
+def _patches(model: nn.Module) -> int:
+    sides = zip(preprocessing_of(model).size, host_of(model).patch, strict=True)
+    return prod(side // patch for side, patch in sides)
 
 
 def _macs(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> tuple[list[int], int]:
