@@ -14,7 +14,7 @@ def written(tmp_path, text):
 @pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_recipes_are_valid_and_say_how_to_run_them(path):
     recipe = read_recipe(path)
-    assert recipe.distill is not None
+    assert recipe.distill is not None or recipe.convert.score != "attention"
     assert "tosa-convert" in path.read_text().split("model:")[0]
 
 
