@@ -99,10 +99,10 @@ def test_layers_resumed_give_what_a_whole_pass_gives(quick):
 
 def test_a_target_drop_gives_the_cheapest_plan_within_it(quick):
     model, pictures = quick
-    tight, loose = (find_plan(model, pictures, target_drop=drop) for drop in (0.0, 0.5))
+    tight, loose = (find_plan(model, pictures, target_drop=drop) for drop in (0.2, 0.6))
     assert loose.cost < tight.cost
     wanted, found = observe(model, pictures), observe(convert(load("quickstart"), loose.config), pictures)
-    assert 1 - figures(found, wanted)["agreement"].mean() <= 0.5
+    assert 1 - figures(found, wanted)["agreement"].mean() <= 0.6
 
 
 def test_a_plan_by_latency_is_of_times_measured_here(quick):

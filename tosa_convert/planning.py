@@ -205,8 +205,9 @@ class Search:
     def solve_for(self, target: float) -> Plan:
         """The plan at the lowest budget that stays within a drop; above it while the plan itself does not."""
         budget = self._budget_for(target)
+        step = 0.04
         while (found := self.solve(budget)).drop > target and budget < BUDGETS[0]:
-            budget = min(BUDGETS[0], round(budget + 0.04, 2))
+            budget, step = min(BUDGETS[0], round(budget + step, 2)), 2 * step
         if found.drop > target:
             raise UsageError(f"no plan loses as little as {target} on these pictures; allow a larger --target-drop")
         return found
