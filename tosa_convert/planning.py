@@ -33,7 +33,7 @@ BENDS = (0.0, 0.6, 1.0, 1.5, 2.2)
 """Exponents of the ramps that are tried; 0 is all layers alike."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
-COUNTS = 3
+COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
 STEPS = (0.12, 0.08, 0.05)
 """How far around its present ratio each layer's curve is measured, round by round."""
@@ -307,11 +307,12 @@ class Search:
         if self.prices.by != "macs":
             return ratios
         per_hundredth = (self.prices.at(0.5) - self.prices.at(0.75)) / 25
-        for _ in range(COUNTS):
+        for turn in range(1, 1 + COUNTS):
             gap = budget - count_macs(set_ratios(self.probe, ratios)) / self.whole
-            if 0 <= gap < per_hundredth:
+            if 0 <= gap < 2 * per_hundredth or (gap > 0 and turn > COUNTS // 2):
                 break
-            ratios = nudged(ratios, math.floor(gap / per_hundredth))
+            # With few tokens a hundredth may change nothing, so what is over comes down faster each time.
+            ratios = nudged(ratios, math.floor(gap / per_hundredth) * (turn if gap < 0 else 1))
         return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
