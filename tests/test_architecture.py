@@ -54,6 +54,19 @@ def test_files_are_read_in_one_sitting():
     assert {name for name, lines in long.items() if lines > 400} == set()
 
 
+def test_names_that_are_spelt_out_twice_are_the_same():
+    """The command line and the config do not import what they name: they start without torch."""
+    from typing import get_args
+
+    from tosa_convert import bypasses, cli_options, config, methods
+
+    assert set(config.LASTING) == set(bypasses.LASTING)
+    assert set(get_args(config.Bypass)) == {*bypasses.WHOLE, *bypasses.LASTING}
+    for name in ("Score", "Bypass", "Schedule"):
+        assert tuple(getattr(cli_options, name)) == get_args(getattr(config, name))
+    assert list(cli_options.Method) == list(methods.METHODS)
+
+
 def test_public_verbs_are_what_they_say():
     for name in tosa_convert.__all__:
         value = getattr(tosa_convert, name)

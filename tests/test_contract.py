@@ -213,6 +213,10 @@ def test_a_mask_is_refused_rather_than_ignored(images):
     ],
 )
 def test_impossible_options_are_refused_and_leave_the_model_alone(options, message, images):
+    check_refusal(options, message, images)
+
+
+def check_refusal(options, message, images):
     model = lively(FAMILIES["timm vit"]())
     wanted = model(images)
     with pytest.raises(UsageError, match=message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, LAYERS, lively
-from test_contract import first
+from test_contract import check_refusal, first
 
 from tosa_convert import (
     ConvertConfig,
@@ -315,12 +315,7 @@ def test_any_grid_is_read_from_the_picture(images):
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message, images):
-    model = lively(FAMILIES["timm vit"]())
-    wanted = model(images)
-    with pytest.raises(UsageError, match=message):
-        convert(model, **options)
-    assert not selective_blocks(model)
-    assert torch.equal(model(images), wanted)
+    check_refusal(options, message, images)
 
 
 def test_what_a_model_has_not_got_is_refused():

@@ -77,7 +77,7 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     before = _count(original(model), image)[0] if blocks else counted
     host = host_of(model)
     names = {module: name for name, module in model.named_modules()}
-    patches = prod(side // patch for side, patch in zip(size, host.patch, strict=True))
+    patches = host.patches(size)
     selective = {id(block): block for block in blocks}
     layers = []
     for layer, block in enumerate(host.blocks, start=1):

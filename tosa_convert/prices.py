@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from torch import nn
@@ -60,12 +59,7 @@ def price(probe: nn.Module, by: str, runtime: str, progress: Progress) -> Prices
     slope = (saved[1] - saved[0]) / (RATIOS[0] - RATIOS[1])
     nearly = saved[0] - slope * (0.999 - RATIOS[0])
     ratios, values = (*RATIOS[::-1], 0.999, 1.0), (*saved[::-1], nearly, 0.0)
-    return Prices(by, ratios, values, _patches(probe))
-
-
-def _patches(model: nn.Module) -> int:
-    sides = zip(preprocessing_of(model).size, host_of(model).patch, strict=True)
-    return prod(side // patch for side, patch in sides)
+    return Prices(by, ratios, values, host_of(probe).patches(preprocessing_of(probe).size))
 
 
 def _macs(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> tuple[list[int], int]:

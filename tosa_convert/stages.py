@@ -45,9 +45,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
         results = {"stage": "convert", "run": str(out), "flops": flops(model).to_dict()}
-        runs.save(model, out, stage="convert", results=results)
-        write_report(out)
-        runs.remember(out)
+        _keep(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
 
@@ -251,6 +249,13 @@ def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num
     return results
 
 
+def _keep(model: nn.Module, out: Path, results: dict) -> None:
+    """A finished run, with its report, that later commands find."""
+    runs.save(model, out, stage=results["stage"], results=results)
+    write_report(out)
+    runs.remember(out)
+
+
 def _reading(settings) -> dict:
     return {"batch_size": settings.batch_size, "workers": settings.workers}
 
@@ -317,9 +322,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         raise
     results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
     if processes.is_main():
-        runs.save(model, out, stage=name, results=results)
-        write_report(out)
-        runs.remember(out)
+        _keep(model, out, results)
         for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
             shutil.rmtree(out / leftover, ignore_errors=True)
     processes.join(device)

@@ -40,7 +40,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     host = host_of(model)
     try:
         plan = config.plan(depth=len(host.blocks))
-        config.stages(depth=len(host.blocks))
+        stages = config.stages(depth=len(host.blocks))
     except ValueError as error:
         raise UsageError(str(error)) from None
     _check_fit(host, config)
@@ -48,7 +48,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     if not config.lasting:
         _make_selective(host, plan, config, passage)
     else:
-        _make_lasting(host, config.stages(len(host.blocks)), config, passage)
+        _make_lasting(host, stages, config, passage)
     host.patch_projection.register_forward_hook(passage.begin)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios

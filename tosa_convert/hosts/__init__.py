@@ -6,6 +6,7 @@ family is a new module here; there is no list to edit.
 """
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -124,6 +125,10 @@ class Host(ABC):
     @abstractmethod
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
+
+    def patches(self, size: tuple[int, int]) -> int:
+        """How many patches pictures of this size (H, W) are cut into."""
+        return math.prod(side // patch for side, patch in zip(size, self.patch, strict=True))
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether pictures of this size (H, W) are cut into whole patches."""

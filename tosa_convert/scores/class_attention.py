@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from tosa_convert.scores.reading import ReadScore
+
 
 class ClassRow(nn.Module):
     """The class token's row of each head's attention map, the only one computed here."""
@@ -13,14 +15,8 @@ class ClassRow(nn.Module):
         return row.softmax(-1)[:, :, 0]
 
 
-class ClassAttention(nn.Module):
+class ClassAttention(ReadScore):
     """Attention from the first prefix token, the class token, to every token."""
 
-    listens, chooses = True, False
-
     def __init__(self):
-        super().__init__()
-        self.read = ClassRow()
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows
+        super().__init__(ClassRow())

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from tosa_convert.scores.reading import ReadScore
+
 
 class KeyLength(nn.Module):
     def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -10,14 +12,8 @@ class KeyLength(nn.Module):
         return keys.norm(dim=-1)
 
 
-class KeyNorm(nn.Module):
+class KeyNorm(ReadScore):
     """The length of each token's key in each head."""
 
-    listens, chooses = True, False
-
     def __init__(self):
-        super().__init__()
-        self.read = KeyLength()
-
-    def forward(self, lengths: torch.Tensor) -> torch.Tensor:
-        return lengths
+        super().__init__(KeyLength())
