@@ -101,7 +101,13 @@ def _spell_out(host, layer: int, choice, bypass: str) -> None:
             rows = [tokens[image, members if merged else members[:1]].mean(0) for members in groups.values()]
             taken = torch.stack(rows)[None]
             sizes = torch.tensor([[len(members) if merged else 1 for members in groups.values()]])
+            norm = host.norm(block)
+            if merged and norm is not None:
+                means = [norm.forward(tokens[image, members]).mean(0) for members in groups.values()]
+                norm.forward = lambda _, means=means: torch.stack(means)[None]
             update = forward(taken, **{host.bias_name: sizes.float().log()[:, None, None]})[0] - taken[0]
+            if norm is not None:
+                norm.__dict__.pop("forward", None)
             for index, members in enumerate(groups.values()):
                 result[image, members] = tokens[image, members] + update[index]
         return result

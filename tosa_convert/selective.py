@@ -17,7 +17,7 @@ from torch import nn
 
 from tosa_convert.bypasses import WHOLE
 from tosa_convert.errors import TosaError
-from tosa_convert.matching import match, sketch
+from tosa_convert.matching import by_length, match, sketch
 from tosa_convert.passage import Passage
 from tosa_convert.tokens import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
 
@@ -52,6 +52,7 @@ class Selection:
     previous: "Selection | None" = None
     active: bool = True
     reading: torch.Tensor | None = None  # what the scorer has read, until the layer runs
+    normed: torch.Tensor | None = None  # see with_normed
     scores: torch.Tensor | None = None  # (B, N), for the layers that listen to this one
     choice: Choice | None = None  # attended: (B, prefix + K), or (B·H, prefix + K) with per_head
 
@@ -108,6 +109,19 @@ class Selection:
         self.scores = scores
         return choose_best(scores, self.prefix, self.keep(patches))
 
+    @contextmanager
+    def with_normed(self, normed: torch.Tensor | None) -> Iterator[None]:
+        """Within this block the norm in front of the layer's attention gives ``normed``, if that is not None."""
+        self.normed = normed
+        try:
+            yield
+        finally:
+            self.normed = None
+
+    def replace_normed(self, norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """A forward hook on that norm."""
+        return self.normed
+
     def forget(self) -> None:
         """Let go of what the last forward pass left."""
         self.reading = self.scores = self.choice = None
@@ -129,18 +143,22 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         refuse_per_token_arguments(selection.layer, args, kwargs)
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
-        features = None if self.selector.listens and self.matcher is None else host.normed(self, tokens).detach()
+        normed = features = None
+        if self.matcher is not None or not self.selector.listens:
+            normed = host.normed(self, tokens)
+            features = by_length(normed.detach(), tokens.detach())
         choice = selection.choose(self.selector, tokens.shape[1] - selection.prefix, features)
         if selection.per_head:  # the attention inside reads the choice itself
             return base.forward(self, tokens, *args, **kwargs)
         if self.matcher is not None:
             choice = self.matcher(sketch(features), choice)
 
-        def run(some, sizes=None):
+        def run(some, sizes=None, normed=None):
             positional, named = weighed(host.bias_name, args, kwargs, sizes)
-            return base.forward(self, some, *positional, **named)
+            with selection.with_normed(normed):
+                return base.forward(self, some, *positional, **named)
 
-        return WHOLE[selection.bypass](run, tokens, choice)
+        return WHOLE[selection.bypass](run, tokens, normed, choice)
 
     return grafted_class("Selective", base, forward=forward, listen=listen)
 

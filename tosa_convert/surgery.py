@@ -112,6 +112,8 @@ def _make_selective(host: Host, plan: list[tuple[int, float]], config: ConvertCo
         _graft(block, selective_class(type(block)), selection, host)
         if block.selector.listens:
             host.tap(host.blocks[layer - 2], block.listen)
+        if config.bypass == "merge" and (norm := host.norm(block)) is not None:
+            norm.register_forward_hook(selection.replace_normed)
         if per_head:
             attention = host.attention(block)
             _graft(attention, per_head_class(type(attention)), selection, host)
@@ -171,4 +173,4 @@ def original(model: nn.Module) -> nn.Module:
 
 
 def _is_ours(hook) -> bool:
-    return isinstance(hook, Tap) or isinstance(getattr(hook, "__self__", None), Passage)
+    return isinstance(hook, Tap) or isinstance(getattr(hook, "__self__", None), (Passage, Selection))

@@ -7,7 +7,7 @@ import torch
 from tosa_convert.tokens import Choice, gather_tokens, stand_ins
 
 
-def borrow(run: Callable, tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+def borrow(run: Callable, tokens: torch.Tensor, normed: torch.Tensor, choice: Choice) -> torch.Tensor:
     """(B, N, D) → (B, N, D)."""
     attended = gather_tokens(tokens, choice.attended)
     return tokens + gather_tokens(run(attended) - attended, stand_ins(choice))

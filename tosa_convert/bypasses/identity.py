@@ -7,6 +7,6 @@ import torch
 from tosa_convert.tokens import Choice, gather_tokens, rejoin_tokens
 
 
-def identity(run: Callable, tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+def identity(run: Callable, tokens: torch.Tensor, normed: torch.Tensor | None, choice: Choice) -> torch.Tensor:
     """(B, N, D) → (B, N, D)."""
     return rejoin_tokens(tokens, choice.attended, run(gather_tokens(tokens, choice.attended)))

@@ -54,8 +54,13 @@ class Host(ABC):
         return block.mlp
 
     @abstractmethod
+    def norm(self, block: nn.Module) -> nn.Module | None:
+        """What normalises the tokens in front of a block's attention, if anything does."""
+
     def normed(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens as the block's attention takes them, (B, N, C)."""
+        norm = self.norm(block)
+        return tokens if norm is None else norm(tokens)
 
     @property
     @abstractmethod

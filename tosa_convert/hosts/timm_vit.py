@@ -63,8 +63,8 @@ class TimmVit(Host):
         self.class_token = model.cls_token is not None
         self.width = model.embed_dim
 
-    def normed(self, block, tokens):
-        return tokens if isinstance(block, ResPostBlock) else block.norm1(tokens)
+    def norm(self, block):
+        return None if isinstance(block, ResPostBlock) else block.norm1
 
     @property
     def patch_projection(self) -> nn.Module:

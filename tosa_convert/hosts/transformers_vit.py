@@ -64,8 +64,8 @@ class TransformersVit(Host):
         self.class_token = self.prefix > 0
         self.width = self._vision_config.hidden_size
 
-    def normed(self, block, tokens):
-        return next(child for name, child in block.named_children() if name in FIRST_NORMS)(tokens)
+    def norm(self, block):
+        return next(child for name, child in block.named_children() if name in FIRST_NORMS)
 
     @property
     def patch_projection(self) -> nn.Module:

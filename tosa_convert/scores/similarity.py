@@ -10,7 +10,8 @@ from tosa_convert.tokens import Choice, keep_count
 
 
 class GridSimilarity(nn.Module):
-    """On the grid of all patches: distances of a sketch of the layer's normed tokens, over the levels of a pyramid.
+    """On the grid of all patches: distances of a sketch of the layer's tokens, normed and weighted by length, over the
+    levels of a pyramid.
 
     Args:
         prefix: number of leading tokens that are no patches.
