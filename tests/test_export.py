@@ -60,6 +60,14 @@ def test_every_bypass_exports_with_any_batch(name, options, pictures, tmp_path):
         assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("bypass", ["identity", "borrow", "merge", "persist", "fuse"])
+def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, pictures, tmp_path):
+    """0.99 of 16 patches are 16."""
+    score = "class_attention" if bypass == "fuse" else "similarity"
+    model = convert(lively(FAMILIES["timm vit"]()), score=score, bypass=bypass, layers=[2], ratio=0.99)
+    assert export_onnx(model, tmp_path, pictures).difference < 1e-4
+
+
 def test_ties_are_broken_alike(pictures, tmp_path):
     """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)

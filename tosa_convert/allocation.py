@@ -8,6 +8,8 @@ from tosa_convert.methods import schedule_ratios
 from tosa_convert.prices import Prices
 
 Ratios = dict[int, float]
+Curves = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Per layer the ratios to choose from, and the error at each."""
 FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
 """Keep ratios that a plan may choose from."""
 
@@ -50,14 +52,11 @@ def fit(shape: Callable[[float], Ratios], prices: Prices, budget: float) -> Rati
     return None
 
 
-def allocate(curves: dict[int, tuple[np.ndarray, np.ndarray]], prices: Prices, budget: float) -> Ratios:
+def allocate(curves: Curves, prices: Prices, budget: float) -> Ratios:
     """The ratios with the least sum of errors whose cost is within the budget, or the cheapest if none is.
 
     For a price of error per cost each layer's best ratio is found on its own; the price is lowered until
     the budget is just met (Lagrange).
-
-    Args:
-        curves: per layer the ratios to choose from, and the error at each.
     """
     saved = {layer: np.array([prices.at(ratio) for ratio in options]) for layer, (options, _) in curves.items()}
 
@@ -72,3 +71,8 @@ def allocate(curves: dict[int, tuple[np.ndarray, np.ndarray]], prices: Prices, b
         middle = (low + high) / 2
         low, high = (low, middle) if prices.total(best(10**middle)) <= budget else (middle, high)
     return best(10**high)
+
+
+def predicted_change(curves: Curves, ratios: Ratios) -> float:
+    """The sum of the errors at these ratios."""
+    return sum(float(errors[options.tolist().index(ratios[layer])]) for layer, (options, errors) in curves.items())

@@ -33,8 +33,12 @@ class Prices:
     saved: tuple[float, ...]
     patches: int = 10_000
 
+    def skips(self, ratio: float) -> bool:
+        """Whether there is a token to skip at this ratio."""
+        return self._share(ratio) < 1
+
     def at(self, ratio: float) -> float:
-        if ratio >= 1:
+        if not self.skips(ratio):
             return 0.0
         return float(np.interp(self._share(ratio), list(map(self._share, self.ratios)), self.saved))
 

@@ -75,11 +75,17 @@ def is_one(batch: int) -> bool:
     return isinstance(batch, int) and batch == 1
 
 
+def is_none(count: int) -> bool:
+    """Whether a number of tokens is zero; ONNX Runtime reshapes no empty tensors. Never of a symbolic number."""
+    return isinstance(count, int) and count == 0
+
+
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, N, D) and (B, K) → (B, K, D). A flat index_select: the fastest form in ONNX Runtime."""
     batch, count, width = tokens.shape
     rows = flat_positions(positions, count)
-    return tokens.reshape(batch * count, width).index_select(0, rows).reshape(batch, -1, width)
+    # No −1 in the shape: positions may be none at all.
+    return tokens.reshape(batch * count, width).index_select(0, rows).reshape(batch, positions.shape[1], width)
 
 
 def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.Tensor) -> torch.Tensor:
@@ -110,11 +116,15 @@ def stand_ins(choice: Choice) -> torch.Tensor:
     return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))
 
 
-def add_up(tokens: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, N, D) and the group of each token, (B, N) → (B, count, D), the sum over each group."""
-    batch, _, width = tokens.shape
-    sums = tokens.new_zeros(batch * count, width)
-    return sums.index_add(0, flat_positions(groups, count), tokens.reshape(-1, width)).reshape(batch, count, width)
+def add_up(tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """(B, N, D) → (B, K, D): each attended token plus those it stands in for."""
+    attended, skipped = gather_tokens(tokens, choice.attended), gather_tokens(tokens, choice.skipped)
+    if is_none(skipped.shape[1]):
+        return attended
+    batch, count, width = attended.shape
+    rows = flat_positions(choice.partners, count)
+    added = attended.reshape(batch * count, width).index_add(0, rows, skipped.reshape(-1, width))
+    return added.reshape(batch, count, width)
 
 
 def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:

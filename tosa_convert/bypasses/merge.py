@@ -14,7 +14,6 @@ from tosa_convert.tokens import Choice, add_up, gather_tokens, stand_ins
 
 def merge(run: Callable, tokens: torch.Tensor, normed: torch.Tensor, choice: Choice) -> torch.Tensor:
     """(B, N, D) → (B, N, D)."""
-    groups, count = stand_ins(choice), choice.attended.shape[1]
-    sizes = add_up(tokens.new_ones(*tokens.shape[:2], 1), groups, count)
-    means, normed_means = (add_up(each, groups, count) / sizes for each in (tokens, normed))
-    return tokens + gather_tokens(run(means, sizes[..., 0], normed_means) - means, groups)
+    sizes = add_up(tokens.new_ones(*tokens.shape[:2], 1), choice)
+    means, normed_means = (add_up(each, choice) / sizes for each in (tokens, normed))
+    return tokens + gather_tokens(run(means, sizes[..., 0], normed_means) - means, stand_ins(choice))

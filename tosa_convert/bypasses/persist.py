@@ -8,7 +8,6 @@ from tosa_convert.tokens import Choice, add_up, pick, stand_ins
 
 def persist(tokens: torch.Tensor, choice: Choice, groups: Groups, weights: torch.Tensor | None):
     """(B, N, D) → (B, K, D), averages weighted by how many tokens each one stands for already."""
-    into, count = stand_ins(choice), choice.attended.shape[1]
-    sizes = add_up(groups.sizes[..., None], into, count)
-    means = add_up(tokens * groups.sizes[..., None], into, count) / sizes
-    return means, Groups(sizes[..., 0], pick(into, groups.places))
+    sizes = add_up(groups.sizes[..., None], choice)
+    means = add_up(tokens * groups.sizes[..., None], choice) / sizes
+    return means, Groups(sizes[..., 0], pick(stand_ins(choice), groups.places))
