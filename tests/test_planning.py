@@ -253,3 +253,8 @@ def test_the_commands_leave_a_recipe_tables_and_pictures(tmp_path, capsys):
     assert "random" in table
     assert (tmp_path / "compare" / "compare.png").stat().st_size > 100
     assert "evit" in (tmp_path / "compare" / "compare.md").read_text()
+    for verb in ("plan", "compare"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "quickstart", "--images", "4", "--out", out])
+        assert stop.value.code != 0
+        assert "is not empty; choose another --out" in capsys.readouterr().err

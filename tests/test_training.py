@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import FAMILIES, lively, write_pictures
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
 from tosa_convert import train as engine
 from tosa_convert.data import Draws
+from tosa_convert.hosts import host_of, run
 from tosa_convert.runs import read_metrics
+from tosa_convert.selective import chosen_tokens
+from tosa_convert.token_cut import TokenCut
 
 OPTIONS = {"layers": [2, 4, 6], "ratio": 0.5}
 
@@ -106,11 +109,55 @@ def test_finetuning_without_labels_comes_closer_to_the_original(pictures):
     [
         ({"labels": 1.0}, "has no labels"),
         ({"labels": 0.0, "logits": 0.0, "features": 0.0}, "nothing to learn"),
+        ({"cut": 1.0}, "token cut loss is for score class_attention"),
     ],
 )
 def test_losses_that_cannot_be_had_are_refused(settings, message, pictures):
     with pytest.raises(UsageError, match=message):
         finetune(converted(), pictures, FinetuneSettings(steps=1, **settings))
+
+
+def test_idle_learns_to_select_what_belongs_together(pictures):
+    model = convert(load("quickstart"), method="idle", ratio=0.6)
+    settings = {"batch_size": 8, "augment": "none", "logits": 0.0, "features": 1e-6}
+    first = finetune(model, pictures, FinetuneSettings(steps=1, lr=1e-9, **settings))
+    last = finetune(model, pictures, FinetuneSettings(steps=15, lr=1e-3, **settings))
+    assert 0 < last["cut"] < 0.95 * first["cut"] < 2
+    assert "cut" not in finetune(model, pictures, FinetuneSettings(steps=1, cut=0.0))
+
+
+@pytest.mark.parametrize("name", ["timm vit", "hf ViT classifier"])
+def test_the_token_cut_is_the_attention_that_crosses(name):
+    """Written out for the layer after a selective one, whose attention is among its own tokens."""
+    model = convert(lively(FAMILIES[name]()), method="idle", ratio=0.6)
+    host, images = host_of(model), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cut = TokenCut(host)
+    seen = {}
+    handle = host.tap(host.blocks[2], lambda queries, keys: seen.update(queries=queries, keys=keys))
+    run(model, images)
+    for each in handle:
+        each.remove()
+    chosen = chosen_tokens(model)
+    values = []
+    for image in range(2):
+        maps = (seen["queries"][image] @ seen["keys"][image].mT / seen["keys"].shape[-1] ** 0.5).softmax(-1).mean(0)
+        present, selected = chosen[3][image].tolist(), set(chosen[4][image].tolist())
+        crossing, all_edges = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        for row, place in enumerate(present):
+            for column, other in enumerate(present):
+                if place and other:
+                    all_edges[place in selected] += maps[row, column].item()
+                    crossing[place in selected] += ((place in selected) != (other in selected)) * maps[
+                        row, column
+                    ].item()
+        values.append(sum(crossing[side] / max(all_edges[side], 1e-6) for side in (True, False)))
+    side = next(side for side in cut.sides if side.selection.layer == 4)
+    assert side.loss().item() == pytest.approx(sum(values) / 2, rel=1e-4)
+    cut.loss().backward()
+    assert model.get_parameter(
+        next(n for n, _ in model.named_parameters() if "patch" in n and "weight" in n)
+    ).grad.any()
+    cut.close()
 
 
 def test_a_wrong_class_count_is_refused(tmp_path):

@@ -147,6 +147,9 @@ def finetune(
     features: Annotated[
         float | None, typer.Option(help="weight of the original's tokens", show_default="1 without labels")
     ] = None,
+    cut: Annotated[
+        float | None, typer.Option(help="weight of the token cut loss", show_default="1 with method idle")
+    ] = None,
     augment: AugmentOption = None,
     precision: PrecisionOption = None,
     workers: Workers = None,

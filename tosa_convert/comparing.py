@@ -1,6 +1,7 @@
 """Methods side by side: how far each stays with the original at the same budgets, and what it takes in the clock."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -77,18 +78,11 @@ def compare(
     whole, notes, converted = count_macs(model), [], {}
     if data is None and PLAN in methods:
         notes.append("plan was made on these same photos; give others with --data for a fair comparison")
-    with progress.track("convert", len(methods) * len(budgets)) as advance:
-        for name in methods:
-            for budget in budgets:
-                try:
-                    found = _planned(model, budget) if name == PLAN else _converted(model, name, budget)
-                except TosaError as error:
-                    notes.append(f"{name} at {budget}: {error}")
-                else:
-                    if found.tosa_config.score == "attention" and distill_steps:
-                        distill(found, data, DistillSettings(steps=distill_steps), device=device)
-                    converted[name, budget] = found
-                advance()
+    for name in methods:
+        for budget, found in _at_budgets(model, name, budgets, notes, progress).items():
+            if found.tosa_config.score == "attention" and distill_steps:
+                distill(found, data, DistillSettings(steps=distill_steps), device=device)
+            converted[name, budget] = found
     seen = mean_figures(model, {"original": model, **converted}, pictures, truths, progress)
     times = {}
     if runtime is not None:
@@ -136,9 +130,25 @@ def _light_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=shared)
 
 
-def _planned(model: nn.Module, budget: float) -> nn.Module:
+def _at_budgets(
+    model: nn.Module, name: str, budgets: list[float], notes: list[str], progress: Progress
+) -> dict[float, nn.Module]:
+    """The method at each budget that it comes down to; of the others a note says why not."""
+    found = {}
+    bar = nullcontext(lambda: None) if name == PLAN else progress.track(name, len(budgets))  # a plan has its own
+    with bar as advance:
+        for budget in budgets:
+            try:
+                found[budget] = _planned(model, budget, progress) if name == PLAN else _converted(model, name, budget)
+            except TosaError as error:
+                notes.append(f"{name} at {budget}: {error}")
+            advance()
+    return found
+
+
+def _planned(model: nn.Module, budget: float, progress: Progress) -> nn.Module:
     pictures = sample(None, preprocessing_of(model), 24)[0]
-    return convert(_light_copy(model), find_plan(model, pictures, budget).config)
+    return convert(_light_copy(model), find_plan(model, pictures, budget, progress=progress).config)
 
 
 def _converted(model: nn.Module, name: str, budget: float) -> nn.Module:

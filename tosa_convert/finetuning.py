@@ -14,6 +14,7 @@ from tosa_convert.progress import Progress
 from tosa_convert.selective import selective_blocks
 from tosa_convert.settings import FinetuneSettings
 from tosa_convert.surgery import is_converted, original
+from tosa_convert.token_cut import TokenCut
 from tosa_convert.train import Stage, make_accelerator, train
 
 
@@ -31,8 +32,8 @@ def finetune(
     """Fine-tune a converted model with its layers selective (ToSA, arXiv 2406.08816, section 3, stage 2).
 
     The loss is a weighted sum of cross-entropy with the labels, KL to the logits of the model as it
-    was unconverted, and the distance to its last tokens; see :class:`FinetuneSettings`. The last
-    two need no labels.
+    was unconverted, the distance to its last tokens, and for IdleViT its token cut loss; see
+    :class:`FinetuneSettings`. Only the first needs labels.
 
     Args:
         model: converted; trained in place.
@@ -91,7 +92,12 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
         raise UsageError("bypass drop leaves fewer tokens than the original has to learn from; set features to 0")
     if labels + logits + features == 0:
         raise UsageError("labels, logits and features all weigh 0: there is nothing to learn from")
-    return {"labels": labels, "logits": logits, "features": features}
+    cut = settings.cut if settings.cut is not None else float(model.tosa_config.method == "idle")
+    if cut and (model.tosa_config.score != "class_attention" or model.tosa_config.lasting):
+        raise UsageError(
+            "the token cut loss is for score class_attention with all tokens kept, as in IdleViT; set cut to 0"
+        )
+    return {"labels": labels, "logits": logits, "features": features, "cut": cut}
 
 
 def outputs_of(model: nn.Module) -> int:
@@ -113,6 +119,7 @@ class SelectiveFinetuning(nn.Module):
         self.teacher = (original(model).eval().requires_grad_(False),)
         for block in selective_blocks(model):
             block.selector.requires_grad_(False)
+        self.token_cut = TokenCut(host_of(model)) if weights["cut"] else None
         self.student_tokens, self.teacher_tokens = _LastTokens(), _LastTokens()
         self.handles = [
             host_of(model).blocks[-1].register_forward_hook(self.student_tokens),
@@ -122,6 +129,8 @@ class SelectiveFinetuning(nn.Module):
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        if self.token_cut is not None:
+            self.token_cut.close()
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
@@ -137,6 +146,8 @@ class SelectiveFinetuning(nn.Module):
             parts["logits"] = _soft_divergence(found["logits"], wanted["logits"], self.settings.temperature)
         if self.weights["features"]:
             parts["features"] = _relative_distance(self.student_tokens.value, self.teacher_tokens.value)
+        if self.token_cut is not None:
+            parts["cut"] = self.token_cut.loss()
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
 
 

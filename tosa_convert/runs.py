@@ -132,15 +132,16 @@ def new_folder(name: str) -> Path:
     )
 
 
-def prepare(folder: Path, resume: bool) -> None:
-    """Check that a run may be written here, before any work is done.
+def prepare(folder: Path, resume: bool | None = None) -> None:
+    """Check that results may be written here, before any work is done; None: they cannot be resumed.
 
     Raises:
         UsageError: something is there already, and ``resume`` was not asked for.
         TosaError: the place cannot be written to.
     """
     if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise UsageError(f"{folder} is not empty; add --resume to go on with the run in it, or choose another --out")
+        way_on = "" if resume is None else "add --resume to go on with the run in it, or "
+        raise UsageError(f"{folder} is not empty; {way_on}choose another --out")
     check_writable(folder)
 
 

@@ -83,6 +83,7 @@ class FinetuneSettings(TrainSettings):
             for models with a head.
         features: weight of the distance to the original model's last tokens. None: 0 if there are
             labels, else 1.
+        cut: weight of IdleViT's token cut loss, see :mod:`tosa_convert.token_cut`. None: 1 with method idle, else 0.
         label_smoothing: of the cross-entropy.
         temperature: of the logits in the KL.
     """
@@ -92,6 +93,7 @@ class FinetuneSettings(TrainSettings):
     labels: NotNegative | None = None
     logits: NotNegative | None = None
     features: NotNegative | None = None
+    cut: NotNegative | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Positive = 1.0
 

@@ -194,7 +194,7 @@ def plan_stage(
     from tosa_convert.pictures import tokens_picture
 
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
-    check_writable(out)
+    runs.prepare(out)
     model.to(processes.pick_device(device))
     pictures, folder, truths = labelled_sample(model, data, images, labels)
     options = {"by": by, "runtime": runtime, "labels": truths, "target_drop": target_drop, "progress": progress}
@@ -241,7 +241,7 @@ def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num
     from tosa_convert.pictures import pareto_picture
 
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
-    check_writable(out)
+    runs.prepare(out)
     results = {"source": source, **compare(model, **options)}
     results["picture"] = str(pareto_picture(results, out / "compare.png"))
     write_json(out / "compare.json", results)

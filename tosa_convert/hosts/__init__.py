@@ -78,8 +78,9 @@ class Host(ABC):
         """Attention heads of a block."""
 
     @abstractmethod
-    def tap(self, block: nn.Module, receive: Receive) -> list:
-        """Hook the block so that each forward calls ``receive`` with its queries and keys, detached.
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
+        """Hook the block so that each forward calls ``receive`` with its queries and keys, without gradients unless
+        ``detach`` is False.
 
         Returns the handles that undo it. The hooks are objects, not closures, and ``receive`` should
         be a method: a deep copy of the model then carries copies that call the copied receiver.
@@ -174,11 +175,11 @@ def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
 class Tap(ABC):
     """A forward hook on an attention's projections that passes its queries and keys on."""
 
-    def __init__(self, attention: nn.Module, receive: Receive):
-        self.attention, self.receive = attention, receive
+    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
+        self.attention, self.receive, self.detach = attention, receive, detach
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.take(module, output.detach())
+        self.take(module, output.detach() if self.detach else output)
 
     @abstractmethod
     def take(self, module: nn.Module, projected: torch.Tensor) -> None:

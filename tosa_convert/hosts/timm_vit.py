@@ -81,8 +81,8 @@ class TimmVit(Host):
     def heads(self) -> int:
         return self.blocks[0].attn.num_heads
 
-    def tap(self, block: nn.Module, receive: Receive) -> list:
-        return [block.attn.qkv.register_forward_hook(_QkvTap(block.attn, receive))]
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
+        return [block.attn.qkv.register_forward_hook(_QkvTap(block.attn, receive, detach))]
 
     def project(self, attention, tokens):
         return _split(attention, attention.qkv(tokens))

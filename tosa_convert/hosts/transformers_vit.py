@@ -83,9 +83,9 @@ class TransformersVit(Host):
     def heads(self) -> int:
         return self._vision_config.num_attention_heads
 
-    def tap(self, block: nn.Module, receive: Receive) -> list:
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
         attention = self.attention(block)
-        tap = _QueryKeyTap(attention, receive)
+        tap = _QueryKeyTap(attention, receive, detach)
         return [projection.register_forward_hook(tap) for projection in (attention.q_proj, attention.k_proj)]
 
     def project(self, attention, tokens):
@@ -160,8 +160,8 @@ def _pair(size) -> tuple[int, int]:
 class _QueryKeyTap(Tap):
     """On two projections, whichever runs first."""
 
-    def __init__(self, attention: nn.Module, receive: Receive):
-        super().__init__(attention, receive)
+    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
+        super().__init__(attention, receive, detach)
         self.queries = self.keys = None
 
     def take(self, module, projected):
