@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -22,6 +23,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # no test assert
 hypothesis.settings.load_profile("untimed")
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
+ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 HF_SMALL = {
     "hidden_size": 48,
     "num_hidden_layers": 6,
@@ -51,15 +53,24 @@ FAMILIES = {
     "timm qk-norm": _timm(qk_norm=True),
     "timm siglip": _timm(class_token=False, global_pool="avg"),
     "timm post-norm": _timm(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=0.5),
+    "timm eva02": _timm(Eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False),
+    "timm dinov3": _timm(Eva, **ROPE, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=4, num_classes=0),
+    "timm mixed rope": _timm(Eva, **ROPE, rope_type="mixed", attn_type="rope", qk_norm=True),
     "hf ViTModel": _hf("ViTModel"),
     "hf ViT classifier": _hf("ViTForImageClassification", num_labels=5),
     "hf DeiTModel": _hf("DeiTModel"),
     "hf Dinov2Model": _hf("Dinov2Model", mlp_ratio=2, layerscale_value=0.5),
     "hf Dinov2 swiglu": _hf("Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
     "hf Dinov2 registers": _hf("Dinov2WithRegistersModel", mlp_ratio=2, num_register_tokens=4),
+    "hf DINOv3ViTModel": _hf("DINOv3ViTModel", num_register_tokens=2, layerscale_value=0.5),
     "hf CLIPVisionModel": _hf("CLIPVisionModel"),
     "hf SiglipVisionModel": _hf("SiglipVisionModel"),
 }
+VARIANTS = {
+    "timm grouped queries": _timm(Eva, **ROPE, attn_type="rope", qkv_fused=False, num_kv_heads=1, init_values=0.5),
+    "timm eva post-norm": _timm(Eva, use_rot_pos_emb=True, use_post_norm=True, class_token=False, global_pool="avg"),
+}
+"""Of families above, for the tests that would find them out."""
 LAYERS = [2, 4, 6]
 
 

@@ -147,6 +147,7 @@ def test_recipes_are_listed_copied_and_checked(tosa, tmp_path):
 def test_models_are_told_apart_by_the_code_that_converts(tosa):
     rows = {row["model"]: row for row in json.loads(tosa("models", "*tiny_patch*", "--json")[1])}
     assert rows["deit_tiny_patch16_224"]["supported"] == "yes"
+    assert rows["eva02_tiny_patch14_224"]["supported"] == "yes"
     assert rows["swin_tiny_patch4_window7_224"]["supported"] == "no"
     assert "within windows" in rows["swin_tiny_patch4_window7_224"]["remark"]
     assert tosa("models", "no-such-model")[0] == 2

@@ -5,7 +5,7 @@ from math import ceil, prod
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, lively
+from conftest import FAMILIES, LAYERS, VARIANTS, lively
 from torch import nn
 
 from tosa_convert import convert, original
@@ -18,17 +18,24 @@ def first(outputs: dict) -> torch.Tensor:
     return next(iter(outputs.values()))
 
 
+EVERY = {**FAMILIES, **VARIANTS}
+
+
 @pytest.mark.parametrize("selection", ["shared", "per_head"])
-def test_ratio_one_equals_the_original(family, images, selection):
+@pytest.mark.parametrize("name", EVERY)
+def test_ratio_one_equals_the_original(name, images, selection):
+    family = lively(EVERY[name]())
     wanted = run(family, images)
     converted = convert(copy.deepcopy(family), layers=LAYERS, ratio=1.0, selection=selection)
-    for name, value in run(converted, images).items():
-        assert torch.allclose(value, wanted[name], atol=1e-5), name
+    for output, value in run(converted, images).items():
+        assert torch.allclose(value, wanted[output], atol=1e-5), output
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_shared_selection_equals_the_masked_original(family, size):
+@pytest.mark.parametrize("name", EVERY)
+def test_shared_selection_equals_the_masked_original(name, size):
     """Skipped tokens are masked out as keys of the original block, and restored behind it."""
+    family = lively(EVERY[name]())
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     converted = convert(copy.deepcopy(family), layers=LAYERS, ratio=0.5)
     found = run(converted, images)
@@ -49,16 +56,28 @@ def _mask(host, layer: int, chosen: torch.Tensor) -> None:
         attends = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter(1, chosen, True)
         bias = torch.zeros(len(tokens), 1, 1, tokens.shape[1]).masked_fill(~attends[:, None, None], float("-inf"))
         bias = bias.expand(-1, -1, tokens.shape[1], -1)
-        updated = forward(tokens, attn_mask=bias) if library == "timm" else forward(tokens, attention_mask=bias)
+        updated = forward(tokens, **{**kwargs, "attn_mask" if library == "timm" else "attention_mask": bias})
         return torch.where(attends[..., None], updated, tokens)
 
     block.forward = masked
 
 
-@pytest.mark.parametrize("name", ["timm vit", "timm qk-norm", "hf Dinov2Model", "hf CLIPVisionModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm vit",
+        "timm qk-norm",
+        "timm eva02",
+        "timm mixed rope",
+        "timm grouped queries",
+        "hf Dinov2Model",
+        "hf DINOv3ViTModel",
+        "hf CLIPVisionModel",
+    ],
+)
 def test_per_head_selection_equals_equation_four(name, images):
     """Eq. 4 spelt out: each head attends over its own tokens, its other tokens pass their slice through."""
-    model = lively(FAMILIES[name]())
+    model = lively(EVERY[name]())
     converted = convert(copy.deepcopy(model), layers=[2], ratio=0.5, selection="per_head")
     found = run(converted, images)
     chosen = chosen_tokens(converted)[2].reshape(len(images), 3, -1)
@@ -67,7 +86,7 @@ def test_per_head_selection_equals_equation_four(name, images):
 
     def literal(tokens=None, **kwargs):
         tokens = kwargs.get("hidden_states", tokens)
-        queries, keys, values = host.project(attention, tokens)
+        queries, keys, values = host.project(attention, tokens, kwargs)
         heads = []
         for head in range(3):
             outputs = tokens[..., head * 16 : (head + 1) * 16].clone()

@@ -125,7 +125,7 @@ def test_an_unreachable_hub_says_what_to_do():
         ("swin_tiny_patch4_window7_224", "within windows"),
         ("xcit_nano_12_p16_224", "channels"),
         ("resnet18", "not a ViT"),
-        ("eva02_tiny_patch14_224", "positions"),
+        ("beit_base_patch16_224", "positions"),
     ],
 )
 def test_models_that_cannot_be_converted_say_why(name, reason):

@@ -33,8 +33,8 @@ PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attent
 
 def fits(model, score: str, bypass: str) -> bool:
     host = host_of(model)
-    post_norm = "ResPost" in type(host.blocks[0]).__name__
-    return (host.class_token or score != "class_attention") and not (post_norm and bypass in LASTING)
+    whole_only = host.rotary or "ResPost" in type(host.blocks[0]).__name__
+    return (host.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
 
 
 def layers_for(score: str) -> list[int]:
@@ -105,7 +105,14 @@ def _spell_out(host, layer: int, choice, bypass: str) -> None:
             if merged and norm is not None:
                 means = [norm.forward(tokens[image, members]).mean(0) for members in groups.values()]
                 norm.forward = lambda _, means=means: torch.stack(means)[None]
-            update = forward(taken, **{host.bias_name: sizes.float().log()[:, None, None]})[0] - taken[0]
+            rest = {**kwargs, host.bias_name: sizes.float().log()[:, None, None]}
+            if rest.get("rope") is not None:
+                patches = [place - host.prefix for place in groups if place >= host.prefix]
+                rest["rope"] = rest["rope"][..., patches, :]
+            if "position_embeddings" in rest:
+                patches = [place - host.prefix for place in groups if place >= host.prefix]
+                rest["position_embeddings"] = tuple(each[patches] for each in rest["position_embeddings"])
+            update = forward(taken, **rest)[0] - taken[0]
             if norm is not None:
                 norm.__dict__.pop("forward", None)
             for index, members in enumerate(groups.values()):

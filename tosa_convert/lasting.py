@@ -16,7 +16,7 @@ from torch import nn
 from tosa_convert.bypasses import LASTING
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host
-from tosa_convert.selective import Selection, grafted_class, listen, refuse_per_token_arguments, weighed
+from tosa_convert.selective import Selection, grafted_class, listen, weighed
 from tosa_convert.tokens import gather_tokens
 
 
@@ -60,7 +60,7 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         selection, host = self.selection, self.selection_host
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
-        refuse_per_token_arguments(selection.layer, args, kwargs)
+        host.take_along(selection.layer, args, kwargs)
         drops = selection.bypass == "drop"
         groups = None if drops else selection.passage.entering(selection.layer, tokens)
         sizes = groups.sizes if selection.bypass == "persist" else None

@@ -22,7 +22,7 @@ def per_head_class(base: type[nn.Module]) -> type[nn.Module]:
         if not selection.active:
             return base.forward(self, *args, **kwargs)
         tokens = args[0] if args else kwargs["hidden_states"]
-        queries, keys, values = host.project(self, tokens)
+        queries, keys, values = host.project(self, tokens, kwargs)
         batch, heads, count, width = queries.shape
         chosen = selection.choice.attended
         parts = (part.flatten(0, 1) for part in (queries, keys, values))

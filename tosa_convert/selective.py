@@ -140,7 +140,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         selection, host = self.selection, self.selection_host
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
-        refuse_per_token_arguments(selection.layer, args, kwargs)
+        host.take_along(selection.layer, args, kwargs)  # refused before anything is done
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
         normed = features = None
@@ -153,8 +153,10 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         if self.matcher is not None:
             choice = self.matcher(sketch(features), choice)
 
+        taken = host.take_along(selection.layer, args, kwargs, choice.attended)
+
         def run(some, sizes=None, normed=None):
-            positional, named = weighed(host.bias_name, args, kwargs, sizes)
+            positional, named = weighed(host.bias_name, *taken, sizes)
             with selection.with_normed(normed):
                 return base.forward(self, some, *positional, **named)
 
@@ -178,14 +180,6 @@ def grafted_class(kind: str, base: type[nn.Module], **members) -> type[nn.Module
     """A subclass for instances of ``base`` to be turned into, and back again."""
     members = {**members, "grafted_on": base, "__module__": base.__module__}
     return type(f"{kind}{base.__name__}", (base,), members)
-
-
-def refuse_per_token_arguments(layer: int, args: tuple, kwargs: dict) -> None:
-    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-        raise TosaError(
-            f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
-            "run the model without an attention mask"
-        )
 
 
 def selective_blocks(model: nn.Module) -> list[nn.Module]:

@@ -96,6 +96,11 @@ def _check_fit(host: Host, config: ConvertConfig) -> None:
         width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
         if width % host.heads:
             raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+    if config.lasting and host.rotary:
+        raise UsageError(
+            f"bypass {config.bypass} leaves fewer tokens behind a layer, and this model's rotary positions are not "
+            "taken along yet; use identity, borrow or merge"
+        )
     if config.lasting:
         check_halves(host, host.blocks[0])
 
@@ -165,12 +170,17 @@ def original(model: nn.Module) -> nn.Module:
             for part in ("selector", "matcher"):
                 if part in module.__dict__ or part in module._modules:
                     delattr(module, part)
-        for key in [key for key, hook in module._forward_hooks.items() if _is_ours(hook)]:
-            del module._forward_hooks[key]
+        for hooks, with_keywords in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+                with_keywords.pop(key, None)
     if is_converted(twin):
         del twin.tosa_config
     return twin
 
 
 def _is_ours(hook) -> bool:
-    return isinstance(hook, Tap) or isinstance(getattr(hook, "__self__", None), (Passage, Selection))
+    return isinstance(getattr(hook, "__self__", hook), (Tap, Passage, Selection))

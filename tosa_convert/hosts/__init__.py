@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from tosa_convert.errors import UnsupportedModelError
+from tosa_convert.errors import TosaError, UnsupportedModelError
 from tosa_convert.preprocessing import Preprocessing
+from tosa_convert.tokens import flat_positions
 
 Receive = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes queries and keys, both (B, H, N, D)."""
@@ -32,7 +33,8 @@ class Host(ABC):
         class_token: whether the first of them is a class token.
         width: channels of a token.
         bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
-            is also its first argument behind the tokens.
+            is also its first argument behind the tokens, unless the model calls its blocks by keyword.
+        rotary: whether the attention turns queries and keys by positions that come with each call.
     """
 
     library: str
@@ -41,6 +43,7 @@ class Host(ABC):
     class_token: bool
     width: int
     bias_name: str
+    rotary: bool = False
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -86,9 +89,26 @@ class Host(ABC):
         be a method: a deep copy of the model then carries copies that call the copied receiver.
         """
 
+    def take_along(
+        self, layer: int, args: tuple, kwargs: dict, places: torch.Tensor | None = None
+    ) -> tuple[tuple, dict]:
+        """A block's arguments behind the tokens, for the tokens at ``places`` (B, K), or as they are.
+
+        Raises:
+            TosaError: one of them is per token, and it is not known how to take it along.
+        """
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            raise TosaError(
+                f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
+                "run the model without an attention mask"
+            )
+        return args, kwargs
+
     @abstractmethod
-    def project(self, attention: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, N, C) → queries, keys, values, each (B, H, N, D)."""
+    def project(
+        self, attention: nn.Module, tokens: torch.Tensor, arguments: dict
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
 
     @abstractmethod
     def finish(self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor):
@@ -147,7 +167,7 @@ def host_of(model: nn.Module) -> Host:
     Raises:
         UnsupportedModelError: no host knows this class, or one knows why it cannot be converted.
     """
-    for module in _modules():
+    for module in families():
         host = module.find(model)
         if host is not None:
             return host
@@ -158,7 +178,8 @@ def host_of(model: nn.Module) -> Host:
     )
 
 
-def _modules() -> list:
+def families() -> list:
+    """The modules of this folder. One for timm names in ``TIMM`` the timm modules whose models it is for."""
     return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 
 
@@ -172,11 +193,27 @@ def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Tap(ABC):
-    """A forward hook on an attention's projections that passes its queries and keys on."""
+def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (N, D), (H, N, D) or, image by image, (B, H or 1, N, D) of all patches, and places among them
+    (B, K) → (B, H or 1, K, D)."""
+    batch, count = places.shape
+    if positions.ndim < 4:
+        heads = positions if positions.ndim == 3 else positions[None]
+        return heads.index_select(1, places.reshape(-1)).unflatten(1, (batch, count)).transpose(0, 1)
+    of_each = positions.transpose(1, 2)  # (B, N, H or 1, D)
+    rows = of_each.flatten(0, 1).index_select(0, flat_positions(places, of_each.shape[1]))
+    return rows.unflatten(0, (batch, count)).transpose(1, 2)
+
+
+class Tap:
+    """Hooks that pass an attention's queries and keys on; its methods, or the object itself, are the hooks."""
 
     def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
         self.attention, self.receive, self.detach = attention, receive, detach
+
+
+class ProjectionTap(Tap, ABC):
+    """A forward hook on an attention's projections."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.take(module, output.detach() if self.detach else output)

@@ -7,9 +7,10 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, Receive, Tap
+from tosa_convert.hosts import Host, ProjectionTap, Receive
 from tosa_convert.preprocessing import Preprocessing
 
+TIMM = ("vision_transformer", "deit")
 REASONS = {
     "its attention runs within windows: a token cannot leave one without changing the others": (
         "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit vision_transformer_sam gcvit davit "
@@ -23,7 +24,7 @@ REASONS = {
     "its blocks hold more than one set of tokens": "crossvit tnt",
     "its attention blends in maps of its own that QKᵀ does not show": "convit",
     "its attention carries positions or biases per token, which this version does not gather yet": (
-        "eva beit vision_transformer_relpos naflexvit"
+        "beit vision_transformer_relpos naflexvit"
     ),
     "its class token joins after the blocks, a layout this version does not read yet": "cait",
 }
@@ -84,7 +85,7 @@ class TimmVit(Host):
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
         return [block.attn.qkv.register_forward_hook(_QkvTap(block.attn, receive, detach))]
 
-    def project(self, attention, tokens):
+    def project(self, attention, tokens, arguments):
         return _split(attention, attention.qkv(tokens))
 
     def finish(self, attention, joined, tokens):
@@ -158,7 +159,7 @@ def _split(attention: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, torch
     return attention.q_norm(queries), attention.k_norm(keys), values
 
 
-class _QkvTap(Tap):
+class _QkvTap(ProjectionTap):
     """On timm's one projection of all three."""
 
     def take(self, module, projected):

@@ -2,13 +2,13 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, Receive, Tap, split_heads
+from tosa_convert.hosts import Host, ProjectionTap, Receive, families, split_heads
 from tosa_convert.preprocessing import Preprocessing
 
 PREFIX_TOKENS = {
@@ -20,37 +20,45 @@ PREFIX_TOKENS = {
     "SiglipEncoderLayer": lambda config: 0,
 }
 """Layer class → how many tokens stand in front of the patches."""
+TRANSFORMERS = tuple(PREFIX_TOKENS)
 FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1")
 UNMASKED = "sdpa_without_mask"
 
 
 def find(model: nn.Module) -> Host | None:
-    transformers = sys.modules.get("transformers")  # a model of its making has imported it
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not made_by_transformers(model):
         return None
-    rows = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _sees_patches(module[0])
-    ]
+    rows = rows_of(model, _sees_patches)
     if len(rows) != 1:
         found = "no row of layers that it understands" if not rows else f"{len(rows)} rows of layers"
+        understood = sorted(name for family in families() for name in getattr(family, "TRANSFORMERS", ()))
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {model.config.model_type!r}) cannot be made token-selective: "
-            f"this version found {found} in it; understood are {', '.join(sorted(PREFIX_TOKENS))}"
+            f"this version found {found} in it; understood are {', '.join(understood)}"
         )
     return TransformersVit(model, rows[0])
+
+
+def made_by_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")  # a model of its making has imported it
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def rows_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[list[nn.Module]]:
+    """The rows of layers in a model whose first layer is understood."""
+    rows = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [row for row in rows if row and understood(row[0])]
 
 
 def _sees_patches(layer: nn.Module) -> bool:
     """Of an understood class, and in a vision tower: CLIP and SigLIP build their text towers from the same layers."""
     configs = [getattr(module, "config", None) for module in layer.children()]
-    return _layer_class(layer) is not None and any(hasattr(config, "patch_size") for config in configs)
+    return layer_class(layer, PREFIX_TOKENS) is not None and any(hasattr(config, "patch_size") for config in configs)
 
 
-def _layer_class(layer: nn.Module) -> str | None:
-    """The layer's understood class name, also when the layer is selective by now."""
-    return next((kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in PREFIX_TOKENS), None)
+def layer_class(layer: nn.Module, known: Container[str]) -> str | None:
+    """Which of the known classes a layer is of, also when the layer is selective by now."""
+    return next((kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in known), None)
 
 
 class TransformersVit(Host):
@@ -60,9 +68,12 @@ class TransformersVit(Host):
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
         super().__init__(model)
         self.blocks = blocks
-        self.prefix = PREFIX_TOKENS[_layer_class(blocks[0])](self.attention(blocks[0]).config)
+        self.prefix = self._prefix_tokens(blocks[0])
         self.class_token = self.prefix > 0
         self.width = self._vision_config.hidden_size
+
+    def _prefix_tokens(self, block: nn.Module) -> int:
+        return PREFIX_TOKENS[layer_class(block, PREFIX_TOKENS)](self.attention(block).config)
 
     def norm(self, block):
         return next(child for name, child in block.named_children() if name in FIRST_NORMS)
@@ -88,7 +99,7 @@ class TransformersVit(Host):
         tap = _QueryKeyTap(attention, receive, detach)
         return [projection.register_forward_hook(tap) for projection in (attention.q_proj, attention.k_proj)]
 
-    def project(self, attention, tokens):
+    def project(self, attention, tokens, arguments):
         heads = attention.config.num_attention_heads
         return tuple(
             split_heads(linear(tokens), heads) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -157,7 +168,7 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-class _QueryKeyTap(Tap):
+class _QueryKeyTap(ProjectionTap):
     """On two projections, whichever runs first."""
 
     def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):

@@ -1,0 +1,121 @@
+"""timm's Eva family: EVA-02, DINOv3, PE, and ViTs with rotary positions."""
+
+import torch
+from timm.layers import AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import nn
+
+from tosa_convert.errors import TosaError, UnsupportedModelError
+from tosa_convert.hosts import Host, Receive, Tap, positions_at, split_heads
+from tosa_convert.hosts.timm_vit import TimmVit
+
+TIMM = ("eva",)
+
+
+def find(model: nn.Module) -> Host | None:
+    if not isinstance(model, Eva):
+        return None
+    odd = next((block for block in model.blocks if not _understood(block)), None)
+    if odd is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is built from {type(odd).__name__} with "
+            f"{type(getattr(odd, 'attn', None)).__name__}, which this version does not understand yet"
+        )
+    return TimmEva(model)
+
+
+def _understood(block: nn.Module) -> bool:
+    return isinstance(block, (EvaBlock, EvaBlockPostNorm)) and isinstance(block.attn, (EvaAttention, AttentionRope))
+
+
+class TimmEva(TimmVit):
+    """The positions, ``rope``, come with each call of a block: (N, ·), or (heads, N, ·), of all patches of the grid."""
+
+    rotary = True
+
+    def norm(self, block):
+        return None if isinstance(block, EvaBlockPostNorm) else block.norm1
+
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
+        attention = block.attn
+        tap = _RotatedTap(attention, receive, detach)
+        return [
+            attention.register_forward_pre_hook(tap.note_positions, with_kwargs=True),
+            attention.q_norm.register_forward_hook(tap.take_queries),
+            attention.k_norm.register_forward_hook(tap.take_keys),
+        ]
+
+    def take_along(self, layer, args, kwargs, places=None):
+        rope, others = kwargs.get("rope"), {name: value for name, value in kwargs.items() if name != "rope"}
+        super().take_along(layer, args, others)
+        if kwargs.get("is_causal"):
+            raise TosaError(f"selective layer {layer} was called with causal attention, which needs every token")
+        if rope is None or places is None:
+            return args, kwargs
+        return args, {**kwargs, "rope": positions_at(rope, places[:, self.prefix :] - self.prefix)}
+
+    def project(self, attention, tokens, arguments):
+        if attention.qkv is not None:
+            bias = getattr(attention, "q_bias", None)
+            joined = attention.qkv(tokens)
+            if bias is not None:
+                joined = joined + torch.cat([bias, attention.k_bias, attention.v_bias])
+            queries, keys, values = (split_heads(part, attention.num_heads) for part in joined.chunk(3, dim=-1))
+        else:
+            queries, keys, values = (
+                split_heads(linear(tokens), heads)
+                for linear, heads in (
+                    (attention.q_proj, attention.num_heads),
+                    (attention.k_proj, _key_heads(attention)),
+                    (attention.v_proj, _key_heads(attention)),
+                )
+            )
+        rope = arguments.get("rope")
+        queries, keys = (
+            _rotated(attention, attention.q_norm(queries), rope),
+            _rotated(attention, attention.k_norm(keys), rope),
+        )
+        return queries, _for_all_heads(attention, keys), _for_all_heads(attention, values)
+
+
+def _key_heads(attention: nn.Module) -> int:
+    return getattr(attention, "num_kv_heads", attention.num_heads)
+
+
+def _for_all_heads(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor:
+    """Grouped-query attention has fewer heads of keys and values than of queries."""
+    groups = attention.num_heads // _key_heads(attention)
+    return keys if groups == 1 else keys.repeat_interleave(groups, dim=1)
+
+
+def _rotated(attention: nn.Module, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, N, D) queries or keys, turned by their positions but for the prefix tokens, as the attention does it."""
+    if rope is None:
+        return heads
+    prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
+    turned = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=half)
+    return torch.cat([heads[:, :, :prefix], turned], dim=2).type_as(heads)
+
+
+class _RotatedTap(Tap):
+    """On what normalises queries and keys, since the projections of some attentions are not called as modules."""
+
+    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
+        super().__init__(attention, receive, detach)
+        self.rope = self.queries = None
+
+    def note_positions(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
+
+    def take_queries(self, norm: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.queries = output
+
+    def take_keys(self, norm: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        queries, rope = self.queries, self.rope
+        self.queries = self.rope = None  # nothing of a forward pass stays behind in memory
+        keys = output
+        if self.detach:
+            queries, keys = queries.detach(), keys.detach()
+        queries, keys = (_rotated(self.attention, each, rope) for each in (queries, keys))
+        self.receive(queries, _for_all_heads(self.attention, keys))
