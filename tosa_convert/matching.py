@@ -87,10 +87,10 @@ def _stays(row: torch.Tensor, column: torch.Tensor, height, width, level: int):
     return stays & ((row // step + column // step) % 2 == 0), (down * across + 1) // 2
 
 
-def by_length(normed: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) tokens behind and in front of a norm → features whose distances count more the longer the tokens are:
-    half-way (geometric mean) between those of the normed tokens and those of the tokens."""
-    return normed * tokens.norm(dim=-1, keepdim=True).sqrt()
+def features_of(tokens: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) tokens in front of and behind a norm → (B, N, about 96), by whose distances tokens are compared:
+    half-way (geometric mean) between those of the tokens and those of the normed tokens."""
+    return sketch(normed) * tokens.norm(dim=-1, keepdim=True).sqrt()
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:

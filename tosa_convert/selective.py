@@ -17,7 +17,7 @@ from torch import nn
 
 from tosa_convert.bypasses import WHOLE
 from tosa_convert.errors import TosaError
-from tosa_convert.matching import by_length, match, sketch
+from tosa_convert.matching import features_of, match
 from tosa_convert.passage import Passage
 from tosa_convert.tokens import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
 
@@ -81,7 +81,7 @@ class Selection:
         Args:
             selector: a scorer.
             patches: how many patch tokens the keep ratio is of.
-            features: the tokens as a scorer that does not listen sees them, (B, N, C).
+            features: what a scorer that does not listen sees, see :func:`~tosa_convert.matching.features_of`.
 
         Without a new forward of the layer listened to (gradient checkpointing runs a block again for
         its backward), the choice of the last forward stands: there each forward needs its backward
@@ -146,12 +146,12 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         normed = features = None
         if self.matcher is not None or not self.selector.listens:
             normed = host.normed(self, tokens)
-            features = by_length(normed.detach(), tokens.detach())
+            features = features_of(tokens.detach(), normed.detach())
         choice = selection.choose(self.selector, tokens.shape[1] - selection.prefix, features)
         if selection.per_head:  # the attention inside reads the choice itself
             return base.forward(self, tokens, *args, **kwargs)
         if self.matcher is not None:
-            choice = self.matcher(sketch(features), choice)
+            choice = self.matcher(features, choice)
 
         taken = host.take_along(selection.layer, args, kwargs, choice.attended)
 

@@ -3,8 +3,8 @@
 A scorer that ``listens`` to queries and keys works in two steps. ``read(queries, keys)``, both (B, H, N, D),
 runs inside the layer it listens to, without parameters, and gives the little that is kept of them; the
 module's forward turns that into scores (B, H, N) when the selective layer runs. Higher means: rather attend.
-One that does not listen gets the layer's own tokens, normed and weighted by length, (B, N, C). One that ``chooses``
-is told the keep ratio too, and gives a :class:`~tosa_convert.tokens.Choice` in place of scores.
+One that does not listen gets features of the layer's own tokens, (B, N, D). One that ``chooses`` is told the keep
+ratio too, and gives a :class:`~tosa_convert.tokens.Choice` in place of scores.
 
 A scorer listens to the layer before its own; under a lasting bypass, which acts behind a layer's attention, to
 the attention of its own layer (but for ToSA's, which predicts the next one).

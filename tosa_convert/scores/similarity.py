@@ -4,14 +4,13 @@ import torch
 from torch import nn
 
 from tosa_convert.errors import TosaError
-from tosa_convert.matching import choose_bipartite, choose_redundant, pyramid, sketch, thinnings
+from tosa_convert.matching import choose_bipartite, choose_redundant, pyramid, thinnings
 from tosa_convert.passage import Passage
 from tosa_convert.tokens import Choice, keep_count
 
 
 class GridSimilarity(nn.Module):
-    """On the grid of all patches: distances of a sketch of the layer's tokens, normed and weighted by length, over the
-    levels of a pyramid.
+    """On the grid of all patches: distances between the layer's tokens over the levels of a pyramid.
 
     Args:
         prefix: number of leading tokens that are no patches.
@@ -24,17 +23,17 @@ class GridSimilarity(nn.Module):
         super().__init__()
         self.prefix, self.passage = prefix, passage
 
-    def forward(self, tokens: torch.Tensor, steps: int) -> Choice:
-        """(B, N, C) and the keep ratio, see :func:`~tosa_convert.tokens.ratio_steps` → the choice, with partners."""
-        patches, count = self.passage.patches, tokens.shape[1] - self.prefix
+    def forward(self, features: torch.Tensor, steps: int) -> Choice:
+        """(B, N, D) and the keep ratio, see :func:`~tosa_convert.tokens.ratio_steps` → the choice, with partners."""
+        patches, count = self.passage.patches, features.shape[1] - self.prefix
         if isinstance(patches, int) and isinstance(count, int) and patches != count:
             raise TosaError(
                 f"{count} patch tokens do not fill the grid of {patches}: score similarity needs all of them, so no "
                 "patch dropout, and the patch embedding that the model had when it was converted"
             )
         kept = keep_count(patches, steps)
-        grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None, tokens.device)
-        return choose_redundant(sketch(tokens), self.prefix, grid, kept)
+        grid = pyramid(*self.passage.grid, thinnings(steps), kept if isinstance(kept, int) else None, features.device)
+        return choose_redundant(features, self.prefix, grid, kept)
 
 
 class HeadMean(nn.Module):
