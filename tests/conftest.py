@@ -1,6 +1,7 @@
 """Small random-weight instances of the real classes, small pictures, and no network."""
 
 import os
+import re
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,10 +41,22 @@ def _timm(kind=VisionTransformer, **options):
 
 def _hf(kind: str, **options):
     def build():
-        config = getattr(transformers, f"{kind.removesuffix('Model').removesuffix('ForImageClassification')}Config")
-        return getattr(transformers, kind)(config(**{**HF_SMALL, **options}))
+        family = re.sub("(Model|Backbone|ForImageClassification)$", "", kind)
+        config = getattr(transformers, f"{family}Config")(**{**HF_SMALL, **options})
+        return getattr(transformers, kind)(config)
 
     return build
+
+
+def _depth_anything():
+    backbone = transformers.Dinov2Config(
+        **HF_SMALL, mlp_ratio=2, layerscale_value=0.5, out_indices=[2, 4, 5, 6], reshape_hidden_states=False
+    )
+    sizes = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "head_hidden_size": 8}
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=48, patch_size=8, **sizes
+    )
+    return transformers.DepthAnythingForDepthEstimation(config)
 
 
 FAMILIES = {
@@ -69,6 +82,8 @@ FAMILIES = {
 VARIANTS = {
     "timm grouped queries": _timm(Eva, **ROPE, attn_type="rope", qkv_fused=False, num_kv_heads=1, init_values=0.5),
     "timm eva post-norm": _timm(Eva, use_rot_pos_emb=True, use_post_norm=True, class_token=False, global_pool="avg"),
+    "hf Dinov2Backbone": _hf("Dinov2Backbone", mlp_ratio=2, layerscale_value=0.5, out_indices=[2, 4, 6]),
+    "hf DepthAnything": _depth_anything,
 }
 """Of families above, for the tests that would find them out."""
 LAYERS = [2, 4, 6]

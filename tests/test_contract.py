@@ -18,6 +18,11 @@ def first(outputs: dict) -> torch.Tensor:
     return next(iter(outputs.values()))
 
 
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """To 1e-5 of the largest value: a depth head with random weights makes millions."""
+    return torch.allclose(found, wanted, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
 EVERY = {**FAMILIES, **VARIANTS}
 
 
@@ -28,7 +33,7 @@ def test_ratio_one_equals_the_original(name, images, selection):
     wanted = run(family, images)
     converted = convert(copy.deepcopy(family), layers=LAYERS, ratio=1.0, selection=selection)
     for output, value in run(converted, images).items():
-        assert torch.allclose(value, wanted[output], atol=1e-5), output
+        assert close(value, wanted[output]), output
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -43,8 +48,8 @@ def test_shared_selection_equals_the_masked_original(name, size):
     reference = copy.deepcopy(family)
     for layer in LAYERS:
         _mask(host_of(reference), layer, chosen[layer])
-    for name, value in run(reference, images).items():
-        assert torch.allclose(found[name], value, atol=1e-5), name
+    for output, value in run(reference, images).items():
+        assert close(found[output], value), output
     assert not torch.allclose(first(found), first(run(family, images)), atol=1e-3)
 
 

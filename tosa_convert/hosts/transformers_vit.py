@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
@@ -123,6 +124,8 @@ class TransformersVit(Host):
         for name in ("logits", "predicted_depth", "image_embeds"):
             if getattr(found, name, None) is not None:
                 return {name: getattr(found, name)}
+        if getattr(found, "feature_maps", None) is not None:  # a backbone's, all of one shape
+            return {"feature_maps": torch.stack(found.feature_maps, dim=1)}
         pooled = getattr(found, "pooler_output", None)
         tokens = found.last_hidden_state
         return {"tokens": tokens, "features": tokens[:, 0] if pooled is None else pooled}
