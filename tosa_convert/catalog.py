@@ -5,26 +5,24 @@ from fnmatch import fnmatch
 import timm
 import torch
 
-from tosa_convert import hosts
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import host_of
-from tosa_convert.hosts.timm_vit import NOT_A_VIT, REASONS, REFUSED
+from tosa_convert.hosts import host_of, served
+from tosa_convert.hosts.refusals import NOT_A_VIT, REASONS, REFUSED
 from tosa_convert.progress import Progress
 
 
 def families() -> list[tuple[str, int | None, str, str]]:
     """(families, number of timm names, "yes" or "no", remark) of all that this version knows about."""
     count = {module: len(timm.list_models(module=module)) for module in timm.list_modules()}
-    served = [module for family in hosts.families() for module in getattr(family, "TIMM", ())]
-    layers = [layer for family in hosts.families() for layer in getattr(family, "TRANSFORMERS", ())]
+    ours = served("TIMM")
     rows = [
-        (f"timm: {', '.join(served)}", sum(count[module] for module in served), "yes", "most; ask with a pattern"),
-        (f"transformers: {', '.join(sorted(layers))}", None, "yes", "any model built from these layers"),
+        (f"timm: {', '.join(ours)}", sum(count[module] for module in ours), "yes", "most; ask with a pattern"),
+        (f"transformers: {', '.join(served('TRANSFORMERS'))}", None, "yes", "any model built from these layers"),
     ]
     for reason, text in REASONS.items():
         known = [module for module in text.split() if module in count]
         rows.append((f"timm: {', '.join(known)}", sum(count[module] for module in known), "no", reason))
-    others = [module for module in count if module not in served and module not in REFUSED]
+    others = [module for module in count if module not in ours and module not in REFUSED]
     rows.append(("timm: all others", sum(count[module] for module in others), "no", NOT_A_VIT))
     return rows
 

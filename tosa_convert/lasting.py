@@ -16,7 +16,7 @@ from torch import nn
 from tosa_convert.bypasses import LASTING
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host
-from tosa_convert.selective import Selection, grafted_class, listen, weighed
+from tosa_convert.selective import Selection, grafted_class, listen
 from tosa_convert.tokens import gather_tokens
 
 
@@ -60,16 +60,15 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         selection, host = self.selection, self.selection_host
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
-        host.take_along(selection.layer, args, kwargs)
+        host.check_arguments(selection.layer, args, kwargs)
         drops = selection.bypass == "drop"
         groups = None if drops else selection.passage.entering(selection.layer, tokens)
         sizes = groups.sizes if selection.bypass == "persist" else None
-        positional, named = weighed(host.bias_name, args, kwargs, sizes)
         if not selection.reduces:
-            tokens = base.forward(self, tokens, *positional, **named)
+            tokens = host.call(self, base.forward, tokens, args, kwargs, sizes=sizes)
         else:
             with selection.without("mlp"):
-                tokens = base.forward(self, tokens, *positional, **named)
+                tokens = host.call(self, base.forward, tokens, args, kwargs, sizes=sizes)
             tokens, groups = _reduce(self, tokens, groups)
             with selection.without("attention"):
                 tokens = base.forward(self, tokens, *args, **kwargs)

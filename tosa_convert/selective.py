@@ -140,7 +140,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         selection, host = self.selection, self.selection_host
         if not selection.active:
             return base.forward(self, tokens, *args, **kwargs)
-        host.take_along(selection.layer, args, kwargs)  # refused before anything is done
+        host.check_arguments(selection.layer, args, kwargs)
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
         normed = features = None
@@ -153,22 +153,13 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         if self.matcher is not None:
             choice = self.matcher(features, choice)
 
-        taken = host.take_along(selection.layer, args, kwargs, choice.attended)
-
         def run(some, sizes=None, normed=None):
-            positional, named = weighed(host.bias_name, *taken, sizes)
             with selection.with_normed(normed):
-                return base.forward(self, some, *positional, **named)
+                return host.call(self, base.forward, some, args, kwargs, choice.attended, sizes)
 
         return WHOLE[selection.bypass](run, tokens, normed, choice)
 
     return grafted_class("Selective", base, forward=forward, listen=listen)
-
-
-def weighed(keyword: str, args: tuple, kwargs: dict, sizes: torch.Tensor | None) -> tuple[tuple, dict]:
-    """A block's arguments behind the tokens, with the bias by which its attention weighs each token by how many it
-    stands for, ``sizes`` (B, N) (ToMe's proportional attention, arXiv 2210.09461, section 3.3)."""
-    return (args, kwargs) if sizes is None else (args[1:], {**kwargs, keyword: sizes.log()[:, None, None, :]})
 
 
 def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:

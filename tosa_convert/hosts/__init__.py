@@ -1,8 +1,7 @@
 """Hosts: what this project has to know about a model library, and nothing about methods.
 
-Each module in this folder offers ``find(model) -> Host | None`` and raises
-:class:`~tosa_convert.errors.UnsupportedModelError` for a model it knows it cannot serve. A new
-family is a new module here; there is no list to edit.
+Each family is a module in this folder that offers ``find(model) -> Host | None``; a new family is a new
+module, and there is no list to edit. What no family finds is refused, see :mod:`tosa_convert.hosts.refusals`.
 """
 
 import importlib
@@ -16,8 +15,8 @@ import torch
 from torch import nn
 
 from tosa_convert.errors import TosaError, UnsupportedModelError
+from tosa_convert.hosts.refusals import why_not
 from tosa_convert.preprocessing import Preprocessing
-from tosa_convert.tokens import flat_positions
 
 Receive = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes queries and keys, both (B, H, N, D)."""
@@ -89,20 +88,46 @@ class Host(ABC):
         be a method: a deep copy of the model then carries copies that call the copied receiver.
         """
 
-    def take_along(
-        self, layer: int, args: tuple, kwargs: dict, places: torch.Tensor | None = None
-    ) -> tuple[tuple, dict]:
-        """A block's arguments behind the tokens, for the tokens at ``places`` (B, K), or as they are.
+    def check_arguments(self, layer: int, args: tuple, kwargs: dict) -> None:
+        """Look at what a block is called with behind its tokens.
 
         Raises:
-            TosaError: one of them is per token, and it is not known how to take it along.
+            TosaError: something in it is per token, and it is not known how to take it along.
         """
         if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             raise TosaError(
                 f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
                 "run the model without an attention mask"
             )
-        return args, kwargs
+
+    def arguments(
+        self, args: tuple, kwargs: dict, places: torch.Tensor | None, sizes: torch.Tensor | None
+    ) -> tuple[tuple, dict]:
+        """A block's arguments behind its tokens, when these are not all of the tokens; see :meth:`call`."""
+        if sizes is None:
+            return args, kwargs
+        return args[1:], {**kwargs, self.bias_name: sizes.log()[:, None, None, :]}
+
+    def call(
+        self,
+        block: nn.Module,
+        forward: Callable,
+        tokens: torch.Tensor,
+        args: tuple,
+        kwargs: dict,
+        places: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run a block's own forward on some of its tokens, (B, K, C) → (B, K, C).
+
+        Args:
+            args, kwargs: what the block was called with behind its tokens.
+            places: (B, K) which of the tokens these are; None where all are there, or their places do not matter.
+            sizes: (B, K) for how many tokens each stands; the attention then weighs it by that (ToMe's proportional
+                attention, arXiv 2210.09461, section 3.3).
+        """
+        args, kwargs = self.arguments(args, kwargs, places, sizes)
+        return forward(block, tokens, *args, **kwargs)
 
     @abstractmethod
     def project(
@@ -165,22 +190,24 @@ def host_of(model: nn.Module) -> Host:
     """The host of a model.
 
     Raises:
-        UnsupportedModelError: no host knows this class, or one knows why it cannot be converted.
+        UnsupportedModelError: no family finds it; the message says why it cannot be converted.
     """
     for module in families():
         host = module.find(model)
         if host is not None:
             return host
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    raise UnsupportedModelError(
-        f"{kind} is not a Vision Transformer that this version understands, so it is left as it is; "
-        "`tosa-convert models` lists what is supported"
-    )
+    raise UnsupportedModelError(why_not(model, served("TRANSFORMERS")))
 
 
 def families() -> list:
-    """The modules of this folder. One for timm names in ``TIMM`` the timm modules whose models it is for."""
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    """The modules of this folder that find models."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return [module for module in modules if hasattr(module, "find")]
+
+
+def served(attribute: str) -> list[str]:
+    """What all families say they are for: of ``TIMM`` timm's modules, of ``TRANSFORMERS`` the classes of layers."""
+    return sorted({name for family in families() for name in getattr(family, attribute, ())})
 
 
 def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -191,18 +218,6 @@ def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
     """(B, N, H·D) → (B, H, N, D)."""
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (N, D), (H, N, D) or, image by image, (B, H or 1, N, D) of all patches, and places among them
-    (B, K) → (B, H or 1, K, D)."""
-    batch, count = places.shape
-    if positions.ndim < 4:
-        heads = positions if positions.ndim == 3 else positions[None]
-        return heads.index_select(1, places.reshape(-1)).unflatten(1, (batch, count)).transpose(0, 1)
-    of_each = positions.transpose(1, 2)  # (B, N, H or 1, D)
-    rows = of_each.flatten(0, 1).index_select(0, flat_positions(places, of_each.shape[1]))
-    return rows.unflatten(0, (batch, count)).transpose(1, 2)
 
 
 class Tap:

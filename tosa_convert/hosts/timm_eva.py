@@ -6,23 +6,16 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
-from tosa_convert.errors import TosaError, UnsupportedModelError
-from tosa_convert.hosts import Host, Receive, Tap, positions_at, split_heads
-from tosa_convert.hosts.timm_vit import TimmVit
+from tosa_convert.errors import TosaError
+from tosa_convert.hosts import Host, Receive, split_heads
+from tosa_convert.hosts.rotary import RotaryTap, positions_at
+from tosa_convert.hosts.timm_vit import TimmVit, all_of
 
 TIMM = ("eva",)
 
 
 def find(model: nn.Module) -> Host | None:
-    if not isinstance(model, Eva):
-        return None
-    odd = next((block for block in model.blocks if not _understood(block)), None)
-    if odd is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is built from {type(odd).__name__} with "
-            f"{type(getattr(odd, 'attn', None)).__name__}, which this version does not understand yet"
-        )
-    return TimmEva(model)
+    return TimmEva(model) if isinstance(model, Eva) and all_of(model.blocks, _understood) else None
 
 
 def _understood(block: nn.Module) -> bool:
@@ -38,19 +31,17 @@ class TimmEva(TimmVit):
         return None if isinstance(block, EvaBlockPostNorm) else block.norm1
 
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
-        attention = block.attn
-        tap = _RotatedTap(attention, receive, detach)
-        return [
-            attention.register_forward_pre_hook(tap.note_positions, with_kwargs=True),
-            attention.q_norm.register_forward_hook(tap.take_queries),
-            attention.k_norm.register_forward_hook(tap.take_keys),
-        ]
+        # The projections of some of these attentions are not called as modules.
+        return _NormTap(block.attn, receive, detach).hook(block.attn.q_norm, block.attn.k_norm)
 
-    def take_along(self, layer, args, kwargs, places=None):
-        rope, others = kwargs.get("rope"), {name: value for name, value in kwargs.items() if name != "rope"}
-        super().take_along(layer, args, others)
+    def check_arguments(self, layer, args, kwargs):
+        super().check_arguments(layer, args, {name: value for name, value in kwargs.items() if name != "rope"})
         if kwargs.get("is_causal"):
             raise TosaError(f"selective layer {layer} was called with causal attention, which needs every token")
+
+    def arguments(self, args, kwargs, places, sizes):
+        args, kwargs = super().arguments(args, kwargs, places, sizes)
+        rope = kwargs.get("rope")
         if rope is None or places is None:
             return args, kwargs
         return args, {**kwargs, "rope": positions_at(rope, places[:, self.prefix :] - self.prefix)}
@@ -98,24 +89,12 @@ def _rotated(attention: nn.Module, heads: torch.Tensor, rope: torch.Tensor | Non
     return torch.cat([heads[:, :, :prefix], turned], dim=2).type_as(heads)
 
 
-class _RotatedTap(Tap):
-    """On what normalises queries and keys, since the projections of some attentions are not called as modules."""
+class _NormTap(RotaryTap):
+    """On what normalises queries and keys."""
 
-    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
-        super().__init__(attention, receive, detach)
-        self.rope = self.queries = None
+    def positions_in(self, args, kwargs):
+        return kwargs.get("rope", args[1] if len(args) > 1 else None)
 
-    def note_positions(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
-
-    def take_queries(self, norm: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.queries = output
-
-    def take_keys(self, norm: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        queries, rope = self.queries, self.rope
-        self.queries = self.rope = None  # nothing of a forward pass stays behind in memory
-        keys = output
-        if self.detach:
-            queries, keys = queries.detach(), keys.detach()
-        queries, keys = (_rotated(self.attention, each, rope) for each in (queries, keys))
-        self.receive(queries, _for_all_heads(self.attention, keys))
+    def turned(self, queries, keys, positions):
+        queries, keys = (_rotated(self.attention, each, positions) for each in (queries, keys))
+        return queries, _for_all_heads(self.attention, keys)

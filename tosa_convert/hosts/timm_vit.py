@@ -1,5 +1,7 @@
 """timm's VisionTransformer family: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP and SigLIP towers, FlexiViT."""
 
+from collections.abc import Callable
+
 import torch
 from timm.data import resolve_data_config
 from timm.layers import Attention
@@ -8,45 +10,26 @@ from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host, ProjectionTap, Receive
+from tosa_convert.hosts.refusals import not_understood
 from tosa_convert.preprocessing import Preprocessing
 
 TIMM = ("vision_transformer", "deit")
-REASONS = {
-    "its attention runs within windows: a token cannot leave one without changing the others": (
-        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit vision_transformer_sam gcvit davit "
-        "tiny_vit nest hiera hieradet_sam2"
-    ),
-    "it is hierarchical: its stages pool tokens or mix them with convolutions, so they have no fixed places": (
-        "mvitv2 levit pvt_v2 twins coat efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra edgenext "
-        "mobilevit fastvit nextvit visformer pit volo"
-    ),
-    "its attention runs over channels, not tokens: there is no token map to predict": "xcit",
-    "its blocks hold more than one set of tokens": "crossvit tnt",
-    "its attention blends in maps of its own that QKᵀ does not show": "convit",
-    "its attention carries positions or biases per token, which this version does not gather yet": (
-        "beit vision_transformer_relpos naflexvit"
-    ),
-    "its class token joins after the blocks, a layout this version does not read yet": "cait",
-}
-NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
-REFUSED = {module: reason for reason, modules in REASONS.items() for module in modules.split()}
-"""timm module → why its models cannot be converted."""
 
 
 def find(model: nn.Module) -> Host | None:
-    module = type(model).__module__
-    if not isinstance(model, VisionTransformer):
-        if not module.startswith("timm."):
-            return None
-        reason = REFUSED.get(module.rsplit(".", 1)[-1], NOT_A_VIT)
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be made token-selective: {reason}")
-    odd = next((block for block in model.blocks if not _understood(block)), None)
-    if odd is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is built from {type(odd).__name__} with "
-            f"{type(getattr(odd, 'attn', None)).__name__}, which this version does not understand yet"
-        )
-    return TimmVit(model)
+    return TimmVit(model) if isinstance(model, VisionTransformer) and all_of(model.blocks, _understood) else None
+
+
+def all_of(blocks: nn.Module, understood: Callable[[nn.Module], bool]) -> bool:
+    """Whether a row of blocks is of an understood kind.
+
+    Raises:
+        UnsupportedModelError: its first one is, but not every other.
+    """
+    odd = [index for index, block in enumerate(blocks) if not understood(block)]
+    if odd and odd[0]:
+        raise UnsupportedModelError(not_understood(f"blocks.{odd[0]}", blocks[odd[0]]))
+    return not odd
 
 
 def _understood(block: nn.Module) -> bool:

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from tosa_convert.hosts import Host, Receive, Tap, positions_at, split_heads
-from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, made_by_transformers, rows_of
+from tosa_convert.hosts import Host, Receive, split_heads
+from tosa_convert.hosts.rotary import RotaryTap, positions_at
+from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
 
 TRANSFORMERS = ("DINOv3ViTLayer",)
 Positions = tuple[torch.Tensor, torch.Tensor]
@@ -12,10 +13,8 @@ Positions = tuple[torch.Tensor, torch.Tensor]
 
 
 def find(model: nn.Module) -> Host | None:
-    if not made_by_transformers(model):
-        return None
-    rows = rows_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
-    return TransformersDinov3(model, rows[0]) if len(rows) == 1 else None
+    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    return None if row is None else TransformersDinov3(model, row)
 
 
 class TransformersDinov3(TransformersVit):
@@ -26,16 +25,14 @@ class TransformersDinov3(TransformersVit):
 
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
         attention = self.attention(block)
-        tap = _TurnedTap(attention, receive, self.prefix, detach)
-        return [
-            attention.register_forward_pre_hook(tap.note_positions, with_kwargs=True),
-            attention.q_proj.register_forward_hook(tap.take_queries),
-            attention.k_proj.register_forward_hook(tap.take_keys),
-        ]
+        return _ProjectionTap(attention, receive, self.prefix, detach).hook(attention.q_proj, attention.k_proj)
 
-    def take_along(self, layer, args, kwargs, places=None):
+    def check_arguments(self, layer, args, kwargs):
         others = {name: value for name, value in kwargs.items() if name != "position_embeddings"}
-        super().take_along(layer, args, others)
+        super().check_arguments(layer, args, others)
+
+    def arguments(self, args, kwargs, places, sizes):
+        args, kwargs = super().arguments(args, kwargs, places, sizes)
         if places is None:
             return args, kwargs
         patches = places[:, self.prefix :] - self.prefix
@@ -57,26 +54,16 @@ def _turned(heads: torch.Tensor, positions: Positions, prefix: int) -> torch.Ten
     return torch.cat([heads[:, :, :prefix], turned], dim=2)
 
 
-class _TurnedTap(Tap):
-    """Queries and keys as the attention compares them."""
+class _ProjectionTap(RotaryTap):
+    """On the projections of queries and keys."""
 
     def __init__(self, attention: nn.Module, receive: Receive, prefix: int, detach: bool = True):
         super().__init__(attention, receive, detach)
         self.prefix = prefix
-        self.positions: Positions | None = None
-        self.queries: torch.Tensor | None = None
 
-    def note_positions(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.positions = kwargs["position_embeddings"]
+    def positions_in(self, args, kwargs):
+        return kwargs["position_embeddings"]
 
-    def take_queries(self, projection: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.queries = output
-
-    def take_keys(self, projection: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        pair, positions = (self.queries, output), self.positions
-        self.queries = self.positions = None  # nothing of a forward pass stays behind in memory
-        if positions is None:  # projected by someone else than the attention's own forward
-            return
-        heads = self.attention.num_heads
-        pair = (split_heads(each.detach() if self.detach else each, heads) for each in pair)
-        self.receive(*(_turned(each, positions, self.prefix) for each in pair))
+    def turned(self, queries, keys, positions):
+        pair = (split_heads(each, self.attention.num_heads) for each in (queries, keys))
+        return tuple(_turned(each, positions, self.prefix) for each in pair)

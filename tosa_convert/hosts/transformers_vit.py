@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, ProjectionTap, Receive, families, split_heads
+from tosa_convert.hosts import Host, ProjectionTap, Receive, split_heads
 from tosa_convert.preprocessing import Preprocessing
 
 PREFIX_TOKENS = {
@@ -27,28 +27,27 @@ UNMASKED = "sdpa_without_mask"
 
 
 def find(model: nn.Module) -> Host | None:
-    if not made_by_transformers(model):
-        return None
-    rows = rows_of(model, _sees_patches)
-    if len(rows) != 1:
-        found = "no row of layers that it understands" if not rows else f"{len(rows)} rows of layers"
-        understood = sorted(name for family in families() for name in getattr(family, "TRANSFORMERS", ()))
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {model.config.model_type!r}) cannot be made token-selective: "
-            f"this version found {found} in it; understood are {', '.join(understood)}"
-        )
-    return TransformersVit(model, rows[0])
+    row = row_of(model, _sees_patches)
+    return None if row is None else TransformersVit(model, row)
 
 
-def made_by_transformers(model: nn.Module) -> bool:
+def row_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
+    """The row of layers in a model of transformers whose first layer is understood.
+
+    Raises:
+        UnsupportedModelError: there are several.
+    """
     transformers = sys.modules.get("transformers")  # a model of its making has imported it
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
-
-
-def rows_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[list[nn.Module]]:
-    """The rows of layers in a model whose first layer is understood."""
-    rows = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [row for row in rows if row and understood(row[0])]
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    rows = {name: row for name, row in lists.items() if row and understood(row[0])}
+    if len(rows) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(rows)} rows of layers, {', '.join(rows)}; convert the part with the one "
+            "that you mean"
+        )
+    return next(iter(rows.values()), None)
 
 
 def _sees_patches(layer: nn.Module) -> bool:

@@ -1,0 +1,58 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864): attention that turns queries and keys by their tokens' places."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from tosa_convert.hosts import Receive, Tap
+from tosa_convert.tokens import flat_positions
+
+
+def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (N, D), (H, N, D) or, image by image, (B, H or 1, N, D) of all patches, and places among them
+    (B, K) → (B, H or 1, K, D)."""
+    batch, count = places.shape
+    if positions.ndim < 4:
+        heads = positions if positions.ndim == 3 else positions[None]
+        return heads.index_select(1, places.reshape(-1)).unflatten(1, (batch, count)).transpose(0, 1)
+    of_each = positions.transpose(1, 2)  # (B, N, H or 1, D)
+    rows = of_each.flatten(0, 1).index_select(0, flat_positions(places, of_each.shape[1]))
+    return rows.unflatten(0, (batch, count)).transpose(1, 2)
+
+
+class RotaryTap(Tap, ABC):
+    """Three hooks that pass on queries and keys as the attention compares them: on the call of the attention, which
+    brings the positions, and on what gives its queries and its keys."""
+
+    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
+        super().__init__(attention, receive, detach)
+        self.positions: Any = None
+        self.queries: torch.Tensor | None = None
+
+    def hook(self, gives_queries: nn.Module, gives_keys: nn.Module) -> list:
+        return [
+            self.attention.register_forward_pre_hook(self.note_positions, with_kwargs=True),
+            gives_queries.register_forward_hook(self.take_queries),
+            gives_keys.register_forward_hook(self.take_keys),
+        ]
+
+    def note_positions(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.positions = self.positions_in(args, kwargs)
+
+    def take_queries(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.queries = output
+
+    def take_keys(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        pair, positions = (self.queries, output), self.positions
+        self.queries = self.positions = None  # nothing of a forward pass stays behind in memory
+        self.receive(*self.turned(*(each.detach() if self.detach else each for each in pair), positions))
+
+    @abstractmethod
+    def positions_in(self, args: tuple, kwargs: dict) -> Any:
+        """The positions among the arguments of the attention's call, None where there are none."""
+
+    @abstractmethod
+    def turned(self, queries: torch.Tensor, keys: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was taken → queries and keys (B, H, N, D), turned."""
