@@ -1,7 +1,6 @@
 """Small random-weight instances of the real classes, small pictures, and no network."""
 
 import os
-import re
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,82 +9,15 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 import hypothesis
 import numpy as np
 import pytest
-import timm
 import torch
-import transformers
+from families import CORE, FAMILIES
 from PIL import Image
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a timing
 hypothesis.settings.load_profile("untimed")
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
-ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
-HF_SMALL = {
-    "hidden_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-def _timm(kind=VisionTransformer, **options):
-    return lambda: kind(**{**SMALL, "dynamic_img_size": True, **options})
-
-
-def _hf(kind: str, **options):
-    def build():
-        family = re.sub("(Model|Backbone|ForImageClassification)$", "", kind)
-        config = getattr(transformers, f"{family}Config")(**{**HF_SMALL, **options})
-        return getattr(transformers, kind)(config)
-
-    return build
-
-
-def _depth_anything():
-    backbone = transformers.Dinov2Config(
-        **HF_SMALL, mlp_ratio=2, layerscale_value=0.5, out_indices=[2, 4, 5, 6], reshape_hidden_states=False
-    )
-    sizes = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "head_hidden_size": 8}
-    config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=48, patch_size=8, **sizes
-    )
-    return transformers.DepthAnythingForDepthEstimation(config)
-
-
-FAMILIES = {
-    "timm vit": _timm(),
-    "timm deit distilled": _timm(VisionTransformerDistilled),
-    "timm dinov2 registers": _timm(init_values=0.5, reg_tokens=4, num_classes=0),
-    "timm qk-norm": _timm(qk_norm=True),
-    "timm siglip": _timm(class_token=False, global_pool="avg"),
-    "timm post-norm": _timm(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=0.5),
-    "timm eva02": _timm(Eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False),
-    "timm dinov3": _timm(Eva, **ROPE, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=4, num_classes=0),
-    "timm mixed rope": _timm(Eva, **ROPE, rope_type="mixed", attn_type="rope", qk_norm=True),
-    "hf ViTModel": _hf("ViTModel"),
-    "hf ViT classifier": _hf("ViTForImageClassification", num_labels=5),
-    "hf DeiTModel": _hf("DeiTModel"),
-    "hf Dinov2Model": _hf("Dinov2Model", mlp_ratio=2, layerscale_value=0.5),
-    "hf Dinov2 swiglu": _hf("Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
-    "hf Dinov2 registers": _hf("Dinov2WithRegistersModel", mlp_ratio=2, num_register_tokens=4),
-    "hf DINOv3ViTModel": _hf("DINOv3ViTModel", num_register_tokens=2, layerscale_value=0.5),
-    "hf CLIPVisionModel": _hf("CLIPVisionModel"),
-    "hf SiglipVisionModel": _hf("SiglipVisionModel"),
-}
-VARIANTS = {
-    "timm grouped queries": _timm(Eva, **ROPE, attn_type="rope", qkv_fused=False, num_kv_heads=1, init_values=0.5),
-    "timm eva post-norm": _timm(Eva, use_rot_pos_emb=True, use_post_norm=True, class_token=False, global_pool="avg"),
-    "hf Dinov2Backbone": _hf("Dinov2Backbone", mlp_ratio=2, layerscale_value=0.5, out_indices=[2, 4, 6]),
-    "hf DepthAnything": _depth_anything,
-}
-"""Of families above, for the tests that would find them out."""
 LAYERS = [2, 4, 6]
 
 
@@ -99,9 +31,9 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=CORE)
 def family(request) -> nn.Module:
-    """One model of each supported family."""
+    """One model of each kind that differs for the methods."""
     torch.manual_seed(0)
     return lively(FAMILIES[request.param]())
 

@@ -3,7 +3,8 @@ import time
 
 import pytest
 import torch
-from conftest import FAMILIES, lively
+from conftest import lively
+from families import FAMILIES
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import BenchSettings, UsageError, bench, convert, load, memory, original, save

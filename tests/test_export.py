@@ -6,7 +6,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAMILIES, lively, write_pictures
+from conftest import lively, write_pictures
+from families import FAMILIES
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import ExportSettings, TosaError, UsageError, convert, export, export_onnx, load

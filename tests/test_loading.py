@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import FAMILIES, HF_SMALL, lively
+from conftest import lively
+from families import FAMILIES, HF_SMALL
 from safetensors.torch import save_file
 
 from tosa_convert import TosaError, UnsupportedModelError, UsageError, convert, load, save

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from conftest import FAMILIES, lively
+from conftest import lively
+from families import FAMILIES
 
 from tosa_convert import convert, flops, load
 from tosa_convert.macs import _count

@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, LAYERS, lively
+from conftest import LAYERS, lively
+from families import FAMILIES
 from test_contract import check_refusal, first
 
 from tosa_convert import (

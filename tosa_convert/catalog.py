@@ -6,8 +6,7 @@ import timm
 import torch
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import host_of, served
-from tosa_convert.hosts.refusals import NOT_A_VIT, REASONS, REFUSED
+from tosa_convert.hosts import host_of, refusals, served
 from tosa_convert.progress import Progress
 
 
@@ -19,11 +18,11 @@ def families() -> list[tuple[str, int | None, str, str]]:
         (f"timm: {', '.join(ours)}", sum(count[module] for module in ours), "yes", "most; ask with a pattern"),
         (f"transformers: {', '.join(served('TRANSFORMERS'))}", None, "yes", "any model built from these layers"),
     ]
-    for reason, text in REASONS.items():
-        known = [module for module in text.split() if module in count]
+    for reason, (modules, _) in refusals.REASONS.items():
+        known = [module for module in modules.split() if module in count]
         rows.append((f"timm: {', '.join(known)}", sum(count[module] for module in known), "no", reason))
-    others = [module for module in count if module not in ours and module not in REFUSED]
-    rows.append(("timm: all others", sum(count[module] for module in others), "no", NOT_A_VIT))
+    others = [module for module in count if module not in ours and module not in refusals.TIMM]
+    rows.append(("timm: all others", sum(count[module] for module in others), "no", refusals.NOT_A_VIT))
     return rows
 
 

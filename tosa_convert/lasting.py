@@ -116,7 +116,7 @@ def check_halves(host: Host, block: nn.Module) -> None:
         host.attention(block).forward = lambda *args, **kwargs: host.as_attention_output(torch.zeros_like(tokens))
         host.mlp(block).forward = lambda *args, **kwargs: torch.zeros_like(tokens)
         with torch.no_grad():
-            after = block(tokens, **{host.bias_name: None})
+            after = host.call(block, type(block).forward, tokens, (), {host.bias_name: None} if host.bias_name else {})
     finally:
         for module in halves:
             del module.forward

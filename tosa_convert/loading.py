@@ -14,7 +14,7 @@ from torch import nn
 from tosa_convert import runs
 from tosa_convert.errors import TosaError, UnsupportedModelError, UsageError
 from tosa_convert.files import read_json
-from tosa_convert.hosts import host_of
+from tosa_convert.hosts import families, host_of
 from tosa_convert.origin import Origin, origin_of
 from tosa_convert.preprocessing import Preprocessing
 from tosa_convert.surgery import is_converted
@@ -82,7 +82,7 @@ def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
     host.resize(size)
     origin = origin_of(model)
     spec = dict(origin.spec)
-    if "model_args" in spec:
+    if "img_size" in host.spec().get("model_args", {}):
         spec["model_args"] = {**spec["model_args"], "img_size": size}
     model.tosa_origin = origin.model_copy(update={"spec": spec, "preprocessing": origin.preprocessing.at(size)})
 
@@ -242,12 +242,14 @@ def _load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
         transformers.utils.logging.disable_progress_bar()
         with _quiet("transformers", "huggingface_hub"):
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+            names = [family.adapt(config) for family in families() if hasattr(family, "adapt")]
+            asked = next(filter(None, names), (config.architectures or ["AutoModel"])[0])
+            kind = getattr(transformers, asked, transformers.AutoModel)
             if not pretrained:
                 model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
             else:
                 model, found = kind.from_pretrained(
-                    name, local_files_only=local, dtype=torch.float32, output_loading_info=True
+                    name, config=config, local_files_only=local, dtype=torch.float32, output_loading_info=True
                 )
                 if found["missing_keys"]:
                     raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")

@@ -31,11 +31,13 @@ class Passage:
         self._grid: tuple[int, int] | None = None
         self._groups: dict[int, Groups | None] = {}
 
-    def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        """A forward hook on the patch projection: (B, D, rows, columns) tells the grid."""
-        height, width = output.shape[-2:]
+    def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        """A forward hook on the patch projection: (B, D, rows, columns) tells the grid, or it comes with the tokens as
+        (tokens, (rows, columns))."""
+        grid = output[1] if isinstance(output, tuple) else output.shape[-2:]
         # In a trace, such as fvcore's, which is of one size, sizes are tensors.
-        self._grid = tuple(int(side) if isinstance(side, torch.Tensor) else side for side in (height, width))
+        whole = (int(side) if isinstance(side, torch.Tensor) else side for side in grid or ())
+        self._grid = tuple(whole) or None
         self._groups = {}
 
     @property

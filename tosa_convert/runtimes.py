@@ -23,8 +23,9 @@ def missing(runtime: str, device: str) -> str | None:
 
 def torch_runner(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[], None]:
     """One forward pass of a model on images of its own device, finished when the call returns."""
-    inputs = host_of(model).inputs(images)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    host = host_of(model)
+    inputs = host.inputs(images)
+    forward = torch.compile(host.forward, dynamic=False) if compiled else host.forward
 
     def runner() -> None:
         with torch.inference_mode():

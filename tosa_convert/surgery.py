@@ -92,14 +92,16 @@ def _check_fit(host: Host, config: ConvertConfig) -> None:
     if config.bypass == "drop" and not host.classifies_by_class_token:
         raise UsageError("bypass drop leaves patches out for good: it is for models that classify by their class token")
     if config.selection == "per_head":
+        if not host.own_heads:
+            raise UsageError("selection per_head needs heads that attend on their own, which this model's do not")
         attention = host.attention(host.blocks[0])
         width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
         if width % host.heads:
             raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
-    if config.lasting and host.rotary:
+    if config.lasting and host.relative:
         raise UsageError(
-            f"bypass {config.bypass} leaves fewer tokens behind a layer, and this model's rotary positions are not "
-            "taken along yet; use identity, borrow or merge"
+            f"bypass {config.bypass} leaves fewer tokens behind a layer, and this model's attention looks at places "
+            "that are not taken along there yet; use identity, borrow or merge"
         )
     if config.lasting:
         check_halves(host, host.blocks[0])

@@ -32,8 +32,10 @@ class Host(ABC):
         class_token: whether the first of them is a class token.
         width: channels of a token.
         bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
-            is also its first argument behind the tokens, unless the model calls its blocks by keyword.
-        rotary: whether the attention turns queries and keys by positions that come with each call.
+            is also its first argument behind the tokens, unless the model calls its blocks by keyword; None where
+            it takes nothing of the kind.
+        relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
+        own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
     """
 
     library: str
@@ -41,19 +43,28 @@ class Host(ABC):
     prefix: int
     class_token: bool
     width: int
-    bias_name: str
-    rotary: bool = False
+    bias_name: str | None
+    relative: bool = False
+    own_heads: bool = True
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def attention(self, block: nn.Module) -> nn.Module:
-        """The attention module of a block."""
+        """The attention module of a block.
+
+        Raises:
+            UnsupportedModelError: it has none of its own.
+        """
         return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
 
     def mlp(self, block: nn.Module) -> nn.Module:
-        """The MLP of a block."""
-        return block.mlp
+        """The MLP of a block.
+
+        Raises:
+            UnsupportedModelError: it has none of its own.
+        """
+        return next(child for name, child in block.named_children() if name in ("mlp", "ffn"))
 
     @abstractmethod
     def norm(self, block: nn.Module) -> nn.Module | None:
@@ -67,7 +78,8 @@ class Host(ABC):
     @property
     @abstractmethod
     def patch_projection(self) -> nn.Module:
-        """The module that gives the patches on their grid, (B, C, rows, columns)."""
+        """The module that gives the patches on their grid, (B, C, rows, columns), or in a row with the grid, as
+        ((B, N, C), (rows, columns))."""
 
     @property
     @abstractmethod
@@ -147,14 +159,27 @@ class Host(ABC):
     def attention_dropout(self, attention: nn.Module) -> float:
         """Dropout on the attention weights while training."""
 
+    def bias(self, attention: nn.Module, arguments: dict) -> torch.Tensor | None:
+        """What the attention adds to its logits for each pair of places, (1, H, N, N), if anything.
+
+        Args:
+            arguments: the keywords of the attention's call.
+        """
+        return None
+
+    @property
+    def forward(self) -> Callable:
+        """What takes :meth:`inputs`: the model, or of one for pictures and texts the way of the pictures."""
+        return self.model
+
     @abstractmethod
     def inputs(self, images: torch.Tensor) -> dict:
-        """The keywords with which the model's own forward takes these images."""
+        """The keywords with which :attr:`forward` takes these images."""
 
     @abstractmethod
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the model. With a head {"logits": (B, classes)} (or the head's own output); without one
-        {"tokens": (B, N, C), "features": (B, C)}."""
+        """Run the model. With a head {"logits": (B, classes)}, or the head's own output under its own name; without
+        one {"tokens": (B, N, C), "features": (B, C)}."""
 
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -196,7 +221,7 @@ def host_of(model: nn.Module) -> Host:
         host = module.find(model)
         if host is not None:
             return host
-    raise UnsupportedModelError(why_not(model, served("TRANSFORMERS")))
+    raise UnsupportedModelError(why_not(model))
 
 
 def families() -> list:
@@ -228,11 +253,44 @@ class Tap:
 
 
 class ProjectionTap(Tap, ABC):
-    """A forward hook on an attention's projections."""
+    """A hook on one projection that gives an attention's queries and keys together."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.take(module, output.detach() if self.detach else output)
+        self.receive(*self.parted(output.detach() if self.detach else output))
 
     @abstractmethod
-    def take(self, module: nn.Module, projected: torch.Tensor) -> None:
-        """What a projection gave, (B, N, ·): call ``receive`` once both queries and keys are there."""
+    def parted(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the projection gave, (B, N, ·) → queries and keys (B, H, N, D)."""
+
+
+class PairTap(Tap):
+    """Two hooks, on what gives an attention's queries and on what gives its keys, whichever runs first."""
+
+    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
+        super().__init__(attention, receive, detach)
+        self.queries: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None
+
+    def hook(self, gives_queries: nn.Module, gives_keys: nn.Module) -> list:
+        return [
+            gives_queries.register_forward_hook(self.take_queries),
+            gives_keys.register_forward_hook(self.take_keys),
+        ]
+
+    def take_queries(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.queries = output
+        self.pass_on()
+
+    def take_keys(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.keys = output
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        if self.queries is not None and self.keys is not None:
+            pair = self.queries, self.keys
+            self.queries = self.keys = None  # nothing of a forward pass stays behind in memory
+            self.receive(*self.formed(*(each.detach() if self.detach else each for each in pair)))
+
+    def formed(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was taken → queries and keys (B, H, N, D), as the attention compares them."""
+        return queries, keys

@@ -5,55 +5,64 @@ from torch import nn
 REASONS = {
     "its attention runs within windows: a token cannot leave one without changing the others": (
         "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit vision_transformer_sam gcvit davit "
-        "tiny_vit nest hiera hieradet_sam2"
+        "tiny_vit nest hiera hieradet_sam2",
+        "swin swinv2 swin2sr maskformer-swin donut-swin hiera sam sam2 sam3 sam_hq vitdet dinat",
     ),
     "it is hierarchical: its stages pool tokens or mix them with convolutions, so they have no fixed places": (
         "mvitv2 levit pvt_v2 twins coat efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra edgenext "
-        "mobilevit fastvit nextvit visformer pit volo"
+        "mobilevit fastvit nextvit visformer pit volo",
+        "levit pvt pvt_v2 segformer cvt focalnet mobilevit mobilevitv2 poolformer glpn",
     ),
-    "its attention runs over channels, not tokens: there is no token map to predict": "xcit",
-    "its blocks hold more than one set of tokens": "crossvit tnt",
-    "its attention blends in maps of its own that QKᵀ does not show": "convit",
-    "its attention carries positions or biases per token, which this version does not gather yet": (
-        "beit vision_transformer_relpos naflexvit"
-    ),
-    "its class token joins after the blocks, a layout this version does not read yet": "cait",
+    "its attention runs over channels, not tokens: there is no token map to predict": ("xcit", ""),
+    "its blocks hold more than one set of tokens": ("crossvit tnt", ""),
+    "its attention blends in maps of its own that QKᵀ does not show": ("convit", ""),
 }
 NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
-REFUSED = {module: reason for reason, modules in REASONS.items() for module in modules.split()}
-"""timm module → why its models cannot be converted."""
+NO_PICTURES = "it takes no pictures (a text model, perhaps)"
+TIMM = {module: reason for reason, (modules, _) in REASONS.items() for module in modules.split()}
+"""timm's module → why its models cannot be converted."""
+TRANSFORMERS = {kind: reason for reason, (_, kinds) in REASONS.items() for kind in kinds.split()}
+"""transformers' model type → the same."""
+ATTENTIONS = ("attn", "attention", "self_attn", "self_attention")
 
 
-def why_not(model: nn.Module, layers: list[str]) -> str:
-    """One line on why no family finds this model.
-
-    Args:
-        layers: the classes of transformers' layers that are understood.
-    """
+def why_not(model: nn.Module) -> str:
+    """One line on why no family finds this model."""
     name, module = type(model).__name__, type(model).__module__
     if module.startswith("timm."):
-        return f"{name} cannot be made token-selective: {_timm_reason(model, module.rsplit('.', 1)[-1])}"
-    if module.startswith("transformers."):
+        reason = TIMM.get(module.rsplit(".", 1)[-1])
+    elif module.startswith("transformers."):
+        reason = TRANSFORMERS.get(model.config.model_type) or (None if _takes_pictures(model) else NO_PICTURES)
+    else:
         return (
-            f"{name} (model type {model.config.model_type!r}) cannot be made token-selective: this version found no "
-            f"row of layers that it understands in it; understood are {', '.join(layers)}"
+            f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "
+            "`tosa-convert models` lists what is supported"
         )
-    return (
-        f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "
-        "`tosa-convert models` lists what is supported"
-    )
+    return f"{name} cannot be made token-selective: {reason or _first_seen(model) or NOT_A_VIT}"
 
 
-def _timm_reason(model: nn.Module, module: str) -> str:
-    if module in REFUSED:
-        return REFUSED[module]
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) and hasattr(blocks[0], "norm1"):
-        return not_understood("blocks.0", blocks[0])
-    return NOT_A_VIT
+def _takes_pictures(model: nn.Module) -> bool:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(hasattr(config, "num_channels") or hasattr(config, "image_size") for config in configs)
+
+
+def _first_seen(model: nn.Module) -> str | None:
+    """What was not understood in a model that has a row of blocks with attention."""
+    for path, row in model.named_modules():
+        if isinstance(row, (nn.Sequential, nn.ModuleList)) and len(row) > 1 and _attention(row[0]) is not None:
+            return not_understood(f"{path}.0", row[0])
+    return None
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    return next((child for name, child in block.named_children() if name in ATTENTIONS), None)
 
 
 def not_understood(path: str, block: nn.Module) -> str:
-    attention = getattr(block, "attn", None)
+    """A block of a kind that was never seen, by its class and where it stands in the model."""
+    attention = _attention(block)
     inside = "" if attention is None else f" with {type(attention).__name__}"
-    return f"{path} is a {type(block).__name__}{inside}, which this version does not understand yet"
+    return (
+        f"its {path} is a {type(block).__name__}{inside}, which this version does not understand; it is not converted "
+        "by guess"
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tosa_convert.hosts import Receive, Tap
+from tosa_convert.hosts import PairTap, Receive
 from tosa_convert.tokens import flat_positions
 
 
@@ -22,32 +22,23 @@ def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(0, (batch, count)).transpose(1, 2)
 
 
-class RotaryTap(Tap, ABC):
-    """Three hooks that pass on queries and keys as the attention compares them: on the call of the attention, which
-    brings the positions, and on what gives its queries and its keys."""
+class RotaryTap(PairTap, ABC):
+    """A third hook, on the call of the attention, notes the positions that it brings."""
 
     def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
         super().__init__(attention, receive, detach)
         self.positions: Any = None
-        self.queries: torch.Tensor | None = None
 
     def hook(self, gives_queries: nn.Module, gives_keys: nn.Module) -> list:
-        return [
-            self.attention.register_forward_pre_hook(self.note_positions, with_kwargs=True),
-            gives_queries.register_forward_hook(self.take_queries),
-            gives_keys.register_forward_hook(self.take_keys),
-        ]
+        noting = self.attention.register_forward_pre_hook(self.note_positions, with_kwargs=True)
+        return [noting, *super().hook(gives_queries, gives_keys)]
 
     def note_positions(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         self.positions = self.positions_in(args, kwargs)
 
-    def take_queries(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.queries = output
-
-    def take_keys(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        pair, positions = (self.queries, output), self.positions
-        self.queries = self.positions = None  # nothing of a forward pass stays behind in memory
-        self.receive(*self.turned(*(each.detach() if self.detach else each for each in pair), positions))
+    def formed(self, queries, keys):
+        positions, self.positions = self.positions, None
+        return self.turned(queries, keys, positions)
 
     @abstractmethod
     def positions_in(self, args: tuple, kwargs: dict) -> Any:

@@ -15,17 +15,17 @@ TIMM = ("eva",)
 
 
 def find(model: nn.Module) -> Host | None:
-    return TimmEva(model) if isinstance(model, Eva) and all_of(model.blocks, _understood) else None
+    return TimmEva(model) if isinstance(model, Eva) and all_of(model.blocks, understood) else None
 
 
-def _understood(block: nn.Module) -> bool:
+def understood(block: nn.Module) -> bool:
     return isinstance(block, (EvaBlock, EvaBlockPostNorm)) and isinstance(block.attn, (EvaAttention, AttentionRope))
 
 
 class TimmEva(TimmVit):
     """The positions, ``rope``, come with each call of a block: (N, ·), or (heads, N, ·), of all patches of the grid."""
 
-    rotary = True
+    relative = True
 
     def norm(self, block):
         return None if isinstance(block, EvaBlockPostNorm) else block.norm1

@@ -8,7 +8,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from tosa_convert.errors import UnsupportedModelError
+from tosa_convert.errors import UnsupportedModelError, UsageError
 from tosa_convert.hosts import Host, ProjectionTap, Receive
 from tosa_convert.hosts.refusals import not_understood
 from tosa_convert.preprocessing import Preprocessing
@@ -17,22 +17,22 @@ TIMM = ("vision_transformer", "deit")
 
 
 def find(model: nn.Module) -> Host | None:
-    return TimmVit(model) if isinstance(model, VisionTransformer) and all_of(model.blocks, _understood) else None
+    return TimmVit(model) if isinstance(model, VisionTransformer) and all_of(model.blocks, understood) else None
 
 
-def all_of(blocks: nn.Module, understood: Callable[[nn.Module], bool]) -> bool:
+def all_of(blocks: nn.Module, kind: Callable[[nn.Module], bool]) -> bool:
     """Whether a row of blocks is of an understood kind.
 
     Raises:
         UnsupportedModelError: its first one is, but not every other.
     """
-    odd = [index for index, block in enumerate(blocks) if not understood(block)]
+    odd = [index for index, block in enumerate(blocks) if not kind(block)]
     if odd and odd[0]:
         raise UnsupportedModelError(not_understood(f"blocks.{odd[0]}", blocks[odd[0]]))
     return not odd
 
 
-def _understood(block: nn.Module) -> bool:
+def understood(block: nn.Module) -> bool:
     return isinstance(block, (Block, ResPostBlock)) and isinstance(block.attn, Attention)
 
 
@@ -44,7 +44,7 @@ class TimmVit(Host):
         super().__init__(model)
         self.blocks = list(model.blocks)
         self.prefix = model.num_prefix_tokens
-        self.class_token = model.cls_token is not None
+        self.class_token = getattr(model, "cls_token", None) is not None
         self.width = model.embed_dim
 
     def norm(self, block):
@@ -58,6 +58,11 @@ class TimmVit(Host):
     def classifies_by_class_token(self) -> bool:
         return self.class_token and self.model.num_classes > 0 and self.model.global_pool == "token"
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Of the pictures that the model is built for; None where any will do."""
+        return self.model.patch_embed.img_size
+
     def as_attention_output(self, tokens):
         return tokens
 
@@ -69,7 +74,7 @@ class TimmVit(Host):
         return [block.attn.qkv.register_forward_hook(_QkvTap(block.attn, receive, detach))]
 
     def project(self, attention, tokens, arguments):
-        return _split(attention, attention.qkv(tokens))
+        return split_qkv(attention, attention.qkv(tokens))
 
     def finish(self, attention, joined, tokens):
         joined = attention.norm(joined)
@@ -91,21 +96,26 @@ class TimmVit(Host):
 
     def preprocessing(self) -> Preprocessing:
         known = resolve_data_config({}, pretrained_cfg=_config(self.model) or {"num_classes": 0})
-        embed = self.model.patch_embed
         return Preprocessing(
-            size=embed.img_size or known["input_size"][1:],
-            channels=self._channels,
+            size=self.size or known["input_size"][1:],
+            channels=self.channels,
             **{name: known[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         )
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Of the pictures; a hybrid's first convolution is that of its backbone."""
         return next(conv.in_channels for conv in self.model.patch_embed.modules() if isinstance(conv, nn.Conv2d))
 
     def resize(self, size: tuple[int, int]) -> None:
-        if self.model.patch_embed.img_size != size:
-            self.model.set_input_size(img_size=size)
+        if self.size == size:
+            return
+        if not hasattr(self.model, "set_input_size"):
+            raise UsageError(
+                f"{type(self.model).__name__} takes pictures of {self.size[0]}×{self.size[1]} only: its position "
+                "embedding is not resampled; leave the image size out"
+            )
+        self.model.set_input_size(img_size=size)
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -114,13 +124,11 @@ class TimmVit(Host):
     def spec(self) -> dict:
         model = self.model
         known = _config(model)
-        arguments = {
-            "num_classes": model.num_classes,
-            "in_chans": self._channels,
-            "img_size": model.patch_embed.img_size,
-            "dynamic_img_size": model.dynamic_img_size,
-            "global_pool": model.global_pool,
-        }
+        arguments = {"num_classes": model.num_classes, "in_chans": self.channels, "global_pool": model.global_pool}
+        if self.size is not None:
+            arguments["img_size"] = self.size
+        if hasattr(model, "dynamic_img_size"):
+            arguments["dynamic_img_size"] = model.dynamic_img_size
         return {"architecture": known.get("architecture"), "model_args": arguments, "pretrained_cfg": _plain(known)}
 
 
@@ -134,7 +142,7 @@ def _plain(config: dict) -> dict:
     return {key: value for key, value in config.items() if isinstance(value, (str, int, float, bool, list, tuple))}
 
 
-def _split(attention: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_qkv(attention: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As timm's attention does it, operator for operator: in an exported graph the two become one."""
     batch, tokens, _ = qkv.shape
     parts = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
@@ -145,6 +153,5 @@ def _split(attention: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, torch
 class _QkvTap(ProjectionTap):
     """On timm's one projection of all three."""
 
-    def take(self, module, projected):
-        queries, keys, _ = _split(self.attention, projected)
-        self.receive(queries, keys)
+    def parted(self, projected):
+        return split_qkv(self.attention, projected)[:2]

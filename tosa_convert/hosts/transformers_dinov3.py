@@ -18,14 +18,14 @@ def find(model: nn.Module) -> Host | None:
 
 
 class TransformersDinov3(TransformersVit):
-    rotary = True
+    relative = True
 
     def _prefix_tokens(self, block: nn.Module) -> int:
         return 1 + self.attention(block).config.num_register_tokens
 
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
         attention = self.attention(block)
-        return _ProjectionTap(attention, receive, self.prefix, detach).hook(attention.q_proj, attention.k_proj)
+        return _TurnedTap(attention, receive, self.prefix, detach).hook(*self.projections(attention)[:2])
 
     def check_arguments(self, layer, args, kwargs):
         others = {name: value for name, value in kwargs.items() if name != "position_embeddings"}
@@ -54,7 +54,7 @@ def _turned(heads: torch.Tensor, positions: Positions, prefix: int) -> torch.Ten
     return torch.cat([heads[:, :, :prefix], turned], dim=2)
 
 
-class _ProjectionTap(RotaryTap):
+class _TurnedTap(RotaryTap):
     """On the projections of queries and keys."""
 
     def __init__(self, attention: nn.Module, receive: Receive, prefix: int, detach: bool = True):

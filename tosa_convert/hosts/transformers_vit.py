@@ -1,4 +1,4 @@
-"""transformers' ViT, DeiT, DINOv2 (with registers too), CLIP and SigLIP vision towers."""
+"""transformers' ViT, DeiT, DINOv2 (with registers too), CLIP, SigLIP and AIMv2 vision towers."""
 
 import inspect
 import sys
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host, ProjectionTap, Receive, split_heads
+from tosa_convert.errors import UnsupportedModelError, UsageError
+from tosa_convert.hosts import Host, PairTap, Receive, split_heads
 from tosa_convert.preprocessing import Preprocessing
 
 PREFIX_TOKENS = {
@@ -19,10 +19,11 @@ PREFIX_TOKENS = {
     "Dinov2WithRegistersLayer": lambda config: 1 + config.num_register_tokens,
     "CLIPEncoderLayer": lambda config: 1,
     "SiglipEncoderLayer": lambda config: 0,
+    "Aimv2EncoderLayer": lambda config: 0,
 }
 """Layer class → how many tokens stand in front of the patches."""
 TRANSFORMERS = tuple(PREFIX_TOKENS)
-FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1")
+FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "rms_norm1")
 UNMASKED = "sdpa_without_mask"
 
 
@@ -96,14 +97,15 @@ class TransformersVit(Host):
 
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
         attention = self.attention(block)
-        tap = _QueryKeyTap(attention, receive, detach)
-        return [projection.register_forward_hook(tap) for projection in (attention.q_proj, attention.k_proj)]
+        return _HeadsTap(attention, receive, detach).hook(*self.projections(attention)[:2])
+
+    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Of queries, keys and values."""
+        return attention.q_proj, attention.k_proj, attention.v_proj
 
     def project(self, attention, tokens, arguments):
         heads = attention.config.num_attention_heads
-        return tuple(
-            split_heads(linear(tokens), heads) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        return tuple(split_heads(linear(tokens), heads) for linear in self.projections(attention))
 
     def finish(self, attention, joined, tokens):
         project = getattr(attention, "o_proj", None) or attention.out_proj
@@ -112,17 +114,32 @@ class TransformersVit(Host):
     def attention_dropout(self, attention) -> float:
         return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
 
+    @property
+    def forward(self):
+        return self.model.get_image_features if self._also_reads else self.model
+
+    @property
+    def _also_reads(self) -> bool:
+        """Whether the model has a text tower beside the one for pictures."""
+        return hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
+
     def inputs(self, images):
-        size = getattr(self.model.config, "image_size", None)
-        takes_size = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
-        resized = takes_size and size is not None and tuple(images.shape[-2:]) != _pair(size)
+        size = _pair(self._vision_config.image_size)
+        takes_size = (
+            "interpolate_pos_encoding" in inspect.signature(getattr(self.forward, "forward", self.forward)).parameters
+        )
+        resized = takes_size and tuple(images.shape[-2:]) != size
         return {"pixel_values": images, **({"interpolate_pos_encoding": True} if resized else {})}
 
     def outputs(self, images):
-        found = self.model(**self.inputs(images))
-        for name in ("logits", "predicted_depth", "image_embeds"):
+        found = self.forward(**self.inputs(images))
+        if self._also_reads:
+            return {"image_embeds": found.pooler_output}
+        for name in ("predicted_depth", "image_embeds"):
             if getattr(found, name, None) is not None:
                 return {name: getattr(found, name)}
+        if getattr(found, "logits", None) is not None:  # of a classifier, or of every pixel
+            return {"logits" if found.logits.ndim == 2 else "maps": found.logits}
         if getattr(found, "feature_maps", None) is not None:  # a backbone's, all of one shape
             return {"feature_maps": torch.stack(found.feature_maps, dim=1)}
         pooled = getattr(found, "pooler_output", None)
@@ -137,7 +154,17 @@ class TransformersVit(Host):
         return Preprocessing(size=_pair(self._vision_config.image_size), channels=self._vision_config.num_channels)
 
     def resize(self, size: tuple[int, int]) -> None:
-        """Nothing to do: these models resample their position embeddings in each forward."""
+        """Nothing to do: these models resample their position embeddings in each forward, or cannot, which shows."""
+        weight = next(self.model.parameters())
+        image = weight.new_zeros(1, self._vision_config.num_channels, *size)
+        try:
+            with torch.no_grad():
+                self.outputs(image)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{type(self.model).__name__} does not take pictures of {size[0]}×{size[1]}: "
+                f"{' '.join(str(error).split())[:150]}; leave the image size out"
+            ) from None
 
     @contextmanager
     def exporting(self) -> Iterator[None]:
@@ -170,20 +197,9 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-class _QueryKeyTap(ProjectionTap):
-    """On two projections, whichever runs first."""
+class _HeadsTap(PairTap):
+    """On two projections."""
 
-    def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):
-        super().__init__(attention, receive, detach)
-        self.queries = self.keys = None
-
-    def take(self, module, projected):
-        heads = split_heads(projected, self.attention.config.num_attention_heads)
-        if module is self.attention.q_proj:
-            self.queries = heads
-        else:
-            self.keys = heads
-        if self.queries is not None and self.keys is not None:
-            queries, keys = self.queries, self.keys
-            self.queries = self.keys = None  # nothing of a forward pass stays behind in memory
-            self.receive(queries, keys)
+    def formed(self, queries, keys):
+        heads = self.attention.config.num_attention_heads
+        return split_heads(queries, heads), split_heads(keys, heads)

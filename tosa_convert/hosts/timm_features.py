@@ -1,0 +1,37 @@
+"""timm's ``features_only`` backbones: a supported model whose feature maps are wanted, not its head."""
+
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from tosa_convert.hosts import Host, host_of
+
+
+def find(model: nn.Module) -> Host | None:
+    if not isinstance(model, FeatureGetterNet):
+        return None
+    inside = type(host_of(model.model))
+    host = type(f"{inside.__name__}Features", (_Features, inside), {})(model.model)
+    host.getter = model
+    return host
+
+
+class _Features:
+    """Over the host of the model inside."""
+
+    getter: FeatureGetterNet
+    classifies_by_class_token = False
+
+    @property
+    def forward(self):
+        return self.getter
+
+    def outputs(self, images):
+        return {"feature_maps": torch.stack(self.getter(images), dim=1)}  # all of one shape, on a plain ViT
+
+    def spec(self) -> dict:
+        spec, getter = super().spec(), self.getter
+        asked = {"features_only": True, "out_indices": list(getter.out_indices)}
+        unwanted = ("num_classes", "global_pool")  # there is no head
+        kept = {name: value for name, value in spec["model_args"].items() if name not in unwanted}
+        return {**spec, "model_args": {**kept, **asked}}

@@ -1,0 +1,85 @@
+"""timm's ViTs with relative position biases: BEiT, BEiT-2, and the relpos ViTs."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
+from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
+from torch import nn
+
+from tosa_convert.hosts import Host, Receive, Tap, split_heads
+from tosa_convert.hosts.relative import OwnBias, RelativeHost, total
+from tosa_convert.hosts.timm_vit import TimmVit, all_of
+
+TIMM = ("beit", "vision_transformer_relpos")
+
+
+def find(model: nn.Module) -> Host | None:
+    if isinstance(model, Beit) and all_of(model.blocks, lambda block: isinstance(block, BeitBlock)):
+        return TimmBeit(model)
+    if isinstance(model, VisionTransformerRelPos) and all_of(model.blocks, _is_relpos):
+        return TimmRelPos(model)
+    return None
+
+
+def _is_relpos(block: nn.Module) -> bool:
+    return isinstance(block, (RelPosBlock, ResPostRelPosBlock))
+
+
+class _TimmRelative(RelativeHost, TimmVit):
+    def own_bias(self, block, kwargs):
+        return self._own(block.attn)
+
+    def bias(self, attention, arguments):
+        own = self._own(attention)
+        return total(None if own is None else own.value, arguments.get(self.bias_name))
+
+
+class TimmRelPos(_TimmRelative):
+    bias_name = "shared_rel_pos"
+
+    def norm(self, block):
+        return None if isinstance(block, ResPostRelPosBlock) else block.norm1
+
+    def _own(self, attention: nn.Module) -> OwnBias | None:
+        own = attention.rel_pos
+        return None if own is None else OwnBias(own, "get_bias", own.get_bias())
+
+    def finish(self, attention, joined, tokens):
+        return attention.proj_drop(attention.proj(joined))
+
+
+class TimmBeit(_TimmRelative):
+    bias_name = "shared_rel_pos_bias"
+
+    def _own(self, attention: nn.Module) -> OwnBias | None:
+        if attention.relative_position_bias_table is None:
+            return None
+        return OwnBias(attention, "_get_rel_pos_bias", attention._get_rel_pos_bias())
+
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> list:
+        return [block.attn.register_forward_pre_hook(_InputTap(block.attn, receive, detach))]
+
+    def project(self, attention, tokens, arguments):
+        return _projected(attention, tokens, 3)
+
+    def finish(self, attention, joined, tokens):
+        return attention.proj_drop(attention.proj(joined))
+
+
+def _projected(attention: nn.Module, tokens: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """(B, N, C) → the first ``parts`` of queries, keys and values, each (B, H, N, D)."""
+    weight, bias = attention.qkv.weight, None
+    width = len(weight) // 3 * parts
+    if attention.q_bias is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])[:width]
+    joined = F.linear(tokens, weight[:width], bias)
+    return tuple(split_heads(part, attention.num_heads) for part in joined.chunk(parts, dim=-1))
+
+
+class _InputTap(Tap):
+    """BEiT's attention never calls its projection as a module, so queries and keys are projected once more."""
+
+    def __call__(self, attention: nn.Module, inputs: tuple) -> None:
+        tokens = inputs[0].detach() if self.detach else inputs[0]
+        self.receive(*_projected(attention, tokens, 2))

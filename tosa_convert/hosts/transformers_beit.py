@@ -1,0 +1,29 @@
+"""transformers' BEiT, alone, as a backbone and inside DPT: relative position biases, of each layer or shared by all."""
+
+from torch import nn
+
+from tosa_convert.hosts import Host
+from tosa_convert.hosts.relative import OwnBias, RelativeHost
+from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
+
+TRANSFORMERS = ("BeitLayer",)
+
+
+def find(model: nn.Module) -> Host | None:
+    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    return None if row is None else TransformersBeit(model, row)
+
+
+class TransformersBeit(RelativeHost, TransformersVit):
+    def _prefix_tokens(self, block: nn.Module) -> int:
+        return 1
+
+    def own_bias(self, block, kwargs):
+        own = block.relative_position_bias
+        if own is None:
+            return None
+        grid = tuple(side // patch for side, patch in zip(kwargs["resolution"], self.patch, strict=True))
+        return OwnBias(own, "forward", own(grid))
+
+    def bias(self, attention, arguments):
+        return arguments.get("attention_mask")  # the layer has put its own into it
