@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tosa_convert.cli_bench import bench
+from tosa_convert.cli_look import features, report, show_patches
 from tosa_convert.cli_options import (
     AugmentOption,
     BatchSize,
@@ -68,6 +69,9 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(bench)
 app.command()(plan)
 app.command()(compare)
+app.command(name="show")(show_patches)
+app.command()(features)
+app.command()(report)
 
 
 def _version(asked: bool) -> None:
@@ -223,6 +227,9 @@ def flops(
     hidden: Hidden = None,
     kernel: Kernel = None,
     img_size: ImgSize = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw tokens and MACs per layer into this PNG", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count multiply–adds per layer, original against converted. Needs no weights.
@@ -238,7 +245,12 @@ def flops(
     options = convert_options(locals())
     if options:
         convert(model, **options)
-    show(count(model).to_dict(), "flops_table", as_json, source)
+    cost = count(model).to_dict()
+    if plot is not None:
+        from tosa_convert.pictures import cost_picture
+
+        cost["picture"] = str(cost_picture(cost, f"{stem(source)}: {cost['saved']:.1%} of the MACs saved", plot))
+    show(cost, "flops_table", as_json, source)
 
 
 @app.command(name="eval")
@@ -282,6 +294,7 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
     threshold: Annotated[float, typer.Option(help="agreement with torch below which the export fails")] = 0.99,
     images: Annotated[int, typer.Option(help="at most so many pictures in the check")] = 512,
+    any_size: Annotated[bool, typer.Option("--any-size", help="for pictures of any size, if the model is")] = False,
     labels: Labels = True,
     as_json: Json = False,
 ) -> None:
@@ -291,9 +304,8 @@ def export(
     from tosa_convert.settings import ExportSettings
 
     source = pick_source(source)
-    settings = build_config(
-        ExportSettings, {"opset": opset, "threshold": threshold, "images": images, "labels": labels}
-    )
+    typed = {"opset": opset, "threshold": threshold, "images": images, "labels": labels, "any_size": any_size}
+    settings = build_config(ExportSettings, typed)
     if out is None and not is_run(source):
         out = out_folder(None, f"{stem(source)}-onnx", False)
     results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=bar(as_json))

@@ -17,6 +17,7 @@ from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
 """The everyday ones among them."""
 
@@ -77,7 +78,7 @@ class Images(Dataset):
             stream, label = self.reader[index]
             with stream, Image.open(stream) as picture:
                 image = self.transform(picture.convert(self.preprocessing.mode))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except UNREADABLE:
             return None, None, self.reader.filename(index)
         return image, label if self.labelled else -1, None
 
@@ -111,6 +112,23 @@ def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.
         color_jitter=0.0,
     )
     return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if augment == "flip" else transform
+
+
+def read_picture(file: Path, preprocessing: Preprocessing) -> torch.Tensor:
+    """One picture as a model takes it, (C, H, W).
+
+    Raises:
+        UsageError: it is missing, or no picture.
+    """
+    try:
+        with Image.open(file) as picture:
+            return _transform(preprocessing, None)(picture.convert(preprocessing.mode))
+    except UNREADABLE as error:
+        raise UsageError(f"cannot read {file}: {_gist(error)}; give a picture such as a .jpg or .png file") from None
+
+
+def _gist(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "it is not a picture, or damaged"
 
 
 def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) -> tuple[torch.Tensor, "Images", list]:

@@ -18,7 +18,7 @@ from onnxscript import opset18
 from torch import nn
 
 from tosa_convert.data import Images, loader
-from tosa_convert.errors import TosaError
+from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import agreement, has_labels, predict
 from tosa_convert.files import atomic, write_json
 from tosa_convert.hosts import host_of, run
@@ -30,6 +30,7 @@ from tosa_convert.settings import ExportSettings
 
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
 CHOSEN = "chosen_"
+SIDES = ("height", "width")
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Check:
         agreement: share of pictures with the same top-1 (models without a head: of close tokens).
         selected: per selective layer, share of the chosen tokens that both chose.
         top1: with labels, of "original", "torch" and "onnx".
+        sizes: the picture sizes (H, W) that were checked.
         threshold: the agreement that was asked for.
     """
 
@@ -52,6 +54,7 @@ class Check:
     agreement: float = 0.0
     selected: dict[int, float] = field(default_factory=dict)
     top1: dict[str, float] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     threshold: float = 0.99
 
     @property
@@ -71,18 +74,20 @@ def export_onnx(
     original: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> Check:
-    """Write ``model.onnx`` (any batch size) and ``preprocessing.json``, and check the file in ONNX Runtime.
+    """Write ``model.onnx`` and ``preprocessing.json``, and check the file in ONNX Runtime.
 
     What an earlier export left in the folder is replaced only when the new file has been checked.
 
     Args:
-        model: a supported model, converted or not; exported in float32 at its own image size.
+        model: a supported model, converted or not; exported in float32 for any batch size, and for its own image size
+            or, if the settings say so, for any.
         folder: where the files go, made if missing.
         data: pictures for the check; class sub-folders give top-1. None takes the built-in photos.
         settings: operator set, threshold, number of pictures.
         original: the model before its conversion, for its top-1 beside the others.
 
     Raises:
+        UsageError: any size is wanted of a model that takes one size.
         FailedCheckError: the agreement is below the threshold; the file is then called
             ``model.failed.onnx``.
     """
@@ -91,8 +96,10 @@ def export_onnx(
     original = _plain(original) if original is not None else None
     images = Images(data, preprocessing_of(model))
     labelled = settings.labels and has_labels(images, model)
+    if settings.any_size:
+        _refuse_one_size(model)
     with atomic(folder / FILE) as fresh:
-        write_graph(model, fresh, settings.opset)
+        write_graph(model, fresh, settings.opset, settings.any_size)
         check = _check(model, fresh, images, labelled, settings, original, progress or Progress())
         if not check.passed:
             (folder / FILE).unlink(missing_ok=True)
@@ -135,21 +142,28 @@ class _Graph(nn.Module):
         return {**found, **chosen}
 
 
-def write_graph(model: nn.Module, path: Path, opset: int) -> None:
-    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, the model's own image size."""
-    preprocessing = preprocessing_of(model)
-    example = torch.randn(2, preprocessing.channels, *preprocessing.size)
+def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False) -> None:
+    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, the model's own image size or any."""
+    preprocessing, host = preprocessing_of(model), host_of(model)
+    size, shape = preprocessing.size, {0: torch.export.Dim("batch")}
+    if any_size:
+        size = other_size(model)  # of no model's own, or its position embedding would be taken as it is
+        sides = (
+            torch.export.Dim(name, min=2, max=4096 // patch) for name, patch in zip(SIDES, host.patch, strict=True)
+        )
+        shape |= {axis: patch * side for axis, patch, side in zip((2, 3), host.patch, sides, strict=True)}
+    example = torch.randn(2, preprocessing.channels, *size)
     graph = _Graph(model)
     with torch.no_grad():
         names = list(graph(example))
     try:
-        with _silence(), torch.no_grad(), host_of(model).exporting():
+        with _silence(), torch.no_grad(), host.exporting():
             program = torch.onnx.export(
                 graph,
                 (example,),
                 input_names=["images"],
                 output_names=names,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                dynamic_shapes={"images": shape},
                 opset_version=opset,
                 dynamo=True,
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
@@ -164,6 +178,13 @@ def write_graph(model: nn.Module, path: Path, opset: int) -> None:
     _hide_chosen(proto)
     onnx.checker.check_model(proto)
     onnx.save_model(proto, path)
+
+
+def other_size(model: nn.Module) -> tuple[int, int]:
+    """A picture size (H, W) that is not the model's own: two rows of patches more, and one column."""
+    height, width = preprocessing_of(model).size
+    down, across = host_of(model).patch
+    return height + 2 * down, width + across
 
 
 def _stable_sort(self, *, stable=True, dim=-1, descending=False):
@@ -223,11 +244,46 @@ def _check(model, path: Path, images, labelled: bool, settings: ExportSettings, 
     if not check.images:
         raise TosaError("not one picture could be read, so the ONNX file is unchecked; give images with --data")
     check.agreement = agreed / check.images
+    check.sizes = [preprocessing_of(model).size]
+    if settings.any_size:
+        _check_other_sizes(model, session, check)
     check.selected = {int(name.removeprefix(CHOSEN)): total / check.images for name, total in shared.items()}
     if labelled:
         seen = ("torch", "onnx") if original is None else ("original", "torch", "onnx")
         check.top1 = {name: right[name] / check.images for name in seen}
     return check
+
+
+@torch.inference_mode()
+def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, check: Check) -> None:
+    """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
+    height, width = check.sizes[0]
+    down, across = host_of(model).patch
+    for size in (other_size(model), (height - down * (height // down // 4), width)):
+        images = Images(None, preprocessing_of(model).at(size))
+        agreed = []
+        for index in range(len(images)):
+            image = images[index][0][None]
+            wanted = run(model, image)
+            found = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
+            check.difference = max([check.difference, *map(_largest, found, wanted.values())])
+            kind, main = next(iter(wanted.items()))
+            agreed.append(agreement(kind, found[0], main).mean().item())
+        check.agreement = min(check.agreement, sum(agreed) / len(agreed))
+        check.sizes.append(size)
+
+
+@torch.inference_mode()
+def _refuse_one_size(model: nn.Module) -> None:
+    preprocessing = preprocessing_of(model)
+    try:
+        run(model, torch.zeros(1, preprocessing.channels, *other_size(model)))
+    except Exception:
+        height, width = preprocessing.size
+        raise UsageError(
+            f"this model takes pictures of {height}×{width} only, so its file cannot take any size; leave "
+            "--any-size out (of timm's ViTs those made with dynamic_img_size=True take any)"
+        ) from None
 
 
 def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -252,7 +308,7 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
         "status": "passed" if check.passed else "failed",
         "input": {
             "name": "images",
-            "shape": ["batch", preprocessing.channels, *preprocessing.size],
+            "shape": ["batch", preprocessing.channels, *(SIDES if settings.any_size else preprocessing.size)],
             "type": "float32",
             "colour": preprocessing.mode,
             "scaled_to": [0, 1],

@@ -79,7 +79,7 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         selection = self.selection
         choice = selection.choose(self.selector, selection.passage.patches, features=None)
         if self.matcher is not None:
-            choice = self.matcher(selection.features, choice)
+            choice = selection.choice = self.matcher(selection.features, choice)
         return LASTING[selection.bypass](tokens, choice, groups, selection.scores)
 
     def listen_for_partners(self, queries, keys):

@@ -32,6 +32,7 @@ class Cost:
 
     Attributes:
         size: image height and width.
+        patches: of the image.
         macs: of the model, selectors included.
         original: of the unconverted twin.
         selectors: of all that chooses tokens and finds them partners, QKᵀ over again included.
@@ -40,6 +41,7 @@ class Cost:
     """
 
     size: tuple[int, int]
+    patches: int
     macs: int
     original: int
     selectors: int
@@ -94,6 +96,7 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
         )
     return Cost(
         size=tuple(size),
+        patches=patches,
         macs=counted[""],
         original=before[""],
         selectors=sum(layer.selector for layer in layers),

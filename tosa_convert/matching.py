@@ -65,9 +65,10 @@ def _remembered(key: tuple, make: Callable):
 
 
 def _pyramid(height, width, levels: int, most: int | None, device: torch.device | None) -> Pyramid:
-    position = torch.arange(height * width, device=device)
-    row, column = position // width, position % width
-    depth, counts, level = torch.zeros_like(position), [], 0
+    # Not by dividing positions: the remainder by a symbolic number does not export.
+    row = torch.arange(height, device=device)[:, None].expand(height, width).reshape(-1)
+    column = torch.arange(width, device=device)[None].expand(height, width).reshape(-1)
+    depth, counts, level = torch.zeros_like(row), [], 0
     while level < levels or (most is not None and counts[-1] > most):
         stays, count = _stays(row, column, height, width, level)
         depth = depth + stays.long()

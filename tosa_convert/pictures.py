@@ -3,15 +3,21 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tosa_convert.files import atomic
+from tosa_convert.looking import View
 
 INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
 MARKS = "osD^vPX*<>"
 KINDS = {"patch": "cosine of patch tokens", "class": "cosine of the class token", "agreement": "agreement"}
 ROOM = 0.34  # inches per bar
+PANEL, PANELS = 1.9, 7  # inches of a picture's side, and how many stand in a row at most
+DARK = 0.2  # brightness of a skipped patch
 
 
 def speedup_picture(results: dict, file: Path) -> Path:
@@ -54,23 +60,94 @@ def _case(case: dict) -> str:
     return f"{case['runtime']}, {case['size'][0]} px, batch {case['batch_size']}, {case['precision']}"
 
 
-def tokens_picture(layers: list[dict], title: str, file: Path) -> Path:
-    """How many patches run each layer, as bars; ``layers`` are dictionaries of :class:`tosa_convert.macs.LayerCost`."""
-    figure = Figure(figsize=(1.6 + 0.45 * len(layers), 3.4), layout="constrained")
+def tokens_picture(cost: dict, title: str, file: Path) -> Path:
+    """How many patches run each layer; ``cost`` is that of :meth:`tosa_convert.macs.Cost.to_dict`."""
+    figure = Figure(figsize=(1.6 + 0.45 * len(cost["layers"]), 3.4), layout="constrained")
     axes = figure.subplots()
-    places, tokens = [layer["layer"] for layer in layers], [layer["tokens"] for layer in layers]
-    most = max(tokens)
-    axes.bar(places, [most] * len(places), color=SKIPPED, label="skipped")
-    axes.bar(places, tokens, color=BAR, label="attend")
-    for place, count in zip(places, tokens, strict=True):
-        axes.text(place, count - 0.02 * most, str(count), ha="center", va="top", color="white", fontsize=7)
-    axes.set_xticks(places)
+    _tokens(axes, cost)
     axes.set_xlabel("layer")
     axes.set_ylabel("patches")
     axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return _write(figure, file)
+
+
+def cost_picture(cost: dict, title: str, file: Path) -> Path:
+    """Tokens and multiply–adds of each layer; ``cost`` is that of :meth:`tosa_convert.macs.Cost.to_dict`."""
+    layers = cost["layers"]
+    figure = Figure(figsize=(2.2 + 0.45 * len(layers), 5.6), layout="constrained")
+    tokens, macs = figure.subplots(2, 1, sharex=True)
+    _tokens(tokens, cost)
+    tokens.set_ylabel("patches")
+    tokens.set_title(title, fontsize=10)
+    places = [layer["layer"] for layer in layers]
+    parts = {"original": (SKIPPED, None), "macs": (BAR, None), "selector": (IDEAL, "of it choosing tokens")}
+    for key, (colour, label) in parts.items():
+        macs.bar(places, [layer[key] / 1e6 for layer in layers], color=colour, label=label)
+    macs.set_xlabel("layer")
+    macs.set_ylabel("million multiply–adds")
+    macs.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return _write(figure, file)
+
+
+def _tokens(axes: Axes, cost: dict) -> None:
+    places, counts = zip(*((layer["layer"], layer["tokens"]) for layer in cost["layers"]), strict=True)
+    axes.bar(places, cost["patches"], color=SKIPPED, label="skipped")
+    axes.bar(places, counts, color=BAR, label="attend")
+    for place, count in zip(places, counts, strict=True):
+        axes.text(place, count - 0.02 * cost["patches"], str(count), ha="center", va="top", color="white", fontsize=7)
+    axes.set_xticks(places)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def loss_picture(lines: list[dict], file: Path) -> Path:
+    """The loss over the steps; ``lines`` are those of ``metrics.jsonl`` that have both."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=BAR)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _write(figure, file)
+
+
+def views_picture(pictures: list[np.ndarray], views: list[list[View]], names: list[str], file: Path) -> Path:
+    """ToSA's Figure 4: each picture, and behind it one panel for each selective layer, skipped patches dark. Lines lead
+    from skipped patches to those that stand in for them.
+
+    Args:
+        pictures: (H, W, 3) from 0 to 1.
+        views: of each picture, see :func:`tosa_convert.looking.look`.
+        names: of the pictures.
+    """
+    panels = 1 + len(views[0])
+    down = -(-panels // PANELS)
+    across = -(-panels // down)
+    height, width = pictures[0].shape[:2]
+    size = (across * PANEL, down * len(pictures) * (PANEL * height / width + 0.25))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(down * len(pictures), across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for index, (picture, seen, name) in enumerate(zip(pictures, views, names, strict=True)):
+        mine = grid[index * down : (index + 1) * down].flat
+        mine[0].imshow(picture)
+        mine[0].set_title(name, fontsize=8)
+        for axes, view in zip(mine[1:panels], seen, strict=True):
+            _draw_view(axes, picture, view)
+    return _write(figure, file)
+
+
+def _draw_view(axes: Axes, picture: np.ndarray, view: View) -> None:
+    rows, columns = view.attended.shape
+    down, across = picture.shape[0] // rows, picture.shape[1] // columns
+    light = DARK + (1 - DARK) * view.attended.clip(0, 1)
+    axes.imshow(picture * np.kron(light, np.ones((down, across)))[..., None])
+    lines = [[((column + 0.5) * across, (row + 0.5) * down) for row, column in pair] for pair in view.partners]
+    axes.add_collection(LineCollection(lines, colors=IDEAL, linewidths=0.6))
+    axes.set_title(f"layer {view.layer}: {round(view.attended.sum())} of {rows * columns}", fontsize=8)
 
 
 def pareto_picture(results: dict, file: Path) -> Path:

@@ -1,6 +1,7 @@
 """Results as tables, the same ones on the terminal and in a run's report.md."""
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,14 @@ class Table:
         console.print(table)
         for note in self.notes:
             console.print(Text(note, "dim"))
+
+    def html(self) -> str:
+        cells = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        notes = "".join(f"<p class=note>{escape(note)}</p>" for note in self.notes)
+        return (
+            f"<h2>{escape(self.title)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+        )
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", _row(self.columns), _row(["---"] + ["---:"] * (len(self.columns) - 1))]
@@ -130,6 +139,8 @@ def flops_table(cost: dict, source: str) -> Table:
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )
     notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
+    if "picture" in cost:
+        notes.append(f"picture: {cost['picture']}")
     height, width = cost["size"]
     columns = ["layer", "patches", "MACs", "share", "of it selector", "original"]
     return Table(f"{source} at {height}×{width}", columns, rows, notes)
@@ -269,10 +280,25 @@ def broken_notes(names: list[str]) -> list[str]:
     return [f"{len(names)} broken pictures skipped: {', '.join(names[:5])}{more}"]
 
 
-def write_report(run: Path) -> None:
-    """``report.md`` of a run, from its ``config.json`` and ``metrics.jsonl``."""
-    config = read_json(run / "config.json")
-    results = config.get("results")  # a run saved from Python has none
+def show_table(results: dict) -> Table:
+    rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
+    notes = [f"pictures: {', '.join(results['images'])}; drawn in {results['picture']}"]
+    return Table("Patches that attend", ["", "attend"], rows, notes)
+
+
+def features_table(results: dict) -> Table:
+    shapes = [[name, " × ".join(map(str, results[name]))] for name in ("patches", "classes") if results[name]]
+    rows = [["pictures", str(results["images"])], *shapes]
+    return Table(results["file"], ["", "shape"], rows, broken_notes(results["broken"]))
+
+
+def report_table(results: dict) -> Table:
+    return Table("Report", ["", "file"], [[results["run"], results["file"]]], [])
+
+
+def tables_of(run: Path) -> list[Table]:
+    """All tables of a run, from its ``config.json``, ``metrics.jsonl`` and ``bench.json``."""
+    results = read_json(run / "config.json").get("results")  # a run saved from Python has none
     first = convert_table if results and results["stage"] == "convert" else training_table
     tables = [first(results), flops_table(results["flops"], run.name)] if results else []
     latest = {line["stage"]: line for line in runs.read_metrics(run)}
@@ -282,7 +308,13 @@ def write_report(run: Path) -> None:
         tables.append(export_table(latest["export"]))
     if (run / "bench.json").exists():
         tables.append(bench_table(read_json(run / "bench.json")))
+    return tables
+
+
+def write_report(run: Path) -> None:
+    """``report.md`` of a run."""
+    config = read_json(run / "config.json")
     head = (
         f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
     )
-    write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables)]))
+    write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables_of(run))]))

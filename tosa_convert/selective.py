@@ -151,7 +151,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         if selection.per_head:  # the attention inside reads the choice itself
             return base.forward(self, tokens, *args, **kwargs)
         if self.matcher is not None:
-            choice = self.matcher(features, choice)
+            choice = selection.choice = self.matcher(features, choice)
 
         def run(some, sizes=None, normed=None):
             with selection.with_normed(normed):

@@ -106,6 +106,7 @@ class ExportSettings(BaseModel):
         threshold: agreement of torch and ONNX Runtime below which the export fails.
         images: at most so many pictures in the check.
         labels: False leaves the names of the folders aside: the pictures are not sorted by class.
+        any_size: the file takes pictures of any size that is cut into whole patches, as the model has to.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -114,3 +115,4 @@ class ExportSettings(BaseModel):
     threshold: float = Field(default=0.99, ge=0, le=1)
     images: int = Field(default=512, ge=1)
     labels: bool = True
+    any_size: bool = False

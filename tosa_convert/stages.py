@@ -6,20 +6,25 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.benching import BenchSettings, bench
 from tosa_convert.comparing import compare, labelled_sample, mean_figures
+from tosa_convert.data import SCENES, built_in_photos, read_picture
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import evaluate, random_control
 from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
+from tosa_convert.features import write_features
 from tosa_convert.files import check_writable, read_json, write_json, write_text
 from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
+from tosa_convert.looking import look, pixels
 from tosa_convert.machine import machine
 from tosa_convert.macs import flops
+from tosa_convert.origin import preprocessing_of
 from tosa_convert.planning import find_plan
 from tosa_convert.prices import time_models
 from tosa_convert.progress import Progress
@@ -230,8 +235,9 @@ def plan_stage(
     )
     head += f"# `tosa-convert plan` without training.\n#\n#   tosa-convert run {out / 'plan.yaml'}\n\n"
     write_text(out / "plan.yaml", head + recipe.to_yaml())
-    layers = [asdict(layer) for layer in cost.layers]
-    tokens_picture(layers, f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png")
+    tokens_picture(
+        cost.to_dict(), f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png"
+    )
     write_json(out / "plan.json", results)
     return results
 
@@ -247,6 +253,50 @@ def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num
     write_json(out / "compare.json", results)
     write_text(out / "compare.md", compare_table(results).markdown())
     return results
+
+
+def show_stage(source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None) -> dict:
+    """Which patches attend: a picture of each file, or of the built-in scenes, in each selective layer."""
+    from tosa_convert.pictures import views_picture
+
+    model = _loaded_or_converted(source, options, checkpoint, img_size)
+    preprocessing = preprocessing_of(model)
+    files = files or [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
+    images = torch.stack([read_picture(path, preprocessing) for path in files])
+    views = [look(model, image[None])[0] for image in images]
+    if not views[0]:
+        raise UsageError(f"{source} skips nothing: all its ratios are 1")
+    names = [path.name for path in files]
+    views_picture([pixels(image, preprocessing) for image in images], views, names, out)
+    patches = views[0][0].attended.size
+    shares = {view.layer: float(view.attended.sum() / patches) for view in views[0]}
+    return {"picture": str(out), "images": names, "attended": shares}
+
+
+def features_stage(source: str, data: str | None, out: Path, *, device=None, progress=None, **options) -> dict:
+    """Patch and class features of a folder of pictures, in one file."""
+    model = load(source, checkpoint=options.pop("checkpoint"), img_size=options.pop("img_size"))
+    return {"source": source, **write_features(model, data, out, device=device, progress=progress, **options)}
+
+
+def report_stage(source: str, out: Path | None, *, progress: Progress | None = None) -> dict:
+    """All that is known of a run in one HTML file; the pictures are drawn anew."""
+    from tosa_convert.html_report import write_html
+
+    folder = Path(source)
+    if not runs.is_run(folder):
+        raise UsageError(f"{source} is no run; name the folder of one")
+    file = out or folder / "report.html"
+    write_html(folder, load(source), file, progress or Progress())
+    return {"run": source, "file": str(file)}
+
+
+def _loaded_or_converted(source: str, options: dict, checkpoint, img_size) -> nn.Module:
+    """A run's model, or one converted on the spot."""
+    model = load(source, checkpoint=checkpoint, img_size=img_size)
+    if options and is_converted(model):
+        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
+    return convert(model, **options) if options else model
 
 
 def _keep(model: nn.Module, out: Path, results: dict) -> None:

@@ -182,6 +182,11 @@ class Host(ABC):
         one {"tokens": (B, N, C), "features": (B, C)}."""
 
     @abstractmethod
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """The model's features of pictures, prefix tokens first, behind its last norm where the library has it so,
+        (B, N, C)."""
+
+    @abstractmethod
     def preprocessing(self) -> Preprocessing:
         """What the model itself knows of its pictures: size, channels, mean and deviation."""
 

@@ -46,8 +46,13 @@ class TimmCait(TimmVit):
         if self.model.num_classes > 0:
             return {"logits": self.model(images)}
         joined = self.model.forward_features(images)
-        behind = self.model.num_prefix_tokens  # where the class token has joined by now
-        return {"tokens": joined[:, behind:], "features": self.model.forward_head(joined)}
+        return {"tokens": self._patches(joined), "features": self.model.forward_head(joined)}
+
+    def tokens(self, images):
+        return self._patches(self.model.forward_features(images))
+
+    def _patches(self, joined: torch.Tensor) -> torch.Tensor:
+        return joined[:, self.model.num_prefix_tokens :]  # the class token has joined by now
 
 
 @contextmanager

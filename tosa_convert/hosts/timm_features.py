@@ -29,6 +29,11 @@ class _Features:
     def outputs(self, images):
         return {"feature_maps": torch.stack(self.getter(images), dim=1)}  # all of one shape, on a plain ViT
 
+    def tokens(self, images):
+        kept = {"indices": [len(self.blocks) - 1], "output_fmt": "NLC", "return_prefix_tokens": True}
+        patches, prefix = self.model.forward_intermediates(images, intermediates_only=True, **kept)[0]
+        return torch.cat([prefix, patches], dim=1)
+
     def spec(self) -> dict:
         spec, getter = super().spec(), self.getter
         asked = {"features_only": True, "out_indices": list(getter.out_indices)}

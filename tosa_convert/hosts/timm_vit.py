@@ -94,6 +94,9 @@ class TimmVit(Host):
         tokens = self.model.forward_features(images)
         return {"tokens": tokens, "features": self.model.forward_head(tokens)}
 
+    def tokens(self, images):
+        return self.model.forward_features(images)
+
     def preprocessing(self) -> Preprocessing:
         known = resolve_data_config({}, pretrained_cfg=_config(self.model) or {"num_classes": 0})
         return Preprocessing(

@@ -124,11 +124,12 @@ class TransformersVit(Host):
         return hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
 
     def inputs(self, images):
-        size = _pair(self._vision_config.image_size)
+        size, given = _pair(self._vision_config.image_size), tuple(images.shape[-2:])
         takes_size = (
             "interpolate_pos_encoding" in inspect.signature(getattr(self.forward, "forward", self.forward)).parameters
         )
-        resized = takes_size and tuple(images.shape[-2:]) != size
+        symbolic = any(isinstance(side, torch.SymInt) for side in given)  # any size is to do, in an export
+        resized = takes_size and (symbolic or given != size)
         return {"pixel_values": images, **({"interpolate_pos_encoding": True} if resized else {})}
 
     def outputs(self, images):
@@ -145,6 +146,24 @@ class TransformersVit(Host):
         pooled = getattr(found, "pooler_output", None)
         tokens = found.last_hidden_state
         return {"tokens": tokens, "features": tokens[:, 0] if pooled is None else pooled}
+
+    def tokens(self, images):
+        """The last of ``last_hidden_state`` that any part of the model gives, as its vision model does behind its
+        norm; of a backbone for dense heads, which gives maps only, the tokens behind the last layer."""
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, inputs: tuple, output) -> None:
+            found = output if module is self.blocks[-1] else getattr(output, "last_hidden_state", None)
+            if found is not None and found.ndim == 3 and found.shape[-1] == self.width:
+                caught.append(found)
+
+        handles = [module.register_forward_hook(catch) for module in self.model.modules()]
+        try:
+            self.outputs(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return caught[-1]
 
     @property
     def _vision_config(self):

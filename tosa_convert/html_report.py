@@ -1,0 +1,69 @@
+"""A run in one HTML file: its tables, and its pictures within the file."""
+
+import base64
+import tempfile
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from torch import nn
+
+from tosa_convert import runs
+from tosa_convert.data import SCENES, built_in_photos, read_picture
+from tosa_convert.files import read_json, write_text
+from tosa_convert.looking import look, pixels
+from tosa_convert.macs import flops
+from tosa_convert.origin import preprocessing_of
+from tosa_convert.pictures import cost_picture, loss_picture, views_picture
+from tosa_convert.progress import Progress
+from tosa_convert.report import tables_of
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #d9dde2; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+pre { background: #f4f5f7; padding: 0.8rem; overflow-x: auto; }
+.note { color: #777; font-size: 0.9em; margin: 0.2rem 0; }
+"""
+
+
+def write_html(folder: Path, model: nn.Module, file: Path, progress: Progress) -> None:
+    """Write the report of a run in ``folder``, whose model is ``model``."""
+    config = read_json(folder / "config.json")
+    made = f"Made by tosa-convert {config['tosa_convert']}, {config['created']}."
+    parts = [f"<h1>{escape(folder.name)}</h1><p>{escape(made)}</p>"]
+    parts += [table.html() for table in tables_of(folder)]
+    with tempfile.TemporaryDirectory() as place, progress.track("pictures", 4) as advance:
+        for title, picture in _pictures(folder, model, Path(place)):
+            parts.append(f"<h2>{escape(title)}</h2>{_image(picture, title)}")
+            advance()
+    recipe = folder / "recipe.yaml"
+    if recipe.exists():
+        parts.append(f"<h2>Recipe</h2><pre>{escape(recipe.read_text(encoding='utf-8'))}</pre>")
+    head = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
+    write_text(file, head + "\n".join(parts) + "\n")
+
+
+def _pictures(folder: Path, model: nn.Module, place: Path) -> Iterator[tuple[str, Path]]:
+    """Titles and files, those drawn anew in ``place``."""
+    cost = flops(model).to_dict()
+    yield "Tokens and multiply–adds", cost_picture(cost, f"{cost['saved']:.1%} saved", place / "cost.png")
+    steps = [line for line in runs.read_metrics(folder) if "step" in line and "loss" in line]
+    if steps:
+        yield "Training", loss_picture(steps, place / "loss.png")
+    preprocessing = preprocessing_of(model)
+    files = [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
+    images = [read_picture(path, preprocessing) for path in files]
+    views = [look(model, image[None])[0] for image in images]
+    if views[0]:
+        seen = [pixels(image, preprocessing) for image in images]
+        yield "Which patches attend", views_picture(seen, views, [path.name for path in files], place / "views.png")
+    if (folder / "bench.png").exists():
+        yield "Speed", folder / "bench.png"
+
+
+def _image(picture: Path, title: str) -> str:
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
