@@ -1,29 +1,64 @@
 """Which models can be converted, and why the others cannot: asked of the hosts, not kept in a list."""
 
+from collections.abc import Callable
 from fnmatch import fnmatch
+from types import ModuleType
 
 import timm
 import torch
 
+from tosa_convert import hosts
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import host_of, refusals, served
+from tosa_convert.hosts import Host, host_of, refusals
+from tosa_convert.hosts.relative import RelativeHost
 from tosa_convert.progress import Progress
 
 
-def families() -> list[tuple[str, int | None, str, str]]:
-    """(families, number of timm names, "yes" or "no", remark) of all that this version knows about."""
+def families() -> list[dict[str, str]]:
+    """What this version knows of each family, and which it refuses."""
     count = {module: len(timm.list_models(module=module)) for module in timm.list_modules()}
-    ours = served("TIMM")
-    rows = [
-        (f"timm: {', '.join(ours)}", sum(count[module] for module in ours), "yes", "most; ask with a pattern"),
-        (f"transformers: {', '.join(served('TRANSFORMERS'))}", None, "yes", "any model built from these layers"),
-    ]
-    for reason, (modules, _) in refusals.REASONS.items():
-        known = [module for module in modules.split() if module in count]
-        rows.append((f"timm: {', '.join(known)}", sum(count[module] for module in known), "no", reason))
-    others = [module for module in count if module not in ours and module not in refusals.TIMM]
-    rows.append(("timm: all others", sum(count[module] for module in others), "no", refusals.NOT_A_VIT))
+    rows = []
+    for family in sorted(hosts.families(), key=lambda family: family.__name__):
+        names = [*getattr(family, "TIMM", ()), *getattr(family, "TRANSFORMERS", ())]
+        known = sum(count.get(name, 0) for name in names)
+        rows.append(
+            {
+                "family": _summary(family),
+                "names": str(known or ""),
+                "positions": _of_all(family, _positions),
+                "per head": _of_all(family, lambda host: "yes" if host.own_heads else "no"),
+                "tome, evit": _of_all(family, lambda host: "yes" if host.halves and not host.relative else "no"),
+            }
+        )
     return rows
+
+
+def refused() -> list[tuple[str, str]]:
+    """(families, the reason) of what this version refuses."""
+    rows = []
+    for reason, (modules, kinds) in refusals.REASONS.items():
+        names = [f"timm {modules}" if modules else "", f"transformers {kinds}" if kinds else ""]
+        rows.append(("; ".join(filter(None, names)), reason))
+    return [*rows, ("convolutional nets and other models without a row of blocks", refusals.NOT_A_VIT)]
+
+
+def _summary(family: ModuleType) -> str:
+    """The first sentence of a family's docstring."""
+    return " ".join(family.__doc__.split("\n\n")[0].split()).rstrip(".")
+
+
+def _of_all(family: ModuleType, say: Callable[[type[Host]], str]) -> str:
+    """What holds for the hosts of a family, which may differ."""
+    kinds = [kind for kind in vars(family).values() if isinstance(kind, type) and issubclass(kind, Host)]
+    mine = [kind for kind in kinds if kind.__module__ == family.__name__ and not kind.__name__.startswith("_")]
+    said = dict.fromkeys(say(kind) for kind in mine)
+    return " or ".join(said) or "as inside"
+
+
+def _positions(host: type[Host]) -> str:
+    if issubclass(host, RelativeHost):
+        return "bias"
+    return "rotary" if host.relative else "added"
 
 
 def models(pattern: str, progress: Progress | None = None) -> list[tuple[str, str, str]]:

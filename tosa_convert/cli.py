@@ -326,13 +326,21 @@ def models(
         if not rows:
             raise UsageError(f"no timm model matches {pattern!r}; try a shorter part of its name")
         columns = ["model", "supported", "remark"]
+        tables = {"Models": (columns, rows)}
     else:
-        rows = [(name, "" if count is None else str(count), *rest) for name, count, *rest in catalog.families()]
-        columns = ["family", "models", "supported", "remark"]
+        known = catalog.families()
+        tables = {
+            "Supported": (list(known[0]), [tuple(row.values()) for row in known]),
+            "Refused": (["family", "why"], catalog.refused()),
+        }
     if as_json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
-    else:
-        Table("Models", columns, [list(row) for row in rows], []).print(Console(), left=True)
+        found = {
+            name: [dict(zip(columns, row, strict=True)) for row in rows] for name, (columns, rows) in tables.items()
+        }
+        print_json(found["Models"] if pattern else {name.lower(): rows for name, rows in found.items()})
+        return
+    for name, (columns, rows) in tables.items():
+        Table(name, columns, [list(row) for row in rows], []).print(Console(), left=True)
 
 
 @app.command()

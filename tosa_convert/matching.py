@@ -81,7 +81,7 @@ def _stays(row: torch.Tensor, column: torch.Tensor, height, width, level: int):
     """Which patches the level-th thinning keeps, and how many: by turns a checkerboard of the grid that is
     left, and one of each 2×2 window of it."""
     step = 2 ** ((level + 1) // 2)
-    down, across = -(-height // step), -(-width // step)
+    down, across = ((side + step - 1) // step for side in (height, width))  # ONNX divides negatives otherwise
     stays = (row % step == 0) & (column % step == 0)
     if level % 2:
         return stays, down * across

@@ -98,6 +98,11 @@ def _check_fit(host: Host, config: ConvertConfig) -> None:
         width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
         if width % host.heads:
             raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+    if config.lasting and not host.halves:
+        raise UsageError(
+            f"bypass {config.bypass} takes tokens away between attention and MLP, which are no modules of their own in "
+            "this model; use identity, borrow or merge"
+        )
     if config.lasting and host.relative:
         raise UsageError(
             f"bypass {config.bypass} leaves fewer tokens behind a layer, and this model's attention looks at places "

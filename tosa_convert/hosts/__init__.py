@@ -36,6 +36,8 @@ class Host(ABC):
             it takes nothing of the kind.
         relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
         own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
+        halves: whether a block's attention and MLP are modules of their own, one behind the other, as bypasses need
+            that take tokens away between them.
     """
 
     library: str
@@ -46,24 +48,17 @@ class Host(ABC):
     bias_name: str | None
     relative: bool = False
     own_heads: bool = True
+    halves: bool = True
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def attention(self, block: nn.Module) -> nn.Module:
-        """The attention module of a block.
-
-        Raises:
-            UnsupportedModelError: it has none of its own.
-        """
+        """The attention module of a block; not where neither :attr:`own_heads` nor :attr:`halves` holds."""
         return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
 
     def mlp(self, block: nn.Module) -> nn.Module:
-        """The MLP of a block.
-
-        Raises:
-            UnsupportedModelError: it has none of its own.
-        """
+        """The MLP of a block, where :attr:`halves` holds."""
         return next(child for name, child in block.named_children() if name in ("mlp", "ffn"))
 
     @abstractmethod
@@ -233,11 +228,6 @@ def families() -> list:
     """The modules of this folder that find models."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     return [module for module in modules if hasattr(module, "find")]
-
-
-def served(attribute: str) -> list[str]:
-    """What all families say they are for: of ``TIMM`` timm's modules, of ``TRANSFORMERS`` the classes of layers."""
-    return sorted({name for family in families() for name in getattr(family, attribute, ())})
 
 
 def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""timm's CaiT: talking heads (arXiv 2003.02436), and a class token that joins behind the blocks."""
+"""timm: CaiT.
+
+Talking heads (arXiv 2003.02436), and a class token that joins behind the blocks.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""timm's Eva family: EVA-02, DINOv3, PE, and ViTs with rotary positions."""
+"""timm: EVA-02, DINOv3, PE, ViTs with rotary positions."""
 
 import torch
 from timm.layers import AttentionRope

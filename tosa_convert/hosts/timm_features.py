@@ -1,4 +1,7 @@
-"""timm's ``features_only`` backbones: a supported model whose feature maps are wanted, not its head."""
+"""timm: features_only backbones.
+
+A supported model whose feature maps are wanted, not its head.
+"""
 
 import torch
 from timm.models._features import FeatureGetterNet

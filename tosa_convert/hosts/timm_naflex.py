@@ -1,4 +1,7 @@
-"""timm's NaFlexViT, on pictures of one size: its blocks are those of ViT or of Eva."""
+"""timm: NaFlexViT on pictures of one size.
+
+Its blocks are those of ViT or of Eva.
+"""
 
 from timm.models.naflexvit import NaFlexVit
 from torch import nn

@@ -1,5 +1,8 @@
-"""timm's ViTs with blocks of their own making: attention and MLP side by side (arXiv 2302.05442), several of each side
-by side (arXiv 2203.09795), and differential attention (arXiv 2410.05258)."""
+"""timm: parallel-block and differential-attention ViTs.
+
+Attention and MLP side by side (arXiv 2302.05442), several of each side by side (arXiv 2203.09795), and differential
+attention (arXiv 2410.05258).
+"""
 
 import torch
 from timm.layers import Attention, DiffAttention
@@ -13,7 +16,6 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host, PairTap, Receive, Tap
 from tosa_convert.hosts.timm_vit import TimmVit, all_of, split_qkv
 
@@ -50,15 +52,14 @@ class TimmDiff(_Odd):
 class TimmFused(_Odd):
     """Attention and MLP are one module, side by side."""
 
+    halves = False
+
     @staticmethod
     def knows(block):
         return isinstance(block, (ParallelScalingBlock, DiffParallelScalingBlock))
 
     def norm(self, block):
         return block.in_norm
-
-    def attention(self, block):
-        raise UnsupportedModelError(_NOT_APART)
 
     @property
     def heads(self) -> int:
@@ -79,15 +80,14 @@ class _FusedTap(PairTap):
 class TimmThings(_Odd):
     """Several attentions side by side, then several MLPs; all their heads are looked at."""
 
+    halves = False
+
     @staticmethod
     def knows(block):
         return isinstance(block, ParallelThingsBlock) and all(isinstance(each.attn, Attention) for each in block.attns)
 
     def norm(self, block):
         return None  # each has its own
-
-    def attention(self, block):
-        raise UnsupportedModelError(_NOT_APART)
 
     @property
     def heads(self) -> int:
@@ -109,9 +109,3 @@ class _ThingsTap(Tap):
         if len(self.taken) == len(self.attention.attns):
             pairs, self.taken = self.taken, []  # nothing of a forward pass stays behind in memory
             self.receive(*(torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True)))
-
-
-_NOT_APART = (
-    "its attention and MLP run side by side, so that nothing can be done between them or to one alone; use selection "
-    "shared and bypass identity, borrow or merge"
-)

@@ -1,4 +1,4 @@
-"""timm's ViTs with relative position biases: BEiT, BEiT-2, and the relpos ViTs."""
+"""timm: BEiT, BEiT-2, relpos ViTs."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer family: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP and SigLIP towers, FlexiViT."""
+"""timm: ViT, DeiT (distilled too), DeiT-III, DINOv2 (with registers too), CLIP and SigLIP towers, FlexiViT, AIMv2."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""transformers' BEiT, alone, as a backbone and inside DPT: relative position biases, of each layer or shared by all."""
+"""transformers: BEiT, alone and inside DPT.
+
+Relative position biases, of each layer or shared by all.
+"""
 
 from torch import nn
 

@@ -1,4 +1,7 @@
-"""transformers' DINOv3 ViT, whose layers are called with the cosines and sines of the patches' positions."""
+"""transformers: DINOv3 ViT.
+
+Its layers are called with the cosines and sines of the patches' positions.
+"""
 
 import torch
 from torch import nn

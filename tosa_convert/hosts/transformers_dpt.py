@@ -1,10 +1,12 @@
-"""transformers' DPT with its own ViT inside, the hybrid one too; its depth or segmentation head stays."""
+"""transformers: DPT with a ViT of its own, the hybrid too.
+
+Its depth or segmentation head stays.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Host
 from tosa_convert.hosts.relative import replaced
 from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
@@ -19,17 +21,13 @@ def find(model: nn.Module) -> Host | None:
 
 class TransformersDpt(TransformersVit):
     bias_name = None  # its attention takes no mask
+    halves = False  # the MLP's last module adds the tokens itself
 
     def _prefix_tokens(self, block: nn.Module) -> int:
         return 1
 
     def attention(self, block):
         return block.attention.attention  # the output projection is outside
-
-    def mlp(self, block):
-        raise UnsupportedModelError(
-            "DPT's layers have no MLP module that could be silent; use bypass identity, borrow or merge"
-        )
 
     def projections(self, attention):
         return attention.query, attention.key, attention.value

@@ -1,4 +1,4 @@
-"""transformers' ViT-MAE encoder, with its masking turned off."""
+"""transformers: ViT-MAE encoder, its masking turned off."""
 
 import torch
 from torch import nn

@@ -1,4 +1,7 @@
-"""transformers' ViT, DeiT, DINOv2 (with registers too), CLIP, SigLIP and AIMv2 vision towers."""
+"""transformers: ViT, DeiT, DINOv2 (with registers too), CLIP, SigLIP, AIMv2, Depth-Anything.
+
+Vision towers alone and beside their text towers, backbones, and dense heads on these.
+"""
 
 import inspect
 import sys
