@@ -97,8 +97,8 @@ def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
     """The check runs the file itself: a graph with other weights must not pass."""
     write = export.write_graph
 
-    def wrong(model, path, opset):
-        write(model, path, opset)
+    def wrong(model, path, *options):
+        write(model, path, *options)
         proto = onnx.load(path)
         for tensor in proto.graph.initializer:
             if tensor.name.endswith("head.weight"):
@@ -213,3 +213,69 @@ def test_one_graph_serves_every_image_size():
         for ours, theirs in zip(found[1:], chosen, strict=True):
             assert theirs.shape[1] == 1 + keep_count(shape[2] * shape[3] // 64, ratio_steps(0.5))
             assert np.array_equal(ours, theirs)
+
+
+def test_a_file_for_any_size_is_checked_at_several(pictures, tmp_path):
+    model = lively(FAMILIES["hf Dinov2Model"]())
+    converted = convert(model, score="similarity", bypass="merge", layers={3: 0.5})
+    check = export_onnx(converted, tmp_path, pictures, ExportSettings(any_size=True))
+    assert check.sizes == [(32, 32), (48, 40), (24, 32)]
+    assert check.difference < 1e-4
+    assert json.loads((tmp_path / "preprocessing.json").read_text())["input"]["shape"][2:] == ["height", "width"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    images = torch.randn(2, 3, 56, 24)
+    with torch.no_grad():
+        wanted = run(converted, images)["tokens"]
+    assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
+
+
+def test_a_model_of_one_size_gives_no_file_for_any(pictures, tmp_path):
+    with pytest.raises(UsageError, match="takes pictures of 28×28 only"):
+        export_onnx(load("quickstart"), tmp_path, pictures, ExportSettings(any_size=True))
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_exports_for_any_batch_and_many_for_any_size(name, tmp_path):
+    """Agrees with torch at batches, and where the family is for it at sizes, that it was not exported with."""
+    converted = convert(lively(FAMILIES[name]()), score="similarity", bypass="merge", layers={3: 0.5})
+    _agrees(converted, tmp_path, False, [(1, 3, 32, 32), (5, 3, 32, 32)])
+    if name in ANY_SIZE:
+        _agrees(converted, tmp_path, True, [(5, 3, 32, 32), (2, 3, 64, 48), (1, 3, 48, 80)])
+
+
+ANY_SIZE = (
+    "timm vit",
+    "timm deit distilled",
+    "timm dinov2 registers",
+    "timm eva02",
+    "timm naflex",
+    "timm naflex rope",
+    "hf ViTModel",
+    "hf Dinov2Model",
+    "hf DINOv3ViTModel",
+    "hf CLIPVisionModel",
+    "hf Dinov2Backbone",
+    "hf DepthAnything",
+)
+
+
+def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) -> None:
+    write_graph(converted, folder / "model.onnx", 20, any_size)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    for shape in shapes:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = run(converted, images).values()
+        for ours, theirs in zip(session.run(None, {"images": images.numpy()}), wanted, strict=True):
+            assert np.allclose(ours, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item())), shape
+
+
+@pytest.mark.parametrize("name", ["timm dinov3", "hf ViTMAEModel"])
+def test_positions_that_are_fixed_in_the_file_are_found_out(name, pictures, tmp_path):
+    """The exporter notes the positions of the size that it sees, without a word; the check must tell."""
+    model = convert(lively(FAMILIES[name]()), layers=[2], ratio=0.5)
+    with pytest.raises(TosaError, match="--any-size"):
+        export_onnx(model, tmp_path, pictures, ExportSettings(any_size=True))
+    assert not (tmp_path / "model.onnx").exists()

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from families import FAMILIES, HF_SMALL
 from safetensors.torch import save_file
 
 from tosa_convert import TosaError, UnsupportedModelError, UsageError, convert, load, save
+from tosa_convert.errors import TosaWarning
 from tosa_convert.hosts import host_of, run
 from tosa_convert.loading import read_checkpoint, resolve_timm_name
 
@@ -126,12 +128,84 @@ def test_an_unreachable_hub_says_what_to_do():
         ("swin_tiny_patch4_window7_224", "within windows"),
         ("xcit_nano_12_p16_224", "channels"),
         ("resnet18", "not a ViT"),
-        ("beit_base_patch16_224", "positions"),
+        ("levit_128s", "hierarchical"),
+        ("convit_tiny", "maps of its own"),
     ],
 )
 def test_models_that_cannot_be_converted_say_why(name, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         convert(timm.create_model(name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("SwinModel", {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32}, "within windows"),
+        ("SegformerModel", {}, "hierarchical"),
+        ("ResNetModel", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "not a ViT"),
+        (
+            "VivitModel",
+            {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32},
+            "Vivit",
+        ),
+    ],
+)
+def test_models_of_transformers_that_cannot_be_converted_say_why(kind, options, reason):
+    config = getattr(transformers, kind.replace("Model", "Config"))(**options)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        convert(getattr(transformers, kind)(config))
+
+
+def test_a_family_seen_for_the_first_time_is_named_with_its_place():
+    class NewBlock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(48, 3)
+
+    model = FAMILIES["timm vit"]()
+    model.blocks[3] = NewBlock()
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.3 is a NewBlock with MultiheadAttention"):
+        convert(model)
+    for index in range(6):
+        model.blocks[index] = NewBlock()
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0 is a NewBlock .* not converted by guess"):
+        convert(model)
+
+
+def test_an_mae_that_hides_patches_says_what_to_do():
+    model = FAMILIES["hf ViTMAEModel"]()
+    model.config.mask_ratio = 0.75
+    with pytest.raises(UnsupportedModelError, match="mask_ratio = 0"):
+        convert(model)
+    both = transformers.ViTMAEForPreTraining(model.config)
+    with pytest.raises(UnsupportedModelError, match="2 rows of layers"):
+        convert(both)
+
+
+def test_a_pretrained_mae_is_loaded_as_an_encoder(tmp_path):
+    config = transformers.ViTMAEConfig(**HF_SMALL, decoder_hidden_size=24, decoder_num_hidden_layers=2)
+    config.decoder_num_attention_heads = 2
+    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert type(model).__name__ == "ViTMAEModel"
+    images = torch.randn(2, 3, 32, 32)
+    assert run(convert(model, layers=[2], ratio=0.5), images)["tokens"].shape == (2, 17, 48)
+
+
+def test_a_head_that_the_checkpoint_has_not_got_is_said(tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), file)
+    with pytest.warns(TosaWarning, match="7 outputs is new and untrained"):
+        assert load("vit_tiny_patch16_224", checkpoint=file, num_classes=7).num_classes == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("vit_tiny_patch16_224", checkpoint=file, num_classes=0).num_classes == 0
+        assert load("vit_tiny_patch16_224", checkpoint=file).num_classes == 3
+
+
+def test_the_head_of_a_run_is_fixed(quick_run):
+    with pytest.raises(UsageError, match="head of a run is fixed"):
+        load(quick_run, num_classes=3)
 
 
 def test_unknown_modules_and_text_models_are_refused():

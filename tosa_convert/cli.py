@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tosa_convert.cli_bench import bench
-from tosa_convert.cli_look import features, report, show_patches
+from tosa_convert.cli_look import features, flops, models, report, show_patches
 from tosa_convert.cli_options import (
     AugmentOption,
     BatchSize,
@@ -53,10 +53,10 @@ from tosa_convert.cli_options import (
     pick_source,
     stem,
 )
-from tosa_convert.cli_output import bar, print_json, say_data, show
+from tosa_convert.cli_output import bar, print_json, say, say_data, show
 from tosa_convert.cli_plan import compare, plan
 from tosa_convert.cli_recipes import recipes_app
-from tosa_convert.errors import TosaError, UsageError
+from tosa_convert.errors import TosaError, TosaWarning, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,8 +70,8 @@ app.command()(bench)
 app.command()(plan)
 app.command()(compare)
 app.command(name="show")(show_patches)
-app.command()(features)
-app.command()(report)
+for command in (flops, features, report, models):
+    app.command()(command)
 
 
 def _version(asked: bool) -> None:
@@ -213,46 +213,6 @@ def run(
         print_json(results)
 
 
-@app.command()
-def flops(
-    source: Source = None,
-    layers: Layers = None,
-    ratio: Ratio = None,
-    method: MethodOption = None,
-    score: ScoreOption = None,
-    bypass: BypassOption = None,
-    schedule: ScheduleOption = None,
-    selection: SelectionOption = None,
-    rows: Rows = None,
-    hidden: Hidden = None,
-    kernel: Kernel = None,
-    img_size: ImgSize = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="draw tokens and MACs per layer into this PNG", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Count multiply–adds per layer, original against converted. Needs no weights.
-
-    With --layers or --ratio a model is converted first, to see what that would save.
-    """
-    from tosa_convert.loading import load
-    from tosa_convert.macs import flops as count
-    from tosa_convert.surgery import convert
-
-    source = pick_source(source)
-    model = load(source, img_size=img_size, pretrained=False)
-    options = convert_options(locals())
-    if options:
-        convert(model, **options)
-    cost = count(model).to_dict()
-    if plot is not None:
-        from tosa_convert.pictures import cost_picture
-
-        cost["picture"] = str(cost_picture(cost, f"{stem(source)}: {cost['saved']:.1%} of the MACs saved", plot))
-    show(cost, "flops_table", as_json, source)
-
-
 @app.command(name="eval")
 def evaluate(
     source: Source = None,
@@ -313,37 +273,6 @@ def export(
 
 
 @app.command()
-def models(
-    pattern: Annotated[str | None, typer.Argument(help="part of a timm name, or a pattern such as '*dinov2*'")] = None,
-    as_json: Json = False,
-) -> None:
-    """Which models are supported, which are refused and why."""
-    from tosa_convert import catalog
-    from tosa_convert.report import Table
-
-    if pattern:
-        rows = catalog.models(pattern, bar(as_json))
-        if not rows:
-            raise UsageError(f"no timm model matches {pattern!r}; try a shorter part of its name")
-        columns = ["model", "supported", "remark"]
-        tables = {"Models": (columns, rows)}
-    else:
-        known = catalog.families()
-        tables = {
-            "Supported": (list(known[0]), [tuple(row.values()) for row in known]),
-            "Refused": (["family", "why"], catalog.refused()),
-        }
-    if as_json:
-        found = {
-            name: [dict(zip(columns, row, strict=True)) for row in rows] for name, (columns, rows) in tables.items()
-        }
-        print_json(found["Models"] if pattern else {name.lower(): rows for name, rows in found.items()})
-        return
-    for name, (columns, rows) in tables.items():
-        Table(name, columns, [list(row) for row in rows], []).print(Console(), left=True)
-
-
-@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("tosa-quickstart"),
     seed: Seed = None,
@@ -373,6 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not debug:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TosaWarning)
+    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(arguments)

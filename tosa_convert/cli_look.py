@@ -1,17 +1,20 @@
-"""The commands that show what a model does: show, features, report."""
+"""The commands that show what a model does and what there is: flops, show, features, report, models."""
 
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from tosa_convert.cli_options import (
     BypassOption,
     Checkpoint,
     Device,
+    Hidden,
     ImgSize,
     Json,
+    Kernel,
     Layers,
     MethodOption,
     Ratio,
@@ -23,8 +26,9 @@ from tosa_convert.cli_options import (
     Workers,
     convert_options,
     pick_source,
+    stem,
 )
-from tosa_convert.cli_output import bar, show
+from tosa_convert.cli_output import bar, print_json, show
 from tosa_convert.errors import UsageError
 
 Dtype = StrEnum("Dtype", ["float32", "float16"])
@@ -103,3 +107,72 @@ def report(
     from tosa_convert import stages
 
     show(stages.report_stage(pick_source(source), out, progress=bar(as_json)), "report_table", as_json)
+
+
+def flops(
+    source: Source = None,
+    layers: Layers = None,
+    ratio: Ratio = None,
+    method: MethodOption = None,
+    score: ScoreOption = None,
+    bypass: BypassOption = None,
+    schedule: ScheduleOption = None,
+    selection: SelectionOption = None,
+    rows: Rows = None,
+    hidden: Hidden = None,
+    kernel: Kernel = None,
+    img_size: ImgSize = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw tokens and MACs per layer into this PNG", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count multiply–adds per layer, original against converted. Needs no weights.
+
+    With --layers or --ratio a model is converted first, to see what that would save.
+    """
+    from tosa_convert.loading import load
+    from tosa_convert.macs import flops as count
+    from tosa_convert.surgery import convert
+
+    source = pick_source(source)
+    model = load(source, img_size=img_size, pretrained=False)
+    options = convert_options(locals())
+    if options:
+        convert(model, **options)
+    cost = count(model).to_dict()
+    if plot is not None:
+        from tosa_convert.pictures import cost_picture
+
+        cost["picture"] = str(cost_picture(cost, f"{stem(source)}: {cost['saved']:.1%} of the MACs saved", plot))
+    show(cost, "flops_table", as_json, source)
+
+
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="part of a timm name, or a pattern such as '*dinov2*'")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which models are supported, which are refused and why."""
+    from tosa_convert import catalog
+    from tosa_convert.report import Table
+
+    if pattern:
+        rows = catalog.models(pattern, bar(as_json))
+        if not rows:
+            raise UsageError(f"no timm model matches {pattern!r}; try a shorter part of its name")
+        columns = ["model", "supported", "remark"]
+        tables = {"Models": (columns, rows)}
+    else:
+        known = catalog.families()
+        tables = {
+            "Supported": (list(known[0]), [tuple(row.values()) for row in known]),
+            "Refused": (["family", "why"], catalog.refused()),
+        }
+    if as_json:
+        found = {
+            name: [dict(zip(columns, row, strict=True)) for row in rows] for name, (columns, rows) in tables.items()
+        }
+        print_json(found["Models"] if pattern else {name.lower(): rows for name, rows in found.items()})
+        return
+    for name, (columns, rows) in tables.items():
+        Table(name, columns, [list(row) for row in rows], []).print(Console(), left=True)

@@ -75,22 +75,22 @@ def compare(
             raise UsageError(f"budget {budget} is out of range; give a share of the original's MACs such as 0.8")
     model = model.to(device).eval()
     pictures, folder, truths = labelled_sample(model, data, images, labels)
-    whole, notes, converted = count_macs(model), [], {}
+    whole, notes, converted, shares = count_macs(model), [], {}, {}
     if data is None and PLAN in methods:
         notes.append("plan was made on these same photos; give others with --data for a fair comparison")
     for name in methods:
-        for budget, found in _at_budgets(model, name, budgets, notes, progress).items():
+        for budget, (found, share) in _at_budgets(model, name, budgets, whole, notes, progress).items():
             if found.tosa_config.score == "attention" and distill_steps:
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
-            converted[name, budget] = found
+            converted[name, budget], shares[name, budget] = found, share
     seen = mean_figures(model, {"original": model, **converted}, pictures, truths, progress)
     times = {}
     if runtime is not None:
         labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
         times = time_models({"original": model, **labelled_models}, runtime, progress)
     rows = []
-    for (name, budget), each in converted.items():
-        row = {"method": name, "budget": budget, "macs": count_macs(each) / whole, **seen[name, budget]}
+    for name, budget in converted:
+        row = {"method": name, "budget": budget, "macs": shares[name, budget], **seen[name, budget]}
         if times:
             ms = times[f"{name} {budget}"]
             row |= {"ms": ms, "speedup": times["original"] / ms}
@@ -130,45 +130,57 @@ def _light_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=shared)
 
 
+Fitted = tuple[nn.Module, float]
+"""A converted model, and its share of the original's multiply–adds."""
+
+
 def _at_budgets(
-    model: nn.Module, name: str, budgets: list[float], notes: list[str], progress: Progress
-) -> dict[float, nn.Module]:
+    model: nn.Module, name: str, budgets: list[float], whole: int, notes: list[str], progress: Progress
+) -> dict[float, Fitted]:
     """The method at each budget that it comes down to; of the others a note says why not."""
     found = {}
     bar = nullcontext(lambda: None) if name == PLAN else progress.track(name, len(budgets))  # a plan has its own
     with bar as advance:
         for budget in budgets:
             try:
-                found[budget] = _planned(model, budget, progress) if name == PLAN else _converted(model, name, budget)
+                found[budget] = (
+                    _planned(model, budget, whole, progress) if name == PLAN else _converted(model, name, budget, whole)
+                )
             except TosaError as error:
                 notes.append(f"{name} at {budget}: {error}")
             advance()
     return found
 
 
-def _planned(model: nn.Module, budget: float, progress: Progress) -> nn.Module:
+def _planned(model: nn.Module, budget: float, whole: int, progress: Progress) -> Fitted:
     pictures = sample(None, preprocessing_of(model), 24)[0]
-    return convert(_light_copy(model), find_plan(model, pictures, budget, progress=progress).config)
+    converted = convert(_light_copy(model), find_plan(model, pictures, budget, progress=progress).config)
+    return converted, count_macs(converted) / whole
 
 
-def _converted(model: nn.Module, name: str, budget: float) -> nn.Module:
+def _converted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
     """The method at the budget; the control in all layers where every second one is not enough."""
     try:
-        return at_budget(model, name, budget)
+        return _fitted(model, name, budget, whole)
     except UsageError:
         if name != CONTROL:
             raise
-        return at_budget(model, "random/identity/all", budget)
+        return _fitted(model, "random/identity/all", budget, whole)
 
 
 def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
     """A converted copy that shares the model's weights, with about the highest ratio whose multiply–adds are within
-    the budget: found by halves until one is, then by regula falsi, since they are nearly linear in the ratio.
+    the budget.
 
     Raises:
         UsageError: the method does not come down to the budget.
     """
-    whole = count_macs(model)
+    return _fitted(model, name, budget, count_macs(model))[0]
+
+
+def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
+    """Found by halves until one is within the budget, then by regula falsi, since multiply–adds are nearly linear in
+    the ratio."""
     low, high = LOWEST_RATIO, 1.0
     share_low, share_high = 0.0, 1.0
     best, reason = None, None
@@ -184,7 +196,7 @@ def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
         if share > budget:
             high, share_high = ratio, share
             continue
-        low, share_low, best = ratio, share, candidate
+        low, share_low, best = ratio, share, (candidate, share)
         if share > budget - CLOSE_ENOUGH:
             break
     if best is None:

@@ -21,3 +21,7 @@ class InterruptedTrainingError(TosaError):
 
 class UnsupportedModelError(TosaError):
     """The model is of a kind that cannot be made token-selective; the message says why."""
+
+
+class TosaWarning(UserWarning):
+    """Something was done as asked, and the user may not expect what follows from it."""

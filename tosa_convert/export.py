@@ -125,7 +125,8 @@ class FailedCheckError(TosaError):
         self.check = check
         super().__init__(
             f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} pictures, below the threshold of "
-            f"{check.threshold:.0%}; the file is marked as {path}; try another --opset, or inspect it"
+            f"{check.threshold:.0%}; the file is marked as {path}; try another --opset"
+            f"{', or leave --any-size out' if len(check.sizes) > 1 else ', or inspect it'}"
         )
 
 
@@ -226,7 +227,7 @@ def _check(model, path: Path, images, labelled: bool, settings: ExportSettings, 
                 with torch.inference_mode():
                     wanted = run(model, batch["images"])
                 positions = {f"{CHOSEN}{layer}": value for layer, value in chosen_tokens(model).items()}
-                found = [torch.from_numpy(value) for value in session.run(None, feed)]
+                found = _outputs(session, batch["images"])
                 check.images += len(batch["images"])
                 check.difference = max([check.difference, *map(_largest, found, wanted.values())])
                 kind, main = next(iter(wanted.items()))
@@ -254,6 +255,17 @@ def _check(model, path: Path, images, labelled: bool, settings: ExportSettings, 
     return check
 
 
+def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> list[torch.Tensor]:
+    try:
+        return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+    except Exception as error:
+        height, width = images.shape[-2:]
+        raise TosaError(
+            f"ONNX Runtime cannot run the file at {height}×{width}: {' '.join(str(error).split())[:150]}; if it was "
+            "exported with --any-size, this model is not fit for that: leave it out"
+        ) from error
+
+
 @torch.inference_mode()
 def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, check: Check) -> None:
     """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
@@ -265,7 +277,7 @@ def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, 
         for index in range(len(images)):
             image = images[index][0][None]
             wanted = run(model, image)
-            found = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
+            found = _outputs(session, image)
             check.difference = max([check.difference, *map(_largest, found, wanted.values())])
             kind, main = next(iter(wanted.items()))
             agreed.append(agreement(kind, found[0], main).mean().item())

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import logging
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tosa_convert import runs
-from tosa_convert.errors import TosaError, UnsupportedModelError, UsageError
+from tosa_convert.errors import TosaError, TosaWarning, UnsupportedModelError, UsageError
 from tosa_convert.files import read_json
 from tosa_convert.hosts import families, host_of
 from tosa_convert.origin import Origin, origin_of
@@ -52,6 +53,10 @@ def load(
     if checkpoint is not None and (folder or source.startswith("hf:")):
         raise UsageError("--checkpoint goes with a timm name, for example: deit_tiny --checkpoint weights.safetensors")
     if folder and (runs.is_run(folder) or not (folder / "config.json").exists()):
+        if num_classes is not None:
+            raise UsageError(
+                f"the head of a run is fixed; leave --num-classes out, or load what {source} was made from"
+            )
         model = runs.load_run(folder)
     elif folder and "architecture" in read_json(folder / "config.json"):
         model = _load_timm_folder(folder, num_classes, pretrained)
@@ -96,12 +101,14 @@ def original_of(model: nn.Module) -> nn.Module | None:
     if origin is None or origin.source is None:
         return None
     try:
-        return load(
-            origin.source,
-            checkpoint=origin.checkpoint,
-            num_classes=origin.num_classes,
-            img_size=origin.preprocessing.size,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TosaWarning)  # said when it was loaded first
+            return load(
+                origin.source,
+                checkpoint=origin.checkpoint,
+                num_classes=origin.num_classes,
+                img_size=origin.preprocessing.size,
+            )
     except TosaError:
         return None
 
@@ -200,6 +207,7 @@ def _load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -
     arguments = dict(config.get("model_args", {}))
     if num_classes is not None:
         arguments["num_classes"] = num_classes
+        _say_if_head_is_new(str(folder), config.get("num_classes", num_classes), num_classes)
     model = _create(f"local-dir:{folder}", pretrained, arguments, instead="check that the folder is complete")
     host = host_of(model)
     spec = host.spec()
@@ -219,12 +227,24 @@ def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Mo
         raise TosaError(f"cannot load pretrained {name}: {_one_line(error)}; {instead}") from error
 
 
+def _say_if_head_is_new(source: str, trained: int, wanted: int) -> None:
+    if wanted not in (0, trained):
+        has = f"one of {trained} outputs" if trained else "none"
+        warnings.warn(
+            f"the head of {wanted} outputs is new and untrained: {source} has {has}; fine-tune it before you trust its "
+            "answers",
+            TosaWarning,
+            stacklevel=2,
+        )
+
+
 def _create_with_checkpoint(name: str, checkpoint: Path, arguments: dict) -> nn.Module:
     """timm's own filters translate foreign layouts; the head follows the checkpoint unless the user says otherwise."""
     state = read_checkpoint(checkpoint)
     head = next((state[key] for key in ("head.weight", "module.head.weight", "head.fc.weight") if key in state), None)
     outputs = 0 if head is None else len(head)
     arguments.setdefault("num_classes", outputs)
+    _say_if_head_is_new(str(checkpoint), outputs, arguments["num_classes"])
     overlay = {"file": str(checkpoint), "num_classes": outputs, "custom_load": False}
     try:
         with _quiet("timm"), _same_random_weights():

@@ -87,6 +87,7 @@ class Search:
         self.whole = count_macs(model)
         self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
+        self.made: dict[float, dict[str, Ratios]] = {}
 
     def settle_on_parts(self, budget: float) -> None:
         """The pair of score and bypass that does best on a ramp."""
@@ -181,7 +182,7 @@ class Search:
 
     def solve(self, budget: float) -> Plan:
         """The best ratios found within the budget."""
-        ratios = self._best_ramp(budget)
+        ratios = self._best_start(budget)
         scores = self._scores(ratios)
         fitted = sum(map(len, self.batches[: self.fitted]))
         others = slice(fitted if len(scores) > fitted else 0, None)  # a single picture judges itself
@@ -198,7 +199,7 @@ class Search:
                 scores, ratios = new, there
         ratios = self._to_budget(ratios, budget)
         scores = self._scores(ratios)
-        rivals = {name: self._scores(each).mean().item() for name, each in self._hand_made(budget).items()}
+        rivals = {name: self._scores(each).mean().item() for name, each in self._by_hand(budget).items()}
         chosen = {layer: ratio for layer, ratio in ratios.items() if self.prices.skips(ratio)}
         parts = self.probe.tosa_config
         return Plan(
@@ -220,22 +221,34 @@ class Search:
         """The first half of the pictures."""
         return list(zip(self.batches, self.wanted, self.weights, strict=True))[: self.fitted]
 
-    def _best_ramp(self, budget: float) -> Ratios:
-        """The plain ramp, or the first one it reaches the budget with, unless another one is clearly ahead."""
-        ramps = self._ramps(budget)
-        plain = self._hand_made(budget).get("ramp") or next(iter(ramps.values()))
+    def _best_start(self, budget: float) -> Ratios:
+        """The plain ramp, or the first one that reaches the budget, unless another ramp or one of the schedules made by
+        hand is clearly ahead."""
+        ramps, by_hand = self._ramps(budget), self._by_hand(budget)
+        plain = by_hand.get("ramp") or next(iter(ramps.values()))
         self._weigh(plain)
-        found = {name: self._scores(each) for name, each in ramps.items()}
+        candidates = {**ramps, **by_hand}
+        found = {name: self._scores(each) for name, each in candidates.items()}
         best = min(found, key=lambda name: found[name].mean())
-        return self._to_budget(ramps[best] if _ahead(found[best], self._scores(plain)) else plain, budget)
+        start = candidates[best] if _ahead(found[best], self._scores(plain)) else plain
+        return self._to_budget(start, budget)
+
+    def _by_hand(self, budget: float) -> dict[str, Ratios]:
+        """Schedules made by hand, at the budget."""
+        if budget not in self.made:
+            found = {name: self._to_budget(each, budget) for name, each in self._hand_made(budget).items()}
+            whole = dict.fromkeys(self.layers, 1.0)
+            self.made[budget] = {name: {**whole, **each} for name, each in found.items()}
+        return self.made[budget]
 
     def _share(self, ratios: Ratios) -> float:
         """Of the original's cost; multiply–adds are counted, latencies go by the prices."""
         if self.prices.by != "macs":
             return self.prices.total(ratios)
-        key = tuple(ratios.items())
+        whole = {layer: ratios.get(layer, 1.0) for layer in self.layers}
+        key = tuple(whole.items())
         if key not in self.shares:
-            self.shares[key] = count_macs(set_ratios(self.probe, ratios)) / self.whole
+            self.shares[key] = count_macs(set_ratios(self.probe, whole)) / self.whole
         return self.shares[key]
 
     def _to_budget(self, ratios: Ratios, budget: float) -> Ratios:

@@ -75,7 +75,14 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     Returns:
         The figures of its last step, averaged over processes, with the number of steps and pictures
         seen, and the names of pictures that could not be read.
+
+    Raises:
+        UsageError: weights in half precision, which small steps would not change.
     """
+    if any(parameter.dtype == torch.float16 for parameter in stage.objective.parameters()):
+        raise UsageError(
+            "the weights are float16, and training in it ends in nan; use model.float(), and precision bf16 for speed"
+        )
     settings, world = stage.settings, accelerator.num_processes
     if stage.out:
         stage.out.mkdir(parents=True, exist_ok=True)

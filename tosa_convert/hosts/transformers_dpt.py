@@ -1,4 +1,4 @@
-"""transformers: DPT with a ViT of its own, the hybrid too.
+"""transformers: DPT with a ViT of its own.
 
 Its depth or segmentation head stays.
 """

@@ -1,0 +1,176 @@
+"""What people look at: which patches attend, features, the report of a run, the matrix of families."""
+
+import base64
+import io
+import json
+import re
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, lively, write_pictures
+from families import FAMILIES
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tosa_convert import UsageError, catalog, convert, load
+from tosa_convert.cli import main
+from tosa_convert.data import Images
+from tosa_convert.features import write_features
+from tosa_convert.hosts import host_of
+from tosa_convert.looking import look, pixels
+from tosa_convert.origin import preprocessing_of
+from tosa_convert.selective import chosen_tokens
+
+
+def tool(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm siglip", "timm dinov3", "hf DPT"])
+@pytest.mark.parametrize("bypass", ["identity", "borrow", "merge"])
+def test_a_view_shows_who_attended_and_who_stood_in(name, bypass, images):
+    model = convert(lively(FAMILIES[name]()), score="similarity", bypass=bypass, layers={2: 0.7, 5: 0.4})
+    seen = look(model, images)
+    prefix = host_of(model).prefix
+    for index, views in enumerate(seen):
+        assert [view.layer for view in views] == [2, 5]
+        for view in views:
+            chosen = chosen_tokens(model)[view.layer][index, prefix:] - prefix
+            wanted = torch.zeros(16).scatter(0, chosen, 1.0).reshape(4, 4)
+            assert np.array_equal(view.attended, wanted)
+            assert len(view.partners) == 16 - len(chosen)
+            assert all(not view.attended[skipped] and view.attended[partner] for skipped, partner in view.partners)
+
+
+@pytest.mark.parametrize(("options", "left"), [
+    ({"method": "tome", "ratio": 0.6}, None),
+    ({"method": "evit", "ratio": 0.7}, None),
+    ({"score": "norm", "bypass": "drop", "layers": [2, 4], "ratio": 0.5}, {2: 8, 4: 8}),
+])  # fmt: skip
+def test_patches_that_are_gone_stay_dark(options, left, images):
+    model = convert(lively(FAMILIES["timm vit"]()), **options)
+    for views in look(model, images):
+        counts = [int(view.attended.sum()) for view in views]
+        assert counts == sorted(counts, reverse=True)
+        assert left is None or {view.layer: int(view.attended.sum()) for view in views}[2] == left[2]
+        for before, after in pairwise(views):
+            assert (after.attended <= before.attended).all()
+
+
+def test_heads_that_choose_for_themselves_give_shares(images):
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[3], ratio=0.5, selection="per_head")
+    shares = look(model, images)[0][0].attended
+    assert shares.sum() == pytest.approx(8)
+    assert set(np.round(shares * 3).flatten()) <= {0, 1, 2, 3}
+    assert 0 < shares.max() <= 1
+
+
+def test_nothing_is_drawn_of_an_unconverted_model(images):
+    with pytest.raises(UsageError, match="not converted"):
+        look(FAMILIES["timm vit"](), images)
+
+
+def test_a_picture_to_look_at_is_the_one_that_was_read(tmp_path):
+    write_pictures(tmp_path, 1, size=28)
+    preprocessing = preprocessing_of(load("quickstart"))
+    image = Images(tmp_path, preprocessing)[0][0]
+    grey = np.asarray(Image.open(next(tmp_path.iterdir())).convert("L")) / 255
+    assert np.allclose(pixels(image, preprocessing), grey[..., None], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm vit", "timm cait", "timm features_only", "hf ViT classifier", "hf DepthAnything"]
+)
+def test_features_are_the_models_own(name, images):
+    model = lively(FAMILIES[name]())
+    host = host_of(model)
+    found = host.tokens(images)
+    assert found.shape == (3, host.prefix + 16, 48)
+    if name == "timm vit":
+        assert torch.equal(found, model.forward_features(images))
+    elif name == "hf ViT classifier":
+        assert torch.equal(found, model.vit(images).last_hidden_state)
+    elif name == "timm features_only":
+        assert torch.equal(found[:, 1:].mT.unflatten(-1, (4, 4)), model(images)[-1])
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_features_of_a_folder_are_those_of_its_pictures(ending, pictures, tmp_path):
+    model = convert(load("quickstart"), score="similarity", bypass="merge", layers={4: 0.5})
+    (pictures / "003.png").write_bytes(b"no picture")
+    results = write_features(model, pictures, tmp_path / f"f{ending}", batch_size=3)
+    images = Images(pictures, preprocessing_of(model))
+    good = [index for index in range(8) if index != 3]
+    with torch.no_grad():
+        wanted = host_of(model).tokens(torch.stack([images[index][0] for index in good]))
+    found = load_file(results["file"]) if ending == ".safetensors" else dict(np.load(results["file"]))
+    assert results["images"] == 7
+    assert results["broken"] == ["003.png"]
+    assert np.allclose(found["patches"], wanted[:, 1:].unflatten(1, (7, 7)), atol=1e-5)
+    assert np.allclose(found["classes"], wanted[:, 0], atol=1e-5)
+    if ending == ".npz":
+        assert list(found["names"]) == [f"{index:03d}.png" for index in good]
+        assert zipfile.ZipFile(results["file"]).testzip() is None
+    half = write_features(model, pictures, tmp_path / f"half{ending}", dtype="float16")
+    found = load_file(half["file"]) if ending == ".safetensors" else np.load(half["file"])
+    assert found["patches"].dtype == np.float16
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"f{ending}", f"half{ending}", "pictures"])
+
+
+def test_features_that_cannot_be_written_leave_nothing(pictures, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UsageError, match=r"neither \.npz nor"):
+        write_features(load("quickstart"), pictures, out / "f.csv")
+    gone = convert(load("quickstart"), score="norm", bypass="drop", layers=[4], ratio=0.5)
+    with pytest.raises(UsageError, match="gone for good"):
+        write_features(gone, pictures, out / "f.npz")
+    assert list(out.iterdir()) == []
+
+
+def test_the_commands_draw_and_write(quick_run, pictures, tmp_path, capsys):
+    shown = tmp_path / "a.png"
+    several = [part for name in ("000.png", "001.png") for part in ("--image", str(pictures / name))]
+    tool("show", str(quick_run), *several, "--out", str(shown), "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == ["000.png", "001.png"]
+    assert found["attended"] == {str(layer): pytest.approx(25 / 49) for layer in LAYERS}
+    assert Image.open(shown).size[0] > 400
+    tool("flops", str(quick_run), "--plot", str(tmp_path / "b.png"))
+    assert Image.open(tmp_path / "b.png").size[1] > 400
+    tool("features", str(quick_run), "--images", str(pictures), "--out", str(tmp_path / "f.npz"))
+    tool("report", str(quick_run), "--out", str(tmp_path / "r.html"))
+    page = (tmp_path / "r.html").read_text()
+    encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(encoded) == 3
+    for text in encoded:
+        Image.open(io.BytesIO(base64.b64decode(text))).verify()
+    assert "http" not in re.sub(r'src="data[^"]+"', "", page), "it opens offline"
+    assert "<h2>Recipe</h2>" in page
+
+
+def test_what_cannot_be_drawn_says_why(quick_run, tmp_path, capsys):
+    for arguments, message in (
+        (("show", "quickstart"), "not converted"),
+        (("show", str(quick_run), "--ratio", "0.5"), "are fixed"),
+        (("show", str(quick_run), "--image", str(tmp_path / "none.png")), "No such file"),
+        (("show", str(quick_run), "--image", __file__), "not a picture"),
+        (("show", str(quick_run), "--out", "a.jpg"), r"no .png"),
+        (("report", "quickstart"), "is no run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert stop.value.code != 0
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_matrix_of_families_is_what_the_readme_shows():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for row in catalog.families():
+        assert f"| {' | '.join(value for name, value in row.items() if name != 'names')} |" in readme, row
