@@ -16,6 +16,10 @@ REASONS = {
     "its attention runs over channels, not tokens: there is no token map to predict": ("xcit", ""),
     "its blocks hold more than one set of tokens": ("crossvit tnt", ""),
     "its attention blends in maps of its own that QKᵀ does not show": ("convit", ""),
+    "it wraps a model of timm: load that one by its timm name, or convert the part inside": (
+        "",
+        "timm_wrapper timm_backbone",
+    ),
 }
 NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
 NO_PICTURES = "it takes no pictures (a text model, perhaps)"
