@@ -11,17 +11,13 @@ an hour on two cores.
 import argparse
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import record
 
 from tosa_convert import load
 from tosa_convert.comparing import compare
-from tosa_convert.data import sample
 from tosa_convert.errors import UsageError
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.planning import find_plan
 from tosa_convert.progress import Progress
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
@@ -63,10 +59,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
     arguments = parser.parse_args()
     model = load("vit_small_patch14_dinov2", checkpoint=arguments.weights, img_size=224)
-    began = time.perf_counter()
-    find_plan(model, sample(None, preprocessing_of(model), 24)[0], 0.75)
-    seconds = time.perf_counter() - began
-    print(f"a plan took {seconds:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         scenes = [path for path in sorted(arguments.photos.iterdir()) if path.stem in SCENES]
         if len(scenes) != len(SCENES):
@@ -77,7 +69,6 @@ def main() -> None:
             model, folder, budgets=BUDGETS, methods=METHODS, images=len(scenes), runtime=None, progress=Progress(True)
         )
     results["data"] = f"{len(scenes)} photos of Debian's opencv-doc"
-    results["plan_seconds"] = seconds
     results["targets"] = [_target(results["rows"], budget) for budget in BUDGETS]
     record.write(arguments.out, results)
     for found in results["targets"]:

@@ -56,12 +56,12 @@ def show_patches(
 
     A model in place of a run is converted on the spot: --score similarity needs no training.
     """
-    from tosa_convert import stages
+    from tosa_convert import look_stages
 
     source, options = pick_source(source), convert_options(locals())
     if out.suffix != ".png":
         raise UsageError(f"{out.name} is no .png file; name one with --out")
-    results = stages.show_stage(source, options, image or [], out, checkpoint=checkpoint, img_size=img_size)
+    results = look_stages.show_stage(source, options, image or [], out, checkpoint=checkpoint, img_size=img_size)
     show(results, "show_table", as_json)
 
 
@@ -81,9 +81,9 @@ def features(
     as_json: Json = False,
 ) -> None:
     """Write patch and class features of a folder of pictures, converted model or not."""
-    from tosa_convert import stages
+    from tosa_convert import look_stages
 
-    results = stages.features_stage(
+    results = look_stages.features_stage(
         pick_source(source),
         images,
         out,
@@ -104,9 +104,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Gather tables and pictures of a run in one HTML file that opens offline."""
-    from tosa_convert import stages
+    from tosa_convert import look_stages
 
-    show(stages.report_stage(pick_source(source), out, progress=bar(as_json)), "report_table", as_json)
+    show(look_stages.report_stage(pick_source(source), out, progress=bar(as_json)), "report_table", as_json)
 
 
 def flops(

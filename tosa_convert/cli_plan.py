@@ -51,11 +51,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find score, bypass and keep ratios for a budget, without training. Leaves a recipe for `tosa-convert run`."""
-    from tosa_convert import stages
+    from tosa_convert import plan_stages
 
     if images < 1:
         raise UsageError(f"--images {images}: look at one picture at least")
-    results = stages.plan_stage(
+    results = plan_stages.plan_stage(
         model,
         data=data,
         images=images,
@@ -95,12 +95,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put methods side by side at the same budgets, without training, on the same pictures."""
-    from tosa_convert import stages
+    from tosa_convert import plan_stages
 
     if images < 1:
         raise UsageError(f"--images {images}: look at one picture at least")
     folder = out_folder(out, f"{stem(model)}-compare")
-    results = stages.compare_stage(
+    results = plan_stages.compare_stage(
         model,
         out=folder,
         checkpoint=checkpoint and str(checkpoint),

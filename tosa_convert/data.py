@@ -27,6 +27,11 @@ def built_in_photos() -> Path:
     return Path(str(files("tosa_convert") / "assets" / "photos"))
 
 
+def built_in_scenes() -> list[Path]:
+    """The everyday photos among them."""
+    return [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
+
+
 class Images(Dataset):
     """The pictures of a folder. Sub-folders are classes; pictures at the top level have no labels.
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from tosa_convert import runs
-from tosa_convert.data import SCENES, built_in_photos, read_picture
+from tosa_convert.data import built_in_scenes
 from tosa_convert.files import read_json, write_text
-from tosa_convert.looking import look, pixels
+from tosa_convert.looking import look_at_files
 from tosa_convert.macs import flops
-from tosa_convert.origin import preprocessing_of
 from tosa_convert.pictures import cost_picture, loss_picture, views_picture
 from tosa_convert.progress import Progress
 from tosa_convert.report import tables_of
@@ -53,13 +52,9 @@ def _pictures(folder: Path, model: nn.Module, place: Path) -> Iterator[tuple[str
     steps = [line for line in runs.read_metrics(folder) if "step" in line and "loss" in line]
     if steps:
         yield "Training", loss_picture(steps, place / "loss.png")
-    preprocessing = preprocessing_of(model)
-    files = [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
-    images = [read_picture(path, preprocessing) for path in files]
-    views = [look(model, image[None])[0] for image in images]
-    if views[0]:
-        seen = [pixels(image, preprocessing) for image in images]
-        yield "Which patches attend", views_picture(seen, views, [path.name for path in files], place / "views.png")
+    looks = look_at_files(model, built_in_scenes())
+    if looks.views[0]:
+        yield "Which patches attend", views_picture(looks, place / "views.png")
     if (folder / "bench.png").exists():
         yield "Speed", folder / "bench.png"
 

@@ -1,13 +1,17 @@
 """Which patches of a picture attended in each selective layer, and who stood in for the others."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from tosa_convert.data import read_picture
 from tosa_convert.errors import UsageError
 from tosa_convert.hosts import host_of, run
+from tosa_convert.origin import preprocessing_of
 from tosa_convert.preprocessing import Preprocessing
 from tosa_convert.selective import Selection, selective_blocks
 from tosa_convert.surgery import is_converted
@@ -62,6 +66,27 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
             shares = (counts / heads).reshape(grid).cpu().numpy()
             seen.append(View(selection.layer, shares, _places(pairs[index], host.prefix, grid[1])))
     return views
+
+
+class Looks(NamedTuple):
+    """Pictures (H, W, 3) from 0 to 1 as the model sees them, their names, and the views of each."""
+
+    pictures: list[np.ndarray]
+    names: list[str]
+    views: list[list[View]]
+
+
+def look_at_files(model: nn.Module, files: list[Path]) -> Looks:
+    """Pictures one by one, so that a broken one is named.
+
+    Raises:
+        UsageError: a file is no picture, or the model is not converted.
+    """
+    preprocessing = preprocessing_of(model)
+    device = next(model.parameters()).device
+    images = [read_picture(path, preprocessing) for path in files]
+    views = [look(model, image[None].to(device))[0] for image in images]
+    return Looks([pixels(image, preprocessing) for image in images], [path.name for path in files], views)
 
 
 def _in_the_picture(selection: Selection, standing: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

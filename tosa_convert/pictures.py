@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tosa_convert.files import atomic
-from tosa_convert.looking import View
+from tosa_convert.looking import Looks, View
 
 INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
 MARKS = "osD^vPX*<>"
@@ -113,15 +113,10 @@ def loss_picture(lines: list[dict], file: Path) -> Path:
     return _write(figure, file)
 
 
-def views_picture(pictures: list[np.ndarray], views: list[list[View]], names: list[str], file: Path) -> Path:
+def views_picture(looks: Looks, file: Path) -> Path:
     """ToSA's Figure 4: each picture, and behind it one panel for each selective layer, skipped patches dark. Lines lead
-    from skipped patches to those that stand in for them.
-
-    Args:
-        pictures: (H, W, 3) from 0 to 1.
-        views: of each picture, see :func:`tosa_convert.looking.look`.
-        names: of the pictures.
-    """
+    from skipped patches to those that stand in for them."""
+    pictures, names, views = looks
     panels = 1 + len(views[0])
     down = -(-panels // PANELS)
     across = -(-panels // down)

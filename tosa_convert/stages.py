@@ -1,35 +1,24 @@
 """The stages of the work on files: each takes a recipe or a run, and leaves a run directory."""
 
-import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from tosa_convert import processes, runs
 from tosa_convert.benching import BenchSettings, bench
-from tosa_convert.comparing import compare, labelled_sample, mean_figures
-from tosa_convert.data import SCENES, built_in_photos, read_picture
 from tosa_convert.distillation import check_distillable, distill
 from tosa_convert.errors import TosaError, UsageError
 from tosa_convert.evaluation import evaluate, random_control
 from tosa_convert.export import FAILED, FILE, FailedCheckError, export_onnx
-from tosa_convert.features import write_features
 from tosa_convert.files import check_writable, read_json, write_json, write_text
 from tosa_convert.finetuning import finetune, outputs_of
 from tosa_convert.loading import load, original_of
-from tosa_convert.looking import look, pixels
-from tosa_convert.machine import machine
 from tosa_convert.macs import flops
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.planning import find_plan
-from tosa_convert.prices import time_models
 from tosa_convert.progress import Progress
 from tosa_convert.recipe import Recipe, read_recipe
-from tosa_convert.report import compare_table, percent, write_report
+from tosa_convert.report import write_report
 from tosa_convert.settings import DistillSettings, ExportSettings, FinetuneSettings
 from tosa_convert.surgery import convert, is_converted, original
 from tosa_convert.train import CHECKPOINT
@@ -176,127 +165,6 @@ def bench_stage(
     if out is None:
         write_report(folder)
     return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
-
-
-def plan_stage(
-    source: str,
-    *,
-    data: str | None,
-    images: int,
-    labels: bool,
-    budget: float | None,
-    target_drop: float | None,
-    by: str,
-    runtime: str,
-    checkpoint: str | None = None,
-    img_size: int | None = None,
-    num_classes: int | None = None,
-    out: Path,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> dict:
-    """A plan for a model: ``plan.yaml``, a recipe; ``plan.json``; and ``plan.png``, tokens per layer, in ``out``."""
-    from tosa_convert.pictures import tokens_picture
-
-    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
-    runs.prepare(out)
-    model.to(processes.pick_device(device))
-    pictures, folder, truths = labelled_sample(model, data, images, labels)
-    options = {"by": by, "runtime": runtime, "labels": truths, "target_drop": target_drop, "progress": progress}
-    plan = find_plan(model, pictures, budget, **options)
-    converted = convert(copy.deepcopy(model), plan.config)
-    cost = flops(converted)
-    latency = None
-    if by == "latency":
-        times = time_models({"original": model, "plan": converted}, runtime, progress or Progress())
-        latency = times["plan"] / times["original"]
-    recipe = Recipe(
-        model=source,
-        checkpoint=checkpoint and str(checkpoint),
-        img_size=img_size,
-        num_classes=num_classes,
-        convert=plan.config,
-        export=ExportSettings(),
-    )
-    results = {
-        "source": source,
-        "data": folder.name,
-        "convert": plan.config.model_dump(),
-        "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
-        "macs": cost.macs / cost.original,
-        "latency": latency,
-        **mean_figures(model, {"plan": converted}, pictures, truths)["plan"],
-        "recipe": str(out / "plan.yaml"),
-        "picture": str(out / "plan.png"),
-        "machine": machine(device),
-    }
-    head = (
-        f"# {plan.config.score} × {plan.config.bypass} at {percent(cost.macs / cost.original)} of the MACs, found by\n"
-    )
-    head += f"# `tosa-convert plan` without training.\n#\n#   tosa-convert run {out / 'plan.yaml'}\n\n"
-    write_text(out / "plan.yaml", head + recipe.to_yaml())
-    tokens_picture(
-        cost.to_dict(), f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png"
-    )
-    write_json(out / "plan.json", results)
-    return results
-
-
-def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, **options) -> dict:
-    """Methods compared; ``compare.json``, ``compare.md`` and ``compare.png`` in ``out``."""
-    from tosa_convert.pictures import pareto_picture
-
-    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
-    runs.prepare(out)
-    results = {"source": source, **compare(model, **options)}
-    results["picture"] = str(pareto_picture(results, out / "compare.png"))
-    write_json(out / "compare.json", results)
-    write_text(out / "compare.md", compare_table(results).markdown())
-    return results
-
-
-def show_stage(source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None) -> dict:
-    """Which patches attend: a picture of each file, or of the built-in scenes, in each selective layer."""
-    from tosa_convert.pictures import views_picture
-
-    model = _loaded_or_converted(source, options, checkpoint, img_size)
-    preprocessing = preprocessing_of(model)
-    files = files or [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
-    images = torch.stack([read_picture(path, preprocessing) for path in files])
-    views = [look(model, image[None])[0] for image in images]
-    if not views[0]:
-        raise UsageError(f"{source} skips nothing: all its ratios are 1")
-    names = [path.name for path in files]
-    views_picture([pixels(image, preprocessing) for image in images], views, names, out)
-    patches = views[0][0].attended.size
-    shares = {view.layer: float(view.attended.sum() / patches) for view in views[0]}
-    return {"picture": str(out), "images": names, "attended": shares}
-
-
-def features_stage(source: str, data: str | None, out: Path, *, device=None, progress=None, **options) -> dict:
-    """Patch and class features of a folder of pictures, in one file."""
-    model = load(source, checkpoint=options.pop("checkpoint"), img_size=options.pop("img_size"))
-    return {"source": source, **write_features(model, data, out, device=device, progress=progress, **options)}
-
-
-def report_stage(source: str, out: Path | None, *, progress: Progress | None = None) -> dict:
-    """All that is known of a run in one HTML file; the pictures are drawn anew."""
-    from tosa_convert.html_report import write_html
-
-    folder = Path(source)
-    if not runs.is_run(folder):
-        raise UsageError(f"{source} is no run; name the folder of one")
-    file = out or folder / "report.html"
-    write_html(folder, load(source), file, progress or Progress())
-    return {"run": source, "file": str(file)}
-
-
-def _loaded_or_converted(source: str, options: dict, checkpoint, img_size) -> nn.Module:
-    """A run's model, or one converted on the spot."""
-    model = load(source, checkpoint=checkpoint, img_size=img_size)
-    if options and is_converted(model):
-        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
-    return convert(model, **options) if options else model
 
 
 def _keep(model: nn.Module, out: Path, results: dict) -> None:
