@@ -28,6 +28,7 @@ from tosa_convert.macs import count_macs
 from tosa_convert.prices import Prices, price
 from tosa_convert.progress import Progress
 from tosa_convert.surgery import convert, set_ratios
+from tosa_convert.tokens import keep_count, ratio_steps
 
 SCORES = ("similarity", "class_attention", "norm", "random")
 BYPASSES = ("merge", "borrow", "identity")
@@ -246,7 +247,8 @@ class Search:
         if self.prices.by != "macs":
             return self.prices.total(ratios)
         whole = {layer: ratios.get(layer, 1.0) for layer in self.layers}
-        key = tuple(whole.items())
+        # Ratios at which as many tokens attend cost the same.
+        key = tuple(keep_count(self.prices.patches, ratio_steps(ratio)) for ratio in whole.values())
         if key not in self.shares:
             self.shares[key] = count_macs(set_ratios(self.probe, whole)) / self.whole
         return self.shares[key]
