@@ -257,7 +257,6 @@ ANY_SIZE = (
     "hf DINOv3ViTModel",
     "hf CLIPVisionModel",
     "hf Dinov2Backbone",
-    "hf DepthAnything",
 )
 
 
@@ -272,7 +271,7 @@ def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) ->
             assert np.allclose(ours, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item())), shape
 
 
-@pytest.mark.parametrize("name", ["timm dinov3", "hf ViTMAEModel"])
+@pytest.mark.parametrize("name", ["timm dinov3", "hf DepthAnything"])
 def test_positions_that_are_fixed_in_the_file_are_found_out(name, pictures, tmp_path):
     """The exporter notes the positions of the size that it sees, without a word; the check must tell."""
     model = convert(lively(FAMILIES[name]()), layers=[2], ratio=0.5)

@@ -16,11 +16,11 @@ from families import FAMILIES
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tosa_convert import UsageError, catalog, convert, load
+from tosa_convert import UsageError, catalog, convert, load, original
 from tosa_convert.cli import main
 from tosa_convert.data import Images
 from tosa_convert.features import write_features
-from tosa_convert.hosts import host_of
+from tosa_convert.hosts import host_of, run
 from tosa_convert.looking import look, pixels
 from tosa_convert.origin import preprocessing_of
 from tosa_convert.selective import chosen_tokens
@@ -69,6 +69,37 @@ def test_heads_that_choose_for_themselves_give_shares(images):
     assert shares.sum() == pytest.approx(8)
     assert set(np.round(shares * 3).flatten()) <= {0, 1, 2, 3}
     assert 0 < shares.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["timm features_only", "hf Dinov2Backbone", "hf DepthAnything"])
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_models_that_give_maps_keep_every_token(name, method):
+    with pytest.raises(UsageError, match="need every token"):
+        convert(FAMILIES[name](), method=method, ratio=0.7)
+
+
+def test_maps_are_refused_where_tokens_are_gone(images):
+    model = lively(FAMILIES["timm vit"]())
+    wanted = model.forward_intermediates(images)[1]
+    converted = convert(model, method="tome", ratio=0.6)
+    with pytest.raises(UsageError, match="so no maps"):
+        converted.forward_intermediates(images)
+    with pytest.raises(UsageError, match="so no maps"):
+        converted.get_intermediate_layers(images, n=2, reshape=True)
+    assert converted.get_intermediate_layers(images, n=2)[0].shape[1] < 16
+    twin = original(converted)
+    for ours, theirs in zip(twin.forward_intermediates(images)[1], wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_converted_mae_keeps_its_tokens_in_order(images):
+    model = lively(FAMILIES["hf ViTMAEModel"]())
+    converted = convert(model, score="similarity", bypass="merge", layers={3: 0.5})
+    with torch.no_grad():
+        wanted = run(converted, images)["tokens"]
+        assert torch.equal(converted(images).last_hidden_state, wanted)
+        assert torch.equal(converted(pixel_values=images).last_hidden_state, wanted)
+    assert not any(module._forward_pre_hooks for module in original(converted).modules())
 
 
 def test_nothing_is_drawn_of_an_unconverted_model(images):
@@ -148,7 +179,7 @@ def test_the_commands_draw_and_write(quick_run, pictures, tmp_path, capsys):
     tool("report", str(quick_run), "--out", str(tmp_path / "r.html"))
     page = (tmp_path / "r.html").read_text()
     encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(encoded) == 3
+    assert len(encoded) == 2
     for text in encoded:
         Image.open(io.BytesIO(base64.b64decode(text))).verify()
     assert "http" not in re.sub(r'src="data[^"]+"', "", page), "it opens offline"

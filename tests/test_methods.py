@@ -35,7 +35,7 @@ PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attent
 def fits(model, score: str, bypass: str) -> bool:
     host = host_of(model)
     apart = type(host).__name__ not in ("TimmFused", "TransformersDpt")  # attention and MLP as modules of their own
-    whole_only = host.relative or not apart or "ResPost" in type(host.blocks[0]).__name__
+    whole_only = host.relative or host.gives_maps or not apart or "ResPost" in type(host.blocks[0]).__name__
     return (host.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
 
 

@@ -27,7 +27,7 @@ def families() -> list[dict[str, str]]:
                 "names": str(known or ""),
                 "positions": _of_all(family, _positions),
                 "per head": _of_all(family, lambda host: "yes" if host.own_heads else "no"),
-                "tome, evit": _of_all(family, lambda host: "yes" if host.halves and not host.relative else "no"),
+                "tome": _of_all(family, _takes_away, "no"),
             }
         )
     return rows
@@ -47,12 +47,18 @@ def _summary(family: ModuleType) -> str:
     return " ".join(family.__doc__.split("\n\n")[0].split()).rstrip(".")
 
 
-def _of_all(family: ModuleType, say: Callable[[type[Host]], str]) -> str:
-    """What holds for the hosts of a family, which may differ."""
+def _of_all(family: ModuleType, say: Callable[[type[Host]], str], otherwise: str = "as inside") -> str:
+    """What holds for the hosts of a family, which may differ, or is made up when a model is found."""
     kinds = [kind for kind in vars(family).values() if isinstance(kind, type) and issubclass(kind, Host)]
     mine = [kind for kind in kinds if kind.__module__ == family.__name__ and not kind.__name__.startswith("_")]
     said = dict.fromkeys(say(kind) for kind in mine)
-    return " or ".join(said) or "as inside"
+    return " or ".join(said) or otherwise
+
+
+def _takes_away(host: type[Host]) -> str:
+    if host.relative or not host.halves:
+        return "no"
+    return "yes" if isinstance(host.gives_maps, bool) else "if no maps"
 
 
 def _positions(host: type[Host]) -> str:

@@ -59,8 +59,7 @@ def show_patches(
     from tosa_convert import look_stages
 
     source, options = pick_source(source), convert_options(locals())
-    if out.suffix != ".png":
-        raise UsageError(f"{out.name} is no .png file; name one with --out")
+    _check_png(out, "--out")
     results = look_stages.show_stage(source, options, image or [], out, checkpoint=checkpoint, img_size=img_size)
     show(results, "show_table", as_json)
 
@@ -73,7 +72,7 @@ def features(
     ] = None,
     out: Annotated[Path, typer.Option(help="a .npz or .safetensors file")] = Path("features.npz"),
     dtype: Annotated[Dtype, typer.Option(help="of the numbers")] = Dtype.float32,
-    batch_size: Annotated[int, typer.Option(help="pictures per forward pass")] = 8,
+    batch_size: Annotated[int, typer.Option(help="pictures per forward pass", min=1)] = 8,
     workers: Workers = 0,
     checkpoint: Checkpoint = None,
     img_size: ImgSize = None,
@@ -142,6 +141,7 @@ def flops(
         convert(model, **options)
     cost = count(model).to_dict()
     if plot is not None:
+        _check_png(plot, "--plot")
         from tosa_convert.pictures import cost_picture
 
         cost["picture"] = str(cost_picture(cost, f"{stem(source)}: {cost['saved']:.1%} of the MACs saved", plot))
@@ -176,3 +176,8 @@ def models(
         return
     for name, (columns, rows) in tables.items():
         Table(name, columns, [list(row) for row in rows], []).print(Console(), left=True)
+
+
+def _check_png(file: Path, option: str) -> None:
+    if file.suffix != ".png":
+        raise UsageError(f"{file.name} is no .png file; name one with {option}")

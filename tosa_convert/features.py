@@ -54,6 +54,8 @@ def write_features(
         raise UsageError(f"dtype {dtype!r} is not known; choose from {', '.join(TYPES)}")
     device = pick_device(device)
     model = model.to(device).eval()
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"there is no folder at {data}; give a folder of pictures with --images")
     images = Images(data, preprocessing_of(model))
     names = [images.reader.filename(index) for index in range(len(images))]
     broken: list[str] = []

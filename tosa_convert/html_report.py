@@ -50,7 +50,7 @@ def _pictures(folder: Path, model: nn.Module, place: Path) -> Iterator[tuple[str
     cost = flops(model).to_dict()
     yield "Tokens and multiply–adds", cost_picture(cost, f"{cost['saved']:.1%} saved", place / "cost.png")
     steps = [line for line in runs.read_metrics(folder) if "step" in line and "loss" in line]
-    if steps:
+    if len(steps) > 1:  # one point is no line
         yield "Training", loss_picture(steps, place / "loss.png")
     looks = look_at_files(model, built_in_scenes())
     if looks.views[0]:

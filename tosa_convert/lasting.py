@@ -6,7 +6,8 @@ A silent module gives zeros, so that its branch adds nothing.
 """
 
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,10 +15,30 @@ import torch
 from torch import nn
 
 from tosa_convert.bypasses import LASTING
-from tosa_convert.errors import UnsupportedModelError
+from tosa_convert.errors import UnsupportedModelError, UsageError
 from tosa_convert.hosts import Host
 from tosa_convert.selective import Selection, grafted_class, listen
 from tosa_convert.tokens import gather_tokens
+
+MAKERS = ("forward_intermediates", "get_intermediate_layers")
+"""timm's methods that make maps of tokens."""
+
+
+class MapGuard:
+    """Stands in for one of these methods: fewer tokens than patches would be reshaped into nonsense."""
+
+    def __init__(self, method: Callable, bypass: str):
+        self.method, self.bypass = method, bypass
+
+    def __call__(self, *args, **kwargs):
+        asked = inspect.signature(self.method).bind(*args, **kwargs)
+        asked.apply_defaults()
+        if asked.arguments.get("output_fmt") == "NCHW" or asked.arguments.get("reshape"):
+            raise UsageError(
+                f"behind layers with bypass {self.bypass} there are fewer tokens than patches, so no maps; ask for "
+                "output_fmt='NLC' or reshape=False, or convert with identity, borrow or merge"
+            )
+        return self.method(*args, **kwargs)
 
 
 @dataclass

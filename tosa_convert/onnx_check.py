@@ -158,7 +158,8 @@ def _with_chosen(path: Path) -> tuple[bytes, list[str]]:
 def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if found.shape != wanted.shape:
         raise TosaError(
-            f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: the export is wrong"
+            f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: a size is fixed in the "
+            "file; if it was exported with --any-size, this model is not fit for that: leave it out"
         )
     difference = (found - wanted).abs().max().item()
     return difference if math.isfinite(difference) else math.inf

@@ -141,7 +141,7 @@ def _draw_view(axes: Axes, picture: np.ndarray, view: View) -> None:
     light = DARK + (1 - DARK) * view.attended.clip(0, 1)
     axes.imshow(picture * np.kron(light, np.ones((down, across)))[..., None])
     lines = [[((column + 0.5) * across, (row + 0.5) * down) for row, column in pair] for pair in view.partners]
-    axes.add_collection(LineCollection(lines, colors=IDEAL, linewidths=0.6))
+    axes.add_collection(LineCollection(lines, colors=IDEAL, linewidths=min(0.6, 10 / max(rows, columns))))
     axes.set_title(f"layer {view.layer}: {round(view.attended.sum())} of {rows * columns}", fontsize=8)
 
 

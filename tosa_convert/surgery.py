@@ -8,8 +8,8 @@ from torch import nn
 from tosa_convert.bypasses import PARTNERED
 from tosa_convert.config import ConvertConfig, build_config
 from tosa_convert.errors import UsageError
-from tosa_convert.hosts import Host, Tap, host_of
-from tosa_convert.lasting import Reduction, check_halves, reducing_class, silenceable_class
+from tosa_convert.hosts import Hook, Host, host_of
+from tosa_convert.lasting import MAKERS, MapGuard, Reduction, check_halves, reducing_class, silenceable_class
 from tosa_convert.passage import Passage
 from tosa_convert.per_head import per_head_class
 from tosa_convert.scores import build_score
@@ -50,6 +50,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options) ->
     else:
         _make_lasting(host, stages, config, passage)
     host.patch_projection.register_forward_hook(passage.begin)
+    host.prepare()
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
     model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
@@ -98,6 +99,11 @@ def _check_fit(host: Host, config: ConvertConfig) -> None:
         width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
         if width % host.heads:
             raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+    if config.lasting and host.gives_maps:
+        raise UsageError(
+            f"bypass {config.bypass} leaves fewer tokens behind a layer, and this model gives feature maps, which need "
+            "every token; use identity, borrow or merge"
+        )
     if config.lasting and not host.halves:
         raise UsageError(
             f"bypass {config.bypass} takes tokens away between attention and MLP, which are no modules of their own in "
@@ -133,6 +139,7 @@ def _make_selective(host: Host, plan: list[tuple[int, float]], config: ConvertCo
 
 def _make_lasting(host: Host, stages: list[tuple[int, float]], config: ConvertConfig, passage: Passage) -> None:
     """Layers behind which tokens are gone, from the first one that takes any to the model's last."""
+    _guard_maps(host.model, config.bypass)
     before = 1.0
     for layer, ratio in stages:
         block, last = host.blocks[layer - 1], layer == len(host.blocks)
@@ -145,6 +152,12 @@ def _make_lasting(host: Host, stages: list[tuple[int, float]], config: ConvertCo
             host.tap(block, block.listen_for_partners)
         for half, module in (("attention", host.attention(block)), ("mlp", host.mlp(block))):
             _graft(module, silenceable_class(type(module), half), reduction, host)
+
+
+def _guard_maps(model: nn.Module, bypass: str) -> None:
+    for name in MAKERS:
+        if hasattr(model, name):
+            setattr(model, name, MapGuard(getattr(model, name), bypass))
 
 
 def _add_scorer(host: Host, block: nn.Module, selection: Selection, config: ConvertConfig) -> None:
@@ -184,10 +197,12 @@ def original(model: nn.Module) -> nn.Module:
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                 del hooks[key]
                 with_keywords.pop(key, None)
+    for name in MAKERS:
+        twin.__dict__.pop(name, None)
     if is_converted(twin):
         del twin.tosa_config
     return twin
 
 
 def _is_ours(hook) -> bool:
-    return isinstance(getattr(hook, "__self__", hook), (Tap, Passage, Selection))
+    return isinstance(getattr(hook, "__self__", hook), (Hook, Passage, Selection))

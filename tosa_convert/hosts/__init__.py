@@ -36,6 +36,7 @@ class Host(ABC):
             it takes nothing of the kind.
         relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
         own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
+        gives_maps: whether what it gives are maps of the patches behind several layers: every token is needed for them.
         halves: whether a block's attention and MLP are modules of their own, one behind the other, as bypasses need
             that take tokens away between them.
     """
@@ -48,6 +49,7 @@ class Host(ABC):
     bias_name: str | None
     relative: bool = False
     own_heads: bool = True
+    gives_maps: bool = False
     halves: bool = True
 
     def __init__(self, model: nn.Module):
@@ -154,6 +156,10 @@ class Host(ABC):
     def attention_dropout(self, attention: nn.Module) -> float:
         """Dropout on the attention weights while training."""
 
+    def prepare(self) -> list:
+        """Hook the model where it has to be steered once it is converted; the handles, as those of :meth:`tap`."""
+        return []
+
     def bias(self, attention: nn.Module, arguments: dict) -> torch.Tensor | None:
         """What the attention adds to its logits for each pair of places, (1, H, N, N), if anything.
 
@@ -240,7 +246,11 @@ def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Tap:
+class Hook:
+    """A hook of ours, which :func:`tosa_convert.surgery.original` takes off again; or its methods are hooks."""
+
+
+class Tap(Hook):
     """Hooks that pass an attention's queries and keys on; its methods, or the object itself, are the hooks."""
 
     def __init__(self, attention: nn.Module, receive: Receive, detach: bool = True):

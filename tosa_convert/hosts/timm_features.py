@@ -24,6 +24,7 @@ class _Features:
 
     getter: FeatureGetterNet
     classifies_by_class_token = False
+    gives_maps = True
 
     @property
     def forward(self):

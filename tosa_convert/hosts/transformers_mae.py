@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
-from tosa_convert.hosts import Host
+from tosa_convert.hosts import Hook, Host
 from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
 
 TRANSFORMERS = ("ViTMAELayer",)
@@ -31,12 +31,34 @@ def find(model: nn.Module) -> Host | None:
 
 
 class TransformersMae(TransformersVit):
-    """Without masking the encoder still shuffles its tokens, unless it is given noise that is sorted already."""
+    """Without masking the encoder still shuffles its tokens, unless it is given noise that is sorted already: a
+    converted one is, unless the caller gives another."""
+
+    gives_maps = False
 
     def _prefix_tokens(self, block: nn.Module) -> int:
         return 1
 
     def inputs(self, images):
-        patches = self.patches(tuple(images.shape[-2:]))
-        in_order = torch.arange(patches, device=images.device, dtype=images.dtype)
-        return {**super().inputs(images), "noise": in_order.expand(images.shape[0], patches)}
+        return {**super().inputs(images), "noise": _sorted_noise(images, self.patch)}
+
+    def prepare(self):
+        embeddings = next(module for module in self.model.modules() if hasattr(module, "random_masking"))
+        return [embeddings.register_forward_pre_hook(_InOrder(self.patch), with_kwargs=True)]
+
+
+class _InOrder(Hook):
+    def __init__(self, patch: tuple[int, int]):
+        self.patch = patch
+
+    def __call__(self, embeddings: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if len(args) > 1 or kwargs.get("noise") is not None:
+            return None
+        return args, {**kwargs, "noise": _sorted_noise(args[0] if args else kwargs["pixel_values"], self.patch)}
+
+
+def _sorted_noise(images: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
+    """(B, patches), ascending."""
+    patches = (images.shape[-2] // patch[0]) * (images.shape[-1] // patch[1])
+    in_order = torch.arange(patches, device=images.device, dtype=images.dtype)
+    return in_order.expand(images.shape[0], patches)

@@ -88,6 +88,12 @@ class TransformersVit(Host):
         return next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
 
     @property
+    def gives_maps(self) -> bool:
+        """As backbones do, also those under a dense head."""
+        kinds = (kind.__name__ for module in self.model.modules() for kind in type(module).__mro__)
+        return any(name.endswith("Backbone") for name in kinds)
+
+    @property
     def classifies_by_class_token(self) -> bool:
         return type(self.model).__name__.endswith("ForImageClassification") and self.class_token
 
