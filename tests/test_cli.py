@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import onnxruntime
 import pytest
+import torch
 from conftest import write_pictures
+from families import FAMILIES
 
 from tosa_convert import load, runs
 from tosa_convert.cli import main
@@ -28,6 +31,22 @@ def tosa(capsys, tmp_path, monkeypatch):
         return stop.value.code or 0, printed.out, printed.err
 
     return run
+
+
+@pytest.mark.parametrize("name", ["hf DepthAnything", "hf DPT"])
+def test_a_depth_model_goes_the_whole_way_with_its_head(tosa, pictures, name, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES[name]().save_pretrained(tmp_path / "model")
+    code, out, err = tosa("distill", "model", *QUICK, "--data", pictures, "--out", "run")
+    assert code == 0, err
+    assert "neck" in "".join(load("run").state_dict()), "the depth head stays"
+    code, out, err = tosa("export", "run", "--data", pictures, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["passed"]
+    assert found["difference"] < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "run" / "model.onnx"))
+    assert [output.name for output in session.get_outputs()] == ["predicted_depth"]
 
 
 def test_the_whole_way_from_a_model_to_a_checked_file(tosa, labelled, tmp_path):
@@ -263,7 +282,7 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
 
 
 def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, monkeypatch):
-    monkeypatch.setattr("tosa_convert.export.agreement", lambda kind, found, wanted: found.new_zeros(len(found)))
+    monkeypatch.setattr("tosa_convert.onnx_check.agreement", lambda kind, found, wanted: found.new_zeros(len(found)))
     code, _, err = tosa("export", quick_run, "--onnx", "--out", "made")
     assert code == 1
     assert "below the threshold" in err

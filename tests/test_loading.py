@@ -142,6 +142,7 @@ def test_models_that_cannot_be_converted_say_why(name, reason):
     [
         ("SwinModel", {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32}, "within windows"),
         ("SegformerModel", {}, "hierarchical"),
+        ("SamVisionModel", {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}, "within windows"),
         ("TimmWrapperModel", {"architecture": "vit_tiny_patch16_224"}, "by its timm name"),
         ("ResNetModel", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "not a ViT"),
         (
