@@ -15,7 +15,7 @@ from tosa_convert.progress import Progress
 
 
 def families() -> list[dict[str, str]]:
-    """What this version knows of each family, and which it refuses."""
+    """What this version knows of each family that it can convert."""
     count = {module: len(timm.list_models(module=module)) for module in timm.list_modules()}
     rows = []
     for family in sorted(hosts.families(), key=lambda family: family.__name__):

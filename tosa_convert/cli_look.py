@@ -135,13 +135,14 @@ def flops(
     from tosa_convert.surgery import convert
 
     source = pick_source(source)
+    if plot is not None:
+        _check_png(plot, "--plot")
     model = load(source, img_size=img_size, pretrained=False)
     options = convert_options(locals())
     if options:
         convert(model, **options)
     cost = count(model).to_dict()
     if plot is not None:
-        _check_png(plot, "--plot")
         from tosa_convert.pictures import cost_picture
 
         cost["picture"] = str(cost_picture(cost, f"{stem(source)}: {cost['saved']:.1%} of the MACs saved", plot))

@@ -86,7 +86,7 @@ def write_features(
 def _features(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     host = host_of(model)
     tokens = host.tokens(images.to(next(model.parameters()).dtype))
-    grid = tuple(side // patch for side, patch in zip(images.shape[-2:], host.patch, strict=True))
+    grid = host.grid(images.shape[-2:])
     patches = tokens[:, host.prefix :]
     if patches.shape[1] != grid[0] * grid[1]:
         raise UsageError("patches are gone for good in this model, so it has no features of each; use another bypass")

@@ -11,7 +11,8 @@ from tosa_convert.features import write_features
 from tosa_convert.loading import load
 from tosa_convert.looking import look_at_files
 from tosa_convert.progress import Progress
-from tosa_convert.surgery import convert, is_converted
+from tosa_convert.stages import refuse_options_of_a_run
+from tosa_convert.surgery import convert
 
 
 def show_stage(source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None) -> dict:
@@ -49,6 +50,5 @@ def report_stage(source: str, out: Path | None, *, progress: Progress | None = N
 def _loaded_or_converted(source: str, options: dict, checkpoint, img_size) -> nn.Module:
     """A run's model, or one converted on the spot."""
     model = load(source, checkpoint=checkpoint, img_size=img_size)
-    if options and is_converted(model):
-        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
+    refuse_options_of_a_run(model, options)
     return convert(model, **options) if options else model

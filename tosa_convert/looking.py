@@ -47,7 +47,7 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
         raise UsageError("this model is not converted, so it skips nothing; name a run, or say --ratio and the like")
     run(model, images)
     host = host_of(model)
-    grid = tuple(side // patch for side, patch in zip(images.shape[-2:], host.patch, strict=True))
+    grid = host.grid(images.shape[-2:])
     everyone = torch.arange(host.prefix + grid[0] * grid[1], device=images.device).expand(len(images), -1)
     standing, views = everyone, [[] for _ in images]
     for block in selective_blocks(model):

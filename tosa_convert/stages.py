@@ -146,8 +146,7 @@ def bench_stage(
     from tosa_convert.pictures import speedup_picture  # matplotlib, which no other stage needs
 
     model = load(source, pretrained=False)
-    if options and is_converted(model):
-        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
+    refuse_options_of_a_run(model, options)
     if not is_converted(model):
         convert(model, **options)
     models = {"original": original(model), "converted": model}
@@ -165,6 +164,11 @@ def bench_stage(
     if out is None:
         write_report(folder)
     return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
+
+
+def refuse_options_of_a_run(model: nn.Module, options: dict) -> None:
+    if options and is_converted(model):
+        raise UsageError("a run's layers, ratio and scores are fixed; leave the options out, or name the model")
 
 
 def _keep(model: nn.Module, out: Path, results: dict) -> None:

@@ -208,9 +208,14 @@ class Host(ABC):
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches that pictures of this size (H, W) are cut into."""
+        height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
+        return height, width
+
     def patches(self, size: tuple[int, int]) -> int:
         """How many patches pictures of this size (H, W) are cut into."""
-        return math.prod(side // patch for side, patch in zip(size, self.patch, strict=True))
+        return math.prod(self.grid(size))
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether pictures of this size (H, W) are cut into whole patches."""

@@ -34,6 +34,9 @@ class _TimmRelative(RelativeHost, TimmVit):
         own = self._own(attention)
         return total(None if own is None else own.value, arguments.get(self.bias_name))
 
+    def finish(self, attention, joined, tokens):
+        return attention.proj_drop(attention.proj(joined))
+
 
 class TimmRelPos(_TimmRelative):
     bias_name = "shared_rel_pos"
@@ -44,9 +47,6 @@ class TimmRelPos(_TimmRelative):
     def _own(self, attention: nn.Module) -> OwnBias | None:
         own = attention.rel_pos
         return None if own is None else OwnBias(own, "get_bias", own.get_bias())
-
-    def finish(self, attention, joined, tokens):
-        return attention.proj_drop(attention.proj(joined))
 
 
 class TimmBeit(_TimmRelative):
@@ -62,9 +62,6 @@ class TimmBeit(_TimmRelative):
 
     def project(self, attention, tokens, arguments):
         return _projected(attention, tokens, 3)
-
-    def finish(self, attention, joined, tokens):
-        return attention.proj_drop(attention.proj(joined))
 
 
 def _projected(attention: nn.Module, tokens: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:

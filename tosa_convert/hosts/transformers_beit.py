@@ -7,13 +7,13 @@ from torch import nn
 
 from tosa_convert.hosts import Host
 from tosa_convert.hosts.relative import OwnBias, RelativeHost
-from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
+from tosa_convert.hosts.transformers_vit import TransformersVit, row_of_class
 
 TRANSFORMERS = ("BeitLayer",)
 
 
 def find(model: nn.Module) -> Host | None:
-    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    row = row_of_class(model, TRANSFORMERS)
     return None if row is None else TransformersBeit(model, row)
 
 
@@ -25,8 +25,7 @@ class TransformersBeit(RelativeHost, TransformersVit):
         own = block.relative_position_bias
         if own is None:
             return None
-        grid = tuple(side // patch for side, patch in zip(kwargs["resolution"], self.patch, strict=True))
-        return OwnBias(own, "forward", own(grid))
+        return OwnBias(own, "forward", own(self.grid(kwargs["resolution"])))
 
     def bias(self, attention, arguments):
         return arguments.get("attention_mask")  # the layer has put its own into it

@@ -8,7 +8,7 @@ from torch import nn
 
 from tosa_convert.hosts import Host, Receive, split_heads
 from tosa_convert.hosts.rotary import RotaryTap, positions_at
-from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
+from tosa_convert.hosts.transformers_vit import TransformersVit, row_of_class
 
 TRANSFORMERS = ("DINOv3ViTLayer",)
 Positions = tuple[torch.Tensor, torch.Tensor]
@@ -16,7 +16,7 @@ Positions = tuple[torch.Tensor, torch.Tensor]
 
 
 def find(model: nn.Module) -> Host | None:
-    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    row = row_of_class(model, TRANSFORMERS)
     return None if row is None else TransformersDinov3(model, row)
 
 

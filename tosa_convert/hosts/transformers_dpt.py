@@ -9,13 +9,13 @@ from torch import nn
 
 from tosa_convert.hosts import Host
 from tosa_convert.hosts.relative import replaced
-from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
+from tosa_convert.hosts.transformers_vit import TransformersVit, row_of_class
 
 TRANSFORMERS = ("DPTViTLayer",)
 
 
 def find(model: nn.Module) -> Host | None:
-    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    row = row_of_class(model, TRANSFORMERS)
     return None if row is None else TransformersDpt(model, row)
 
 

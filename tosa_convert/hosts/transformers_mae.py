@@ -5,7 +5,7 @@ from torch import nn
 
 from tosa_convert.errors import UnsupportedModelError
 from tosa_convert.hosts import Hook, Host
-from tosa_convert.hosts.transformers_vit import TransformersVit, layer_class, row_of
+from tosa_convert.hosts.transformers_vit import TransformersVit, row_of_class
 
 TRANSFORMERS = ("ViTMAELayer",)
 
@@ -19,7 +19,7 @@ def adapt(config) -> str | None:
 
 
 def find(model: nn.Module) -> Host | None:
-    row = row_of(model, lambda layer: layer_class(layer, TRANSFORMERS) is not None)
+    row = row_of_class(model, TRANSFORMERS)
     if row is None:
         return None
     if model.config.mask_ratio:

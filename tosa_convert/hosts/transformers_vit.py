@@ -54,6 +54,11 @@ def row_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[nn
     return next(iter(rows.values()), None)
 
 
+def row_of_class(model: nn.Module, known: Container[str]) -> list[nn.Module] | None:
+    """:func:`row_of` the layers of known classes."""
+    return row_of(model, lambda layer: layer_class(layer, known) is not None)
+
+
 def _sees_patches(layer: nn.Module) -> bool:
     """Of an understood class, and in a vision tower: CLIP and SigLIP build their text towers from the same layers."""
     configs = [getattr(module, "config", None) for module in layer.children()]
