@@ -12,7 +12,7 @@ from pathlib import Path
 import record
 
 from tosa_convert import BenchSettings, bench, convert, load
-from tosa_convert.progress import Progress
+from tosa_convert.base.progress import Progress
 
 TEN = dict.fromkeys(range(3, 13), 0.5)
 CASES = {

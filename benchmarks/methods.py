@@ -16,9 +16,9 @@ from pathlib import Path
 import record
 
 from tosa_convert import load
-from tosa_convert.comparing import compare
-from tosa_convert.errors import UsageError
-from tosa_convert.progress import Progress
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.planning.comparison import compare
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]

@@ -17,11 +17,11 @@ from pathlib import Path
 import record
 
 from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, evaluate, finetune, load
-from tosa_convert.comparing import at_budget
-from tosa_convert.data import sample
-from tosa_convert.macs import count_macs
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.planning import find_plan
+from tosa_convert.data.images import sample
+from tosa_convert.measure.macs import count_macs
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.api import find_plan
+from tosa_convert.planning.comparison import at_budget
 
 BUDGETS = (0.9, 0.8, 0.7)
 METHODS = ("plan", "tome", "evit", "idle", "tosa", "random")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tosa_convert.machine import machine
+from tosa_convert.base.environment import machine
 
 
 def write(path: Path, results: dict, device: str = "cpu") -> None:

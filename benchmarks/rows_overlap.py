@@ -16,11 +16,13 @@ import record
 import torch
 
 from tosa_convert import DistillSettings, convert, distill, load
-from tosa_convert.data import Images, loader
-from tosa_convert.distillation import overlap
-from tosa_convert.hosts import host_of, run
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.selective import Selection, all_tokens, selective_blocks
+from tosa_convert.data.images import Images, loader
+from tosa_convert.methods.score import View
+from tosa_convert.methods.scores.attention import overlap
+from tosa_convert.methods.token_ops import keep_count, ratio_steps
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.selection import all_tokens, selective_blocks
 
 LAYERS, ROWS, RATIOS = [2, 4, 6, 8, 10], (16, 32, 64, 128), (0.8, 0.5)
 
@@ -28,24 +30,25 @@ LAYERS, ROWS, RATIOS = [2, 4, 6, 8, 10], (16, 32, 64, 128), (0.8, 0.5)
 class Heard:
     """Keeps the queries and keys of a layer's last forward pass."""
 
-    def __init__(self, block, host):
-        host.tap(block, self.hear)
+    def __init__(self, block, adapter):
+        adapter.tap(block, self.hear)
 
     def hear(self, queries, keys) -> None:
         self.queries, self.keys = queries, keys
 
 
 def column_sums(selector, heard: Heard, rows) -> torch.Tensor:
-    selector.read.rows = rows
-    return selector(selector.read(heard.queries, heard.keys)).sum(1)
+    selector.rows.rows = rows
+    read = selector(heard.queries, heard.keys)
+    return selector(View(steps=1, patches=read.shape[-1] - selector.prefix, grid=None, reading=read)).sum(1)
 
 
 @torch.inference_mode()
 def measure(model) -> list[dict]:
     blocks = selective_blocks(model)
-    host = host_of(model)
-    listened = [Heard(host.blocks[block.selection.layer - 2], host) for block in blocks]
-    targets = [Heard(block, host) for block in blocks]
+    adapter = adapter_of(model)
+    listened = [Heard(adapter.blocks[block.selection.layer - 2], adapter) for block in blocks]
+    targets = [Heard(block, adapter) for block in blocks]
     found = {}
     for batch in loader(Images(None, preprocessing_of(model)), batch_size=1):
         with all_tokens(model):
@@ -57,8 +60,9 @@ def measure(model) -> list[dict]:
             for rows in (*ROWS, "all"):
                 scores = column_sums(block.selector, before, rows)
                 for ratio in RATIOS:
-                    rule = Selection(block.selection.layer, ratio, block.selection.prefix, per_head=False)
-                    kept, right = (overlap(scores, other, rule).item() for other in (everything, real))
+                    prefix = block.selection.prefix
+                    keep = keep_count(scores.shape[1] - prefix, ratio_steps(ratio))
+                    kept, right = (overlap(scores, other, prefix, keep).item() for other in (everything, real))
                     found.setdefault((ratio, rows), []).append((kept, right))
     means = {key: [statistics.mean(column) for column in zip(*values, strict=True)] for key, values in found.items()}
     return [

@@ -17,7 +17,7 @@ from pathlib import Path
 import record
 
 from tosa_convert import DistillSettings, convert, distill, load
-from tosa_convert.runs import read_metrics
+from tosa_convert.runs.metrics_log import read_metrics
 
 LAYERS, RATIO = [2, 4, 6, 8, 10], 0.5
 

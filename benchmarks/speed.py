@@ -13,7 +13,7 @@ from pathlib import Path
 import record
 
 from tosa_convert import BenchSettings, bench, convert, load
-from tosa_convert.progress import Progress
+from tosa_convert.base.progress import Progress
 
 LAYERS = [2, 4, 6, 8, 10]
 CPU = [("deit_tiny_patch16_224", 224, [8]), ("vit_small_patch14_dinov2", 518, [1])]

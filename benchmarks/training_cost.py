@@ -20,10 +20,10 @@ import record
 import torch
 
 from tosa_convert import convert, load
-from tosa_convert.distillation import SelectorDistillation
-from tosa_convert.hosts import run
-from tosa_convert.memory import forget_peak, resident
-from tosa_convert.timing import interleave
+from tosa_convert.measure.peak_memory import forget_peak, resident
+from tosa_convert.measure.timing import interleave
+from tosa_convert.models.adapter import run
+from tosa_convert.training.distillation import SelectorDistillation
 
 NAME, LAYERS, RATIO = "vit_small_patch14_dinov2", [2, 4, 6, 8, 10], 0.8
 
@@ -40,7 +40,7 @@ def forward_step(size: int, batch: int):
 
 def distill_step(size: int, batch: int):
     model = convert(load(NAME, pretrained=False, img_size=size), layers=LAYERS, ratio=RATIO)
-    return _training_step(SelectorDistillation(model), torch.randn(batch, 3, size, size))
+    return _training_step(SelectorDistillation(model, kl="forward"), torch.randn(batch, 3, size, size))
 
 
 def finetune_step(size: int, batch: int, converted: bool):

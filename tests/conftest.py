@@ -14,7 +14,7 @@ from families import CORE, FAMILIES
 from PIL import Image
 from torch import nn
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests run in two processes
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a timing
 hypothesis.settings.load_profile("untimed")
 
@@ -80,7 +80,7 @@ def labelled(tmp_path):
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
     """A finished distill run of the quickstart's model, made by the command line."""
-    from tosa_convert.cli import main
+    from tosa_convert.cli.main import main
 
     out = tmp_path_factory.mktemp("session") / "run"
     arguments = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2", "--json"]

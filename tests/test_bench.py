@@ -5,14 +5,16 @@ import pytest
 import torch
 from conftest import lively
 from families import FAMILIES
+from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
-from tosa_convert import BenchSettings, UsageError, bench, convert, load, memory, original, save
-from tosa_convert.cli import main
-from tosa_convert.hosts import host_of
-from tosa_convert.macs import flops
-from tosa_convert.report import bench_table
-from tosa_convert.timing import Timing, interleave, pinned, processors
+from tosa_convert import BenchSettings, UsageError, bench, convert, load, original, save
+from tosa_convert.cli.main import main
+from tosa_convert.measure import peak_memory
+from tosa_convert.measure.macs import flops
+from tosa_convert.measure.timing import Timing, interleave, pinned, processors
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.reporting.tables import bench_table
 
 QUICK = {"rounds": 2, "memory": False}
 
@@ -92,9 +94,30 @@ def test_no_gain_is_said_in_plain_words():
         assert [said in note for note in notes] == ([True] if said else [])
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_table_of_a_benchmark_is_legible_at_80_columns(several, capsys):
+    model = {"ms": 102.5, "ms_quartiles": [101.4, 103.2], "memory": 2**30}
+    ours = {**model, "speedup": 1.2, "speedup_quartiles": [1.1, 1.3], "ideal": 1.4, "reached": 0.86}
+    case = {"runtime": "compile", "batch_size": 16, "size": [518, 518], "precision": "fp32"}
+    case["models"] = {"original": model, "converted": ours, "runs/deit_tiny-20260101-120000": ours}
+    others = [{**case, "runtime": "eager", "batch_size": 1, "precision": "bf16", "size": [224, 224]}] if several else []
+    settings = BenchSettings().model_dump()
+    machine = {"cpu": "a processor with a long name", "torch": "2", "onnxruntime": "1"}
+    table = bench_table({"notes": [], "settings": settings, "machine": machine, "reference": "original",
+                         "cases": [case, *others]})  # fmt: skip
+    table.print(Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).replace(",", " ").split()
+    expected = ["original", "converted", "runs/deit_tiny-20260101-120000", "quartiles", "speed-up", "101–103", "1.20×"]
+    assert set(expected) <= set(words)
+
+
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     save(converted(), tmp_path / "run")
-    few, many = (memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "fp32") for batch in (1, 256))
+    few, many = (
+        peak_memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "fp32") for batch in (1, 256)
+    )
     weights = sum(value.numel() * 4 for value in load("quickstart").parameters())
     assert weights < few < many
 
@@ -105,7 +128,7 @@ def test_a_converted_model_compiles_into_one_graph(name, images):
     model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, rows=8)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    inputs = host_of(model).inputs(images)
+    inputs = adapter_of(model).inputs(images)
     with torch.inference_mode():
         wanted, found = (next(iter(_tensors(each(**inputs)))) for each in (model, compiled))
     assert torch.allclose(wanted, found, atol=1e-5)

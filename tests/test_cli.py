@@ -13,8 +13,10 @@ import torch
 from conftest import write_pictures
 from families import FAMILIES
 
-from tosa_convert import load, runs
-from tosa_convert.cli import main
+from tosa_convert import load
+from tosa_convert.cli.main import main
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.metrics_log import read_metrics
 
 QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
 
@@ -145,7 +147,7 @@ def test_options_override_the_recipe_and_the_resolved_one_is_kept(tosa, tmp_path
     (tmp_path / "mine.yaml").write_text(recipe)
     code, _, err = tosa("distill", "--recipe", "mine.yaml", "--ratio", "0.25", "--steps", "2", "--out", "made")
     assert code == 0, err
-    from tosa_convert.recipe import read_recipe
+    from tosa_convert.config.recipe import read_recipe
 
     kept = read_recipe(tmp_path / "made/recipe.yaml")
     assert (kept.convert.layers, kept.convert.ratio) == ([2], 0.25)
@@ -182,12 +184,18 @@ def test_models_are_told_apart_by_the_code_that_converts(tosa):
         (["distill", "quickstart", "--layers", "two"], 2, "write it like 2,4,6"),
         (["distill", "quickstart", "--ratio", "0"], 2, "above 0 and at most 1"),
         (["distill", "quickstart", "--ratio", "1.2"], 2, "above 0 and at most 1"),
-        (["distill", "quickstart", "--steps", "0"], 2, "steps"),
+        (["distill", "quickstart", "--steps", "0"], 2, "--steps 0 is out of range; give 1 or more"),
+        (["plan", "quickstart", "--images", "0"], 2, "--images 0 is out of range; give 1 or more"),
+        (["export", "quickstart", "--images", "0"], 2, "--images 0 is out of range; give 1 or more"),
+        (["bench", "quickstart", "--batch-size", "1,0"], 2, "--batch-size 0 is out of range; give 1 or more"),
+        (["flops", "quickstart", "--device", "warp"], 2, "device 'warp' is not known"),
+        (["export", "quickstart", "--device", "warp"], 2, "device 'warp' is not known"),
+        (["show", "quickstart", "--device", "warp"], 2, "device 'warp' is not known"),
         (["distill", "resnet18", "--out", "made"], 1, "not a ViT"),
         (["flops", "swin_tiny_patch4_window7_224"], 1, "within windows"),
         (["flops", "nonsuch"], 2, "tosa-convert models"),
         (["distill", "deit_tiny", "--out", "made"], 1, "--checkpoint FILE"),
-        (["distill", "quickstart", "--data", "nowhere"], 2, "--data"),
+        (["distill", "quickstart", "--data", "nowhere"], 2, "no folder of images at nowhere"),
         (["distill", "quickstart", "--resume"], 2, "--resume needs --out"),
         (["distill", "quickstart", "--bogus"], 2, "--bogus"),
         (["distill", "quickstart", "--device", "warp"], 2, "device"),
@@ -219,13 +227,13 @@ def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tm
     code, _, err = tosa("eval", quick_run, "--data", "three")
     assert (code, "3 class folders but the model has 10" in err) == (2, True)
     code, _, err = tosa("finetune", quick_run, "--data", "empty")
-    assert (code, "holds no images" in err) == (2, True)
+    assert (code, "contains no images" in err) == (2, True)
 
 
 def test_broken_pictures_are_named_in_the_result(tosa, pictures):
     (pictures / "bad.png").write_bytes(b"no")
     _, out, _ = tosa("distill", "quickstart", *QUICK[:4], "--steps", "3", "--batch-size", "4", "--data", pictures)
-    assert "1 broken pictures skipped: bad.png" in out
+    assert "1 broken images skipped: bad.png" in out
 
 
 @pytest.mark.parametrize("place", ["file", "occupied", "under a file"])
@@ -277,15 +285,34 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
     assert tosa("export", "cut")[0] == 1
     code, out, err = tosa(*command, "--resume", "--json")
     assert code == 0, err
-    steps = [line["step"] for line in runs.read_metrics(tmp_path / "cut")]
+    steps = [line["step"] for line in read_metrics(tmp_path / "cut")]
     assert steps == list(range(1, 41))
 
 
 def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, monkeypatch):
-    monkeypatch.setattr("tosa_convert.onnx_check.agreement", lambda kind, found, wanted: found.new_zeros(len(found)))
+    monkeypatch.setattr(
+        "tosa_convert.export.verification.agreement", lambda kind, found, wanted: found.new_zeros(len(found))
+    )
     code, _, err = tosa("export", quick_run, "--onnx", "--out", "made")
     assert code == 1
     assert "below the threshold" in err
+
+
+CONVERSION = ["layers", "ratio", "method", "score", "bypass", "schedule", "selection", "rows", "hidden", "kernel"]
+
+
+@pytest.mark.parametrize("command", ["distill", "finetune", "bench", "flops", "show"])
+def test_every_command_that_converts_has_every_conversion_option(command, tosa):
+    code, out, err = tosa(command, "--help")
+    assert code == 0, err
+    assert all(f"--{name}" in out for name in CONVERSION)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "eval", "export", "features", "report", "models", "run"])
+def test_every_command_has_help(command, tosa):
+    code, out, err = tosa(command, "--help")
+    assert code == 0, err
+    assert "Usage" in out
 
 
 def test_help_names_every_command(tosa):
@@ -346,7 +373,7 @@ def test_an_unfinished_folder_of_stages_is_explained(tosa, quick_run, tmp_path):
 
 def test_the_quickstart_clears_only_what_it_made(tmp_path):
     from tosa_convert import UsageError
-    from tosa_convert.quickstart import _clear
+    from tosa_convert.workflows.quickstart import _clear
 
     (tmp_path / "out/data").mkdir(parents=True)
     (tmp_path / "out/mine").mkdir()

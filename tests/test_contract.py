@@ -14,11 +14,11 @@ from timm.models.cait import TalkingHeadAttn
 from torch import nn
 
 from tosa_convert import convert, original
-from tosa_convert.errors import UsageError
-from tosa_convert.hosts import host_of, run
-from tosa_convert.macs import flops
-from tosa_convert.selective import chosen_tokens, selective_blocks
-from tosa_convert.tokens import gather_tokens
+from tosa_convert.base.errors import UsageError
+from tosa_convert.measure.macs import flops
+from tosa_convert.methods.token_ops import gather_tokens
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 
 def first(outputs: dict) -> torch.Tensor:
@@ -31,14 +31,14 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def options_of(model: nn.Module) -> list[str]:
-    return ["shared", "per_head"] if host_of(model).own_heads else ["shared"]
+    return ["shared", "per_head"] if adapter_of(model).own_heads else ["shared"]
 
 
 def sizes_of(model: nn.Module) -> list[tuple[int, int]]:
     """The model's own, and another one where the family allows it."""
     for other in ((48, 32), (48, 48)):
         with suppress(UsageError):
-            host_of(copy.deepcopy(model)).resize(other)
+            adapter_of(copy.deepcopy(model)).resize(other)
             return [(32, 32), other]
     return [(32, 32)]
 
@@ -62,11 +62,11 @@ def test_ratio_one_equals_the_original(name, images):
 
 def features_of(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """All that the library gives beside the output: intermediate features, hidden states, tokens."""
-    host = host_of(model)
-    if host.library == "transformers":
-        return list(host.forward(**host.inputs(images), output_hidden_states=True).hidden_states)
-    if host.forward is not model or not hasattr(model, "forward_intermediates"):
-        return list(host.forward(images))
+    adapter = adapter_of(model)
+    if adapter.library == "transformers":
+        return list(adapter.forward(**adapter.inputs(images), output_hidden_states=True).hidden_states)
+    if adapter.forward is not model or not hasattr(model, "forward_intermediates"):
+        return list(adapter.forward(images))
     last, maps = model.forward_intermediates(images, indices=[1, 3, 5])
     if hasattr(model, "get_intermediate_layers"):
         maps = [*maps, *model.get_intermediate_layers(images, n=[0, 2], return_prefix_tokens=False)]
@@ -88,21 +88,21 @@ def test_shared_selection_equals_the_masked_original(name):
     """Skipped tokens are masked out as keys of the original block, and restored behind it."""
     for size in sizes_of(model := built(name)):
         family = copy.deepcopy(model)
-        host_of(family).resize(size)
+        adapter_of(family).resize(size)
         images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
         converted = convert(copy.deepcopy(family), layers=LAYERS, ratio=0.5)
         found = run(converted, images)
         chosen = chosen_tokens(converted)
         reference = copy.deepcopy(family)
         for layer in LAYERS:
-            _mask(host_of(reference), layer, chosen[layer])
+            _mask(adapter_of(reference), layer, chosen[layer])
         for output, value in run(reference, images).items():
             assert close(found[output], value), (size, output)
         assert not torch.allclose(first(found), first(run(family, images)), atol=1e-3)
 
 
-def _mask(host, layer: int, chosen: torch.Tensor) -> None:
-    block = host.blocks[layer - 1]
+def _mask(adapter, layer: int, chosen: torch.Tensor) -> None:
+    block = adapter.blocks[layer - 1]
     forward = block.forward
 
     def masked(tokens, *args, **kwargs):
@@ -144,22 +144,22 @@ def _attending(block: nn.Module, attends: torch.Tensor):
 def test_a_token_of_size_two_counts_as_two_tokens(name, images):
     """Merging rests on it: a block on some tokens, one of them for two, is a block on these tokens with one twice."""
     model = built(name)
-    host, caught = host_of(model), {}
-    block = host.blocks[2]
+    adapter, caught = adapter_of(model), {}
+    block = adapter.blocks[2]
     handle = block.register_forward_pre_hook(
         lambda _, args, kwargs: caught.update(args=args, kwargs=kwargs), with_kwargs=True
     )
     run(model, images)
     handle.remove()
     (tokens, *args), kwargs = caught["args"], caught["kwargs"]
-    places = torch.arange(host.prefix + 9).expand(len(images), -1)
+    places = torch.arange(adapter.prefix + 9).expand(len(images), -1)
     twice = torch.cat([places, places[:, -1:]], dim=1)
     forward = type(block).forward
-    wanted = host.call(block, forward, gather_tokens(tokens, twice), tuple(args), kwargs, twice)
+    wanted = adapter.call(block, forward, gather_tokens(tokens, twice), tuple(args), kwargs, twice)
     sizes = torch.ones(places.shape).index_fill(1, torch.tensor([places.shape[1] - 1]), 2.0)
-    found = host.call(block, forward, gather_tokens(tokens, places), tuple(args), kwargs, places, sizes)
+    found = adapter.call(block, forward, gather_tokens(tokens, places), tuple(args), kwargs, places, sizes)
     assert close(found, wanted[:, :-1])
-    alone = host.call(block, forward, gather_tokens(tokens, places), tuple(args), kwargs, places)
+    alone = adapter.call(block, forward, gather_tokens(tokens, places), tuple(args), kwargs, places)
     assert not torch.allclose(found, alone, atol=1e-4)
 
 
@@ -222,8 +222,8 @@ def test_multiply_adds_fall_as_predicted(name):
     """What is linear in the tokens falls to the share that attends, what is quadratic to its square."""
     model = built(name)
     counted = flops(convert(model, layers=LAYERS, ratio=0.5, score="similarity"), (32, 32))
-    host = host_of(model)
-    share = (host.prefix + 8) / (host.prefix + 16)
+    adapter = adapter_of(model)
+    share = (adapter.prefix + 8) / (adapter.prefix + 16)
     for layer in counted.layers:
         left = (layer.macs - layer.selector) / layer.original
         if layer.layer in LAYERS:
@@ -256,13 +256,13 @@ def test_per_head_selection_equals_equation_four(name, images):
     converted = convert(copy.deepcopy(model), layers=[2], ratio=0.5, selection="per_head")
     found = run(converted, images)
     chosen = chosen_tokens(converted)[2].reshape(len(images), 3, -1)
-    host = host_of(model)
-    attention = host.attention(host.blocks[1])
+    adapter = adapter_of(model)
+    attention = adapter.attention(adapter.blocks[1])
 
     def literal(tokens=None, **kwargs):
         tokens = kwargs.get("hidden_states", tokens)
-        queries, keys, values = host.project(attention, tokens, kwargs)
-        bias = host.bias(attention, kwargs)
+        queries, keys, values = adapter.project(attention, tokens, kwargs)
+        bias = adapter.bias(attention, kwargs)
         bias = torch.zeros(3, tokens.shape[1], tokens.shape[1]) if bias is None else bias.reshape(3, *bias.shape[-2:])
         heads = []
         for head in range(3):
@@ -272,7 +272,7 @@ def test_per_head_selection_equals_equation_four(name, images):
                 logits = q @ k.T / 4 + bias[head][attended][:, attended]
                 outputs[image, attended] = logits.softmax(-1) @ v
             heads.append(outputs)
-        return host.finish(attention, torch.cat(heads, dim=-1), tokens)
+        return adapter.finish(attention, torch.cat(heads, dim=-1), tokens)
 
     attention.forward = literal
     assert close(first(found), first(run(model, images)))
@@ -285,7 +285,7 @@ def test_the_best_tokens_of_the_selector_attend(family, images):
     selector = selective_blocks(converted)[0].selector
     selector.register_forward_hook(lambda module, inputs, output: caught.update(scores=output.sum(1)))
     run(converted, images)
-    prefix = host_of(converted).prefix
+    prefix = adapter_of(converted).prefix
     chosen = chosen_tokens(converted)[2]
     assert (chosen[:, :prefix] == torch.arange(prefix)).all()
     patches = caught["scores"][:, prefix:]
@@ -297,19 +297,19 @@ def test_the_best_tokens_of_the_selector_attend(family, images):
 def test_selective_layers_compute_their_own_tokens_only(family, images):
     """Every linear layer of a selective block sees prefix + K tokens, elsewhere all."""
     converted = convert(family, layers=LAYERS, ratio=0.5)
-    host, seen = host_of(converted), {}
-    for number, block in enumerate(host.blocks, start=1):
+    adapter, seen = adapter_of(converted), {}
+    for number, block in enumerate(adapter.blocks, start=1):
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(
                     lambda _, inputs, output, number=number: seen.setdefault(number, set()).add(output.shape[1])
                 )
     run(converted, images)
-    patches = prod(images.shape[-2:]) // prod(host.patch)
+    patches = prod(images.shape[-2:]) // prod(adapter.patch)
     for number, counts in seen.items():
         expected = ceil(0.5 * patches) if number in LAYERS else patches
-        assert counts == {host.prefix + expected}, number
-    assert set(seen) == set(range(1, len(host.blocks) + 1))
+        assert counts == {adapter.prefix + expected}, number
+    assert set(seen) == set(range(1, len(adapter.blocks) + 1))
 
 
 def test_images_do_not_depend_on_their_batch(family, images):

@@ -5,8 +5,8 @@ from conftest import write_pictures
 from PIL import Image
 
 from tosa_convert import TosaError, UsageError, convert, evaluate, load, random_control
-from tosa_convert.data import Images, built_in_photos, loader, training_loader
-from tosa_convert.preprocessing import Preprocessing
+from tosa_convert.data.images import Images, built_in_photos, loader, training_loader
+from tosa_convert.models.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32))
 
@@ -84,7 +84,7 @@ def test_augmentation_can_be_turned_off(pictures):
 def test_empty_missing_and_wrong_data_is_refused(make, tmp_path):
     path = tmp_path / "data"
     make(path)
-    with pytest.raises(UsageError, match=r"--data|holds no images"):
+    with pytest.raises(UsageError, match=r"no folder of images|contains no images"):
         Images(path, SMALL)
 
 
@@ -120,7 +120,7 @@ def test_evaluation_refuses_other_classes(tmp_path):
 
 
 def test_the_random_control_is_another_model_at_the_same_ratio():
-    from tosa_convert.selective import chosen_tokens
+    from tosa_convert.selective.selection import chosen_tokens
 
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
     control = random_control(model)
@@ -133,19 +133,19 @@ def test_the_random_control_is_another_model_at_the_same_ratio():
 
 
 def test_doubtful_labels_are_refused(tmp_path):
-    from tosa_convert.data import check_classes
+    from tosa_convert.data.images import check_classes
 
     write_pictures(tmp_path / "both/train", 4, ["a", "b"])
     write_pictures(tmp_path / "both/val", 4, ["a", "b"])
     write_pictures(tmp_path / "stray", 4, ["a", "b"])
     write_pictures(tmp_path / "stray", 1)
-    for folder, words in (("both", "same name"), ("stray", "beside class folders")):
+    for folder, words in (("both", "same name"), ("stray", "next to the class folders")):
         with pytest.raises(UsageError, match=words):
             check_classes(Images(tmp_path / folder, SMALL), 2, [])
 
 
 def test_folders_named_like_the_classes_must_be_in_their_order(tmp_path):
-    from tosa_convert.data import check_classes
+    from tosa_convert.data.images import check_classes
 
     write_pictures(tmp_path, 4, ["boot", "shirt"])
     check_classes(Images(tmp_path, SMALL), 2, ["boot", "shirt"])

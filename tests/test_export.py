@@ -10,12 +10,13 @@ from conftest import lively, write_pictures
 from families import FAMILIES
 from timm.models.vision_transformer import VisionTransformer
 
-from tosa_convert import ExportSettings, TosaError, UsageError, convert, export, export_onnx, load
-from tosa_convert.evaluation import agreement
-from tosa_convert.export import _Graph, _stable_sort, write_graph
-from tosa_convert.hosts import run
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.tokens import keep_count, ratio_steps
+from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
+from tosa_convert.export import onnx as onnx_export
+from tosa_convert.export.onnx import _Graph, write_graph
+from tosa_convert.methods.token_ops import keep_count, ratio_steps
+from tosa_convert.models.adapter import run
+from tosa_convert.models.outputs import agreement
+from tosa_convert.models.provenance import preprocessing_of
 
 
 @pytest.mark.parametrize("selection", ["shared", "per_head"])
@@ -74,7 +75,7 @@ def test_ties_are_broken_alike(pictures, tmp_path):
     """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     selector = model.blocks[1].selector
-    selector.forward = lambda maps: (maps * 0).sum(2).transpose(0, 1)
+    selector.score = lambda view: (view.reading * 0).sum(2).transpose(0, 1)
     assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0}
 
 
@@ -96,7 +97,7 @@ def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
 
 def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
     """The check runs the file itself: a graph with other weights must not pass."""
-    write = export.write_graph
+    write = onnx_export.write_graph
 
     def wrong(model, path, *options):
         write(model, path, *options)
@@ -107,7 +108,7 @@ def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(-values, tensor.name))
         onnx.save_model(proto, path)
 
-    monkeypatch.setattr(export, "write_graph", wrong)
+    monkeypatch.setattr(onnx_export, "write_graph", wrong)
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with pytest.raises(TosaError, match="below the threshold of 99%"):
@@ -200,7 +201,6 @@ def test_one_graph_serves_every_image_size():
             graph,
             (torch.randn(2, 3, 64, 80),),
             dynamic_shapes={"images": {0: batch, 2: 8 * height, 3: 8 * width}},
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             dynamo=True,
             verbose=False,
         )

@@ -14,9 +14,9 @@ from families import FAMILIES, HF_SMALL
 from safetensors.torch import save_file
 
 from tosa_convert import TosaError, UnsupportedModelError, UsageError, convert, load, save
-from tosa_convert.errors import TosaWarning
-from tosa_convert.hosts import host_of, run
-from tosa_convert.loading import read_checkpoint, resolve_timm_name
+from tosa_convert.base.errors import TosaWarning
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.loading import read_checkpoint, resolve_timm_name
 
 TINY = "vit_tiny_patch16_224"
 
@@ -274,7 +274,7 @@ def test_a_run_opens_at_another_image_size(quick_run):
     model = load(quick_run, img_size=56)
     assert model.tosa_origin.preprocessing.size == (56, 56)
     assert outputs(model, torch.randn(1, 1, 56, 56)).shape == (1, 10)
-    assert host_of(load(quick_run)).preprocessing().size == (28, 28)
+    assert adapter_of(load(quick_run)).preprocessing().size == (28, 28)
 
 
 def test_an_image_size_that_patches_do_not_divide_is_refused(quick_run):
@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_no_half_written_run(tmp_path, monkeypatch):
         args[1].write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tosa_convert.runs.save_file", full)
+    monkeypatch.setattr("tosa_convert.runs.folder.save_file", full)
     with pytest.raises(TosaError, match="No space left on device"):
         save(copy.deepcopy(model), tmp_path / "run")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

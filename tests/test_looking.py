@@ -16,14 +16,15 @@ from families import FAMILIES
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tosa_convert import UsageError, catalog, convert, load, original
-from tosa_convert.cli import main
-from tosa_convert.data import Images
-from tosa_convert.features import write_features
-from tosa_convert.hosts import host_of, run
-from tosa_convert.looking import look, pixels
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.selective import chosen_tokens
+from tosa_convert import UsageError, convert, load, original
+from tosa_convert.cli.main import main
+from tosa_convert.data.images import Images
+from tosa_convert.export.features import write_features
+from tosa_convert.models import supported
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.reporting.token_maps import look, pixels
+from tosa_convert.selective.selection import chosen_tokens
 
 
 def tool(*arguments: str) -> None:
@@ -37,7 +38,7 @@ def tool(*arguments: str) -> None:
 def test_a_view_shows_who_attended_and_who_stood_in(name, bypass, images):
     model = convert(lively(FAMILIES[name]()), score="similarity", bypass=bypass, layers={2: 0.7, 5: 0.4})
     seen = look(model, images)
-    prefix = host_of(model).prefix
+    prefix = adapter_of(model).prefix
     for index, views in enumerate(seen):
         assert [view.layer for view in views] == [2, 5]
         for view in views:
@@ -120,9 +121,9 @@ def test_a_picture_to_look_at_is_the_one_that_was_read(tmp_path):
 )
 def test_features_are_the_models_own(name, images):
     model = lively(FAMILIES[name]())
-    host = host_of(model)
-    found = host.tokens(images)
-    assert found.shape == (3, host.prefix + 16, 48)
+    adapter = adapter_of(model)
+    found = adapter.tokens(images)
+    assert found.shape == (3, adapter.prefix + 16, 48)
     if name == "timm vit":
         assert torch.equal(found, model.forward_features(images))
     elif name == "hf ViT classifier":
@@ -139,7 +140,7 @@ def test_features_of_a_folder_are_those_of_its_pictures(ending, pictures, tmp_pa
     images = Images(pictures, preprocessing_of(model))
     good = [index for index in range(8) if index != 3]
     with torch.no_grad():
-        wanted = host_of(model).tokens(torch.stack([images[index][0] for index in good]))
+        wanted = adapter_of(model).tokens(torch.stack([images[index][0] for index in good]))
     found = load_file(results["file"]) if ending == ".safetensors" else dict(np.load(results["file"]))
     assert results["images"] == 7
     assert results["broken"] == ["003.png"]
@@ -160,7 +161,7 @@ def test_features_that_cannot_be_written_leave_nothing(pictures, tmp_path):
     with pytest.raises(UsageError, match=r"neither \.npz nor"):
         write_features(load("quickstart"), pictures, out / "f.csv")
     gone = convert(load("quickstart"), score="norm", bypass="drop", layers=[4], ratio=0.5)
-    with pytest.raises(UsageError, match="gone for good"):
+    with pytest.raises(UsageError, match="removes patch tokens"):
         write_features(gone, pictures, out / "f.npz")
     assert list(out.iterdir()) == []
 
@@ -184,6 +185,9 @@ def test_the_commands_draw_and_write(quick_run, pictures, tmp_path, capsys):
         Image.open(io.BytesIO(base64.b64decode(text))).verify()
     assert "http" not in re.sub(r'src="data[^"]+"', "", page), "it opens offline"
     assert "<h2>Recipe</h2>" in page
+    assert page.index("<h2>Summary</h2>") < page.index("<h2>distill")
+    assert "MACs saved" in page
+    assert page.count("not measured (tosa-convert") == 3, "nothing but the MACs is known of this run"
 
 
 def test_what_cannot_be_drawn_says_why(quick_run, tmp_path, capsys):
@@ -191,9 +195,9 @@ def test_what_cannot_be_drawn_says_why(quick_run, tmp_path, capsys):
         (("show", "quickstart"), "not converted"),
         (("show", str(quick_run), "--ratio", "0.5"), "are fixed"),
         (("show", str(quick_run), "--image", str(tmp_path / "none.png")), "No such file"),
-        (("show", str(quick_run), "--image", __file__), "not a picture"),
-        (("show", str(quick_run), "--out", "a.jpg"), r"no .png"),
-        (("report", "quickstart"), "is no run"),
+        (("show", str(quick_run), "--image", __file__), "not an image"),
+        (("show", str(quick_run), "--out", "a.jpg"), "a.jpg is not a .png file"),
+        (("report", "quickstart"), "is not a run"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(list(arguments))
@@ -201,7 +205,7 @@ def test_what_cannot_be_drawn_says_why(quick_run, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_matrix_of_families_is_what_the_readme_shows():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for row in catalog.families():
+def test_the_matrix_of_families_is_what_the_docs_show():
+    readme = (Path(__file__).parent.parent / "docs/models.md").read_text()
+    for row in supported.families():
         assert f"| {' | '.join(value for name, value in row.items() if name != 'names')} |" in readme, row

@@ -4,7 +4,7 @@ from conftest import lively
 from families import FAMILIES
 
 from tosa_convert import convert, flops, load
-from tosa_convert.macs import _count
+from tosa_convert.measure.macs import _count
 
 PAPER = {"layers": [2, 4, 6, 8, 10], "ratio": 0.8}
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tosa_convert.matching import choose_bipartite, choose_redundant, match, pyramid, sketch, thinnings
-from tosa_convert.tokens import Choice, add_up, choose_best, keep_count, ratio_steps, stand_ins
+from tosa_convert.methods.matching import choose_bipartite, choose_redundant, match, pyramid, sketch, thinnings
+from tosa_convert.methods.token_ops import Choice, add_up, choose_best, keep_count, ratio_steps, stand_ins
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 99)

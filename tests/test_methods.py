@@ -24,19 +24,24 @@ from tosa_convert import (
     random_control,
     save,
 )
-from tosa_convert.bypasses import LASTING, WHOLE
-from tosa_convert.hosts import host_of, run
-from tosa_convert.selective import chosen_tokens, selective_blocks
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.parts import every
+from tosa_convert.methods.score import Acts
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.grafting import steer
+from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
 
+WHOLE = tuple(name for name, part in every(Bypass).items() if part.acts is Acts.AROUND)
+LASTING = tuple(every(Bypass).keys() - set(WHOLE))
 SCORES = ("attention", "class_attention", "similarity", "norm", "random")
 PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attention", "fuse")]
 
 
 def fits(model, score: str, bypass: str) -> bool:
-    host = host_of(model)
-    apart = type(host).__name__ not in ("TimmFused", "TransformersDpt")  # attention and MLP as modules of their own
-    whole_only = host.relative or host.gives_maps or not apart or "ResPost" in type(host.blocks[0]).__name__
-    return (host.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
+    adapter = adapter_of(model)
+    apart = type(adapter).__name__ not in ("TimmFused", "TransformersDpt")  # attention and MLP as modules of their own
+    whole_only = adapter.relative or adapter.gives_maps or not apart or "ResPost" in type(adapter.blocks[0]).__name__
+    return (adapter.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
 
 
 def layers_for(score: str) -> list[int]:
@@ -61,19 +66,19 @@ def test_all_tokens_bypasses_equal_the_original_block_with_loops(family, score, 
         pytest.skip("this family has not got the parts")
     if size not in sizes_of(family):
         pytest.skip("this family has one size")
-    host_of(family).resize(size)
+    adapter_of(family).resize(size)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
     ratio = 0.3 if score == "similarity" else 0.6
     converted = convert(copy.deepcopy(family), layers=layers_for(score), ratio=ratio, score=score, bypass=bypass)
     found = run(converted, images)
-    choices = {block.selection.layer: block.selection.choice for block in selective_blocks(converted)}
+    choices = last_choices(converted)
     reference = copy.deepcopy(family)
     for block in selective_blocks(converted):
         layer = block.selection.layer
         choice = choices[layer]
         if bypass != "identity" and choice.partners is None:
             choice = choice._replace(partners=_partners(converted, block, images))
-        _spell_out(host_of(reference), layer, choice, bypass)
+        _spell_out(adapter_of(reference), layer, choice, bypass)
     for name, value in run(reference, images).items():
         assert close(found[name], value), name
     assert not torch.allclose(first(found), first(run(family, images)), atol=1e-3)
@@ -88,8 +93,10 @@ def _partners(converted, block, images):
     return caught[0]
 
 
-def _spell_out(host, layer: int, choice, bypass: str) -> None:
-    block = host.blocks[layer - 1]
+def _spell_out(adapter, layer: int, choice, bypass: str) -> None:
+    block = adapter.blocks[layer - 1]
+    for module, method in adapter.steered(block):
+        steer(module, method)
     forward = block.forward
 
     def own(_, tokens, *args, **kwargs):
@@ -107,12 +114,12 @@ def _spell_out(host, layer: int, choice, bypass: str) -> None:
             rows = [tokens[image, members if merged else members[:1]].mean(0) for members in groups.values()]
             taken = torch.stack(rows)[None]
             sizes = torch.tensor([[len(members) if merged else 1 for members in groups.values()]])
-            norm = host.norm(block)
+            norm = adapter.norm(block)
             if merged and norm is not None:
                 means = [norm.forward(tokens[image, members]).mean(0) for members in groups.values()]
                 norm.forward = lambda _, means=means: torch.stack(means)[None]
             places = torch.tensor([list(groups)])
-            update = host.call(block, own, taken, args, kwargs, places, sizes.float())[0] - taken[0]
+            update = adapter.call(block, own, taken, args, kwargs, places, sizes.float())[0] - taken[0]
             if norm is not None:
                 norm.__dict__.pop("forward", None)
             for index, members in enumerate(groups.values()):
@@ -191,10 +198,11 @@ def test_idle_reselects_by_the_class_tokens_last_look(images):
     model(images)
     scores = rows[2]
     chosen = chosen_tokens(model)
+    state = blocks[0].selection.current.state
     for block in blocks[1:]:
         layer = block.selection.layer
         scores = scores.scatter(1, chosen[layer - 1], rows[layer])
-        assert torch.allclose(block.selection.scores, scores)
+        assert torch.allclose(state.scores[layer], scores)
         best = scores[:, 1:].topk(chosen[layer].shape[1] - 1).indices + 1
         assert [set(row.tolist()) for row in best] == [set(row[1:].tolist()) for row in chosen[layer]]
 

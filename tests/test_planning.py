@@ -15,18 +15,18 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification
 
 from tosa_convert import ConvertConfig, UsageError, compare, convert, find_plan, flops, load, plan
-from tosa_convert.allocation import FINE, allocate
-from tosa_convert.comparing import at_budget
-from tosa_convert.curves import curves
-from tosa_convert.data import sample
-from tosa_convert.fidelity import error, figures, observe
-from tosa_convert.hosts import host_of
-from tosa_convert.macs import count_macs
-from tosa_convert.origin import preprocessing_of
-from tosa_convert.prices import Prices
-from tosa_convert.progress import Progress
-from tosa_convert.search import Search
-from tosa_convert.surgery import set_ratios
+from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import sample
+from tosa_convert.measure.macs import count_macs
+from tosa_convert.measure.similarity import error, figures, observe
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.allocation import FINE, allocate
+from tosa_convert.planning.comparison import at_budget
+from tosa_convert.planning.cost_model import Prices
+from tosa_convert.planning.search import Search
+from tosa_convert.planning.sensitivity import curves
+from tosa_convert.selective.conversion import set_ratios
 
 LINE = Prices("macs", (0.2, 1.0), (0.08, 0.0))
 
@@ -218,11 +218,11 @@ def test_figures_of_models_with_patches_gone():
     wanted = observe(model, images)
     found = observe(convert(model, score="random", bypass="drop", layers=[3], ratio=0.5), images)
     assert set(figures(found, wanted)) == {"class", "agreement"}
-    assert host_of(model).prefix == 1
+    assert adapter_of(model).prefix == 1
 
 
 def test_the_commands_leave_a_recipe_tables_and_pictures(tmp_path, capsys):
-    from tosa_convert.cli import main
+    from tosa_convert.cli.main import main
 
     def tool(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:

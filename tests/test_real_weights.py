@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tosa_convert import DistillSettings, convert, distill, evaluate, export_onnx, flops, load
-from tosa_convert.hosts import run
+from tosa_convert.models.adapter import run
 
 pytestmark = [pytest.mark.real_weights, pytest.mark.timeout(1200)]
 LAYERS = [2, 4, 6, 8, 10]

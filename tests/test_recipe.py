@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from tosa_convert import UsageError
-from tosa_convert.recipe import Recipe, find_recipe, read_recipe, recipes_folder
+from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe, recipes_folder
 
 
 def written(tmp_path, text):

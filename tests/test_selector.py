@@ -10,11 +10,28 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tosa_convert import convert
-from tosa_convert.distillation import ROWS_LEARNT_AT_ONCE, SelectorDistillation, divergence, with_gradient_now
-from tosa_convert.hosts import run
-from tosa_convert.scores.attention import AttentionSelector
-from tosa_convert.selective import all_tokens, selective_blocks
-from tosa_convert.tokens import spread_rows
+from tosa_convert.methods.score import Acts, Site, View
+from tosa_convert.methods.scores.attention import (
+    ROWS_LEARNT_AT_ONCE,
+    AttentionSelector,
+    divergence,
+    with_gradient_now,
+)
+from tosa_convert.methods.token_ops import spread_rows
+from tosa_convert.models.adapter import run
+from tosa_convert.selective.selection import all_tokens, selective_blocks
+from tosa_convert.training.distillation import SelectorDistillation
+
+
+def selector_of(heads: int, **options) -> AttentionSelector:
+    """As a conversion makes it, for a model with one prefix token."""
+    selector = AttentionSelector(**options)
+    selector.setup(Site(layer=2, heads=heads, prefix=1, width=48, acts=Acts.AROUND, seed=0))
+    return selector
+
+
+def scores_of(selector: AttentionSelector, read: torch.Tensor) -> torch.Tensor:
+    return selector(View(steps=5000, patches=read.shape[-1] - 1, grid=None, reading=read))
 
 
 def projections(heads=3, tokens=20, seed=0):
@@ -39,7 +56,7 @@ def maps(**options):
 )
 def test_the_selector_is_two_convolutions_along_the_keys(heads, batch, rows, tokens, kernel, hidden):
     """One query row of one image at a time, in torch's own convolutions; and the form for export is the same."""
-    selector = AttentionSelector(heads, prefix=1, hidden=hidden, kernel=kernel).double()
+    selector = selector_of(heads, hidden=hidden, kernel=kernel).double()
     read = torch.randn(heads, batch, rows, tokens, dtype=torch.double)
     found = selector.logits(read)
     for image, row in itertools.product(range(batch), range(rows)):
@@ -53,15 +70,15 @@ def test_the_selector_is_two_convolutions_along_the_keys(heads, batch, rows, tok
 @pytest.mark.parametrize("rows", ["all", 8])
 def test_it_reads_rows_of_the_scaled_product(rows):
     queries, keys = projections(tokens=60)
-    read = AttentionSelector(3, prefix=1, rows=rows).read
+    read = selector_of(3, rows=rows).read
     chosen = slice(None) if rows == "all" else spread_rows(60, 1, 8)
     assert torch.allclose(read(queries, keys), maps(tokens=60)[:, :, chosen], atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [5, 20, 197])
 def test_predicted_maps_are_distributions_at_any_size(tokens):
-    predicted = AttentionSelector(3, prefix=1)(maps(tokens=tokens))
-    log_maps = AttentionSelector(3, prefix=1).log_maps(maps(tokens=tokens))
+    predicted = scores_of(selector_of(3), maps(tokens=tokens))
+    log_maps = selector_of(3).log_maps(maps(tokens=tokens))
     assert predicted.shape == (2, 3, tokens)
     assert log_maps.shape == (3, 2, tokens, tokens)
     assert torch.allclose(log_maps.exp().sum(-1), torch.ones(3, 2, tokens), atol=1e-4)
@@ -69,13 +86,13 @@ def test_predicted_maps_are_distributions_at_any_size(tokens):
 
 
 def test_scores_are_the_column_sums_of_the_predicted_maps():
-    selector = AttentionSelector(3, prefix=1)
+    selector = selector_of(3)
     column_sums = selector.log_maps(maps()).exp().sum(2).transpose(0, 1)
-    assert torch.allclose(selector(maps()), column_sums, atol=1e-5)
+    assert torch.allclose(scores_of(selector, maps()), column_sums, atol=1e-5)
 
 
 def test_each_query_row_is_predicted_on_its_own():
-    selector, read = AttentionSelector(3, prefix=1), maps()
+    selector, read = selector_of(3), maps()
     everything = selector.log_maps(read)
     read[:, :, 7] += torch.randn(20)
     changed = (selector.log_maps(read) - everything).abs().amax((0, 1, 3)) > 1e-6
@@ -83,9 +100,9 @@ def test_each_query_row_is_predicted_on_its_own():
 
 
 def test_it_starts_close_to_the_map_it_listens_to():
-    selector, read = AttentionSelector(3, prefix=1), maps()
+    selector, read = selector_of(3), maps()
     listened = read.softmax(-1).sum(2).transpose(0, 1)
-    correlation = torch.corrcoef(torch.stack([selector(read).flatten(), listened.flatten()]))
+    correlation = torch.corrcoef(torch.stack([scores_of(selector, read).flatten(), listened.flatten()]))
     assert correlation[0, 1] > 0.8
 
 
@@ -104,7 +121,7 @@ def test_divergence_is_zero_for_equal_maps_and_sums_over_heads():
 def test_distillation_lowers_the_loss_and_leaves_the_backbone(name, kl, images):
     model = convert(lively(FAMILIES[name]()), layers=[2, 4, 6], ratio=0.5)
     before = copy.deepcopy(model.state_dict())
-    objective = SelectorDistillation(model, kl)
+    objective = SelectorDistillation(model, kl=kl)
     optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(15):
@@ -124,7 +141,7 @@ def test_distillation_lowers_the_loss_and_leaves_the_backbone(name, kl, images):
 def test_the_target_is_the_real_attention_of_the_selective_layer(images):
     """With a selector that outputs the selective layer's own map, the loss is zero."""
     model = convert(lively(FAMILIES["timm vit"]()), layers=[3], ratio=0.5)
-    objective = SelectorDistillation(model)
+    objective = SelectorDistillation(model, kl="forward")
     block = selective_blocks(model)[0]
     caught = {}
     handle = block.attn.qkv.register_forward_hook(lambda module, inputs, output: caught.update(qkv=output))
@@ -153,19 +170,19 @@ def test_two_seeds_give_two_selectors_and_one_seed_the_same():
 
 def test_a_few_rows_give_the_column_sums_over_those_rows():
     queries, keys = projections(tokens=60)
-    everything = AttentionSelector(3, prefix=1, rows="all")
-    few = AttentionSelector(3, prefix=1, rows=8)
+    everything = selector_of(3, rows="all")
+    few = selector_of(3, rows=8)
     few.load_state_dict(everything.state_dict())
     rows = spread_rows(60, 1, 8)
     wanted = everything.log_maps(maps(tokens=60))[:, :, rows].exp().sum(2).transpose(0, 1)
-    scores = few(few.read(queries, keys))
+    scores = scores_of(few, few.read(queries, keys))
     assert torch.allclose(scores, wanted, atol=1e-5)
-    assert not torch.allclose(scores, everything(everything.read(queries, keys)), atol=1e-1)
+    assert not torch.allclose(scores, scores_of(everything, everything.read(queries, keys)), atol=1e-1)
 
 
 def test_as_many_rows_as_tokens_are_all_rows():
     queries, keys = projections(tokens=20)
-    everything, many = (AttentionSelector(3, prefix=1, rows=rows).read for rows in ("all", 20))
+    everything, many = (selector_of(3, rows=rows).read for rows in ("all", 20))
     assert torch.equal(many(queries, keys), everything(queries, keys))
 
 
@@ -191,7 +208,7 @@ def test_no_whole_map_is_built(name, rows, builds_it, stage):
     if name == "timm vit":
         model.set_input_size(img_size=(256, 256))
     images = torch.randn(1, 3, 256, 256)
-    objective = SelectorDistillation(model) if stage == "distillation" else None
+    objective = SelectorDistillation(model, kl="forward") if stage == "distillation" else None
     with LargestTensor() as seen:
         if objective:
             objective(images)["loss"].backward()
@@ -203,7 +220,7 @@ def test_no_whole_map_is_built(name, rows, builds_it, stage):
 
 def test_distillation_draws_other_rows_each_step_and_the_seed_repeats_them(images):
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 4], ratio=0.5, rows=4)
-    objective = SelectorDistillation(model)
+    objective = SelectorDistillation(model, kl="forward")
     losses = []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
@@ -227,7 +244,7 @@ def test_the_gradient_taken_at_once_is_that_of_the_loss():
 
 
 def test_scores_do_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch):
-    selector, read = AttentionSelector(3, prefix=1), maps()
-    whole = selector(read)
-    monkeypatch.setattr("tosa_convert.scores.attention.ROWS_AT_ONCE", 7)
-    assert torch.allclose(selector(read), whole, atol=1e-5)
+    selector, read = selector_of(3), maps()
+    whole = scores_of(selector, read)
+    monkeypatch.setattr("tosa_convert.methods.scores.attention.ROWS_AT_ONCE", 7)
+    assert torch.allclose(scores_of(selector, read), whole, atol=1e-5)

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tosa_convert.scores.random import RandomScore
-from tosa_convert.tokens import (
+from tosa_convert.methods.score import Acts, Site
+from tosa_convert.methods.scores.random import RandomScore
+from tosa_convert.methods.token_ops import (
     RATIO_STEPS,
     choose_best,
     gather_tokens,
@@ -79,23 +80,29 @@ def test_rejoin_passes_gradients_to_both_sides():
     assert tokens.grad.sum() == 2 * 3 * 3
 
 
+def random_score(seed: int, layer: int) -> RandomScore:
+    score = RandomScore()
+    score.setup(Site(layer, heads=3, prefix=1, width=48, acts=Acts.AROUND, seed=seed))
+    return score
+
+
 @given(seed=st.integers(0, 1000), layer=st.integers(2, 40), tokens=st.integers(20, 400))
 def test_random_scores_are_an_order_without_many_ties(seed, layer, tokens):
     maps = torch.zeros(2, 3, tokens, 4)
-    scores = RandomScore(seed, layer).read(maps, maps)
+    scores = random_score(seed, layer).read(maps, maps)
     assert scores.shape == (2, 3, tokens)
     assert torch.equal(scores[0], scores[1])
     assert all(len(order.unique()) == tokens for order in scores[0])
     assert len(scores[0].sum(0).unique()) > 0.9 * tokens
-    assert torch.equal(scores, RandomScore(seed, layer).read(maps, maps))
-    assert not torch.equal(scores, RandomScore(seed, layer + 1).read(maps, maps))
+    assert torch.equal(scores, random_score(seed, layer).read(maps, maps))
+    assert not torch.equal(scores, random_score(seed, layer + 1).read(maps, maps))
 
 
 def test_random_scores_choose_every_position_alike():
     maps = torch.zeros(1, 3, 50, 4)
     counts = torch.zeros(50)
     for seed in range(400):
-        counts[choose_best(RandomScore(seed, 2).read(maps, maps).sum(1), 0, 25).attended[0]] += 1
+        counts[choose_best(random_score(seed, 2).read(maps, maps).sum(1), 0, 25).attended[0]] += 1
     assert counts.min() > 140
     assert counts.max() < 260
 

@@ -10,12 +10,12 @@ import torch
 from conftest import FAMILIES, lively, write_pictures
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
-from tosa_convert import train as engine
-from tosa_convert.data import Draws
-from tosa_convert.hosts import host_of, run
-from tosa_convert.runs import read_metrics
-from tosa_convert.selective import chosen_tokens
-from tosa_convert.token_cut import TokenCut
+from tosa_convert.data.images import Draws
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.runs.metrics_log import read_metrics
+from tosa_convert.selective.selection import chosen_tokens
+from tosa_convert.training import engine as engine
+from tosa_convert.training.losses.cut import TokenCut
 
 OPTIONS = {"layers": [2, 4, 6], "ratio": 0.5}
 
@@ -130,13 +130,12 @@ def test_idle_learns_to_select_what_belongs_together(pictures):
 def test_the_token_cut_is_the_attention_that_crosses(name):
     """Written out for the layer after a selective one, whose attention is among its own tokens."""
     model = convert(lively(FAMILIES[name]()), method="idle", ratio=0.6)
-    host, images = host_of(model), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    cut = TokenCut(host)
+    adapter, images = adapter_of(model), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cut = TokenCut(model, None, FinetuneSettings())
     seen = {}
-    handle = host.tap(host.blocks[2], lambda queries, keys: seen.update(queries=queries, keys=keys))
+    tap = adapter.tap(adapter.blocks[2], lambda queries, keys: seen.update(queries=queries, keys=keys))
     run(model, images)
-    for each in handle:
-        each.remove()
+    tap.remove()
     chosen = chosen_tokens(model)
     values = []
     for image in range(2):
@@ -153,7 +152,7 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
         values.append(sum(crossing[side] / max(all_edges[side], 1e-6) for side in (True, False)))
     side = next(side for side in cut.sides if side.selection.layer == 4)
     assert side.loss().item() == pytest.approx(sum(values) / 2, rel=1e-4)
-    cut.loss().backward()
+    cut.of({}, {}, None).backward()
     assert model.get_parameter(
         next(n for n, _ in model.named_parameters() if "patch" in n and "weight" in n)
     ).grad.any()
@@ -263,7 +262,7 @@ def test_a_model_comes_back_in_the_state_it_was_given(pictures):
 
 
 def test_seeds_reach_the_selectors_and_the_control(tmp_path):
-    from tosa_convert.recipe import Recipe
+    from tosa_convert.config.recipe import Recipe
 
     assert Recipe(model="x", seed=3).convert.seed == 3
     assert Recipe(model="x", seed=3, convert={"seed": 5}).convert.seed == 5

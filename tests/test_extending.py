@@ -1,0 +1,182 @@
+"""A user's own score, bypass, schedule and model family are as good as ours; each recipe of docs/ARCHITECTURE.md."""
+
+import sys
+import types
+
+import pytest
+import torch
+from conftest import lively
+from families import FAMILIES
+from torch import nn
+
+from tosa_convert import (
+    Bypass,
+    DistillSettings,
+    Schedule,
+    Score,
+    UsageError,
+    convert,
+    distill,
+    export_onnx,
+    flops,
+    load,
+    random_control,
+    save,
+)
+from tosa_convert.methods.score import Reads
+from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
+from tosa_convert.models import adapter as adapters
+from tosa_convert.models.adapter import run
+from tosa_convert.models.families.timm_vit import TimmVit
+from tosa_convert.selective.selection import chosen_tokens, selective_blocks
+
+
+class Distinct(Score):
+    """Tokens far from the mean token attend."""
+
+    reads = Reads.TOKENS
+
+    class Options(Score.Options):
+        power: float = 1.0
+
+    def score(self, view):
+        away = (view.tokens - view.tokens.mean(1, keepdim=True)).norm(dim=-1)
+        return away**self.options.power
+
+
+class Learnt(Score):
+    """One weight per head, on the length of the keys, which learns the length of the next layer's keys."""
+
+    learns = True
+
+    def setup(self, site):
+        self.weights = nn.Parameter(torch.ones(site.heads))
+
+    def read(self, queries, keys):
+        return keys.norm(dim=-1) * self.weights[:, None]
+
+    def loss(self, read, own):
+        return (self.read(*read) - own[1].norm(dim=-1)).square().mean()
+
+
+class Halve(Bypass):
+    """Skipped tokens are halved."""
+
+    class Options(Bypass.Options):
+        factor: float = 0.5
+
+    def apply(self, run, tokens, normed, choice):
+        return rejoin_tokens(tokens * self.options.factor, choice.attended, run(gather_tokens(tokens, choice.attended)))
+
+
+class LastTwo(Schedule):
+    """The last two layers."""
+
+    def layers(self, depth, first):
+        return [depth - 1, depth]
+
+
+def test_a_score_of_ones_own_is_converted_counted_saved_and_exported(pictures, tmp_path):
+    model = convert(load("quickstart"), score=Distinct(power=0.5), bypass="merge", layers={6: 0.8, 9: 0.5})
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(images)
+    tokens = selective_blocks(model)[0].selector
+    assert tokens.options.power == 0.5
+    assert 0 < flops(model).saved < 1
+    save(model, tmp_path / "run")
+    again = load(tmp_path / "run")
+    assert again.tosa_config.score == f"{__name__}:Distinct"
+    with torch.no_grad():
+        assert torch.equal(again(images), wanted)
+    assert export_onnx(again, tmp_path / "onnx", pictures).agreement == 1
+    assert random_control(again).tosa_config.score == "random"
+
+
+def test_it_chooses_as_it_says():
+    model = convert(lively(FAMILIES["timm vit"]()), score=Distinct, layers=[1], ratio=0.5)
+    seen = {}
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[0]))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        run(model, images)
+    tokens = seen["tokens"]
+    away = (tokens - tokens.mean(1, keepdim=True)).norm(dim=-1)[:, 1:]
+    wanted = away.topk(8, dim=1).indices + 1
+    assert [set(row.tolist()) - {0} for row in chosen_tokens(model)[1]] == [set(row.tolist()) for row in wanted]
+
+
+@pytest.mark.parametrize("bypass", ["identity", "borrow", "merge", "persist"])
+def test_it_goes_with_every_bypass(bypass):
+    model = convert(lively(FAMILIES["timm vit"]()), score=Distinct(), bypass=bypass, layers=[2, 3], ratio=0.6)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert next(iter(run(model, images).values())).isfinite().all()
+    assert chosen_tokens(model).keys() >= {2}
+
+
+def test_it_is_trained(pictures):
+    model = convert(load("quickstart"), score=Learnt(), layers=[4, 8], ratio=0.5)
+    first = distill(model, pictures, DistillSettings(steps=1, batch_size=4, augment="none", lr=1e-9))
+    last = distill(model, pictures, DistillSettings(steps=20, batch_size=4, augment="none", lr=0.1))
+    assert last["loss"] < first["loss"]
+    assert not torch.equal(model.blocks[3].selector.weights, torch.ones(3))
+
+
+def test_a_bypass_and_a_schedule_of_ones_own():
+    model = convert(
+        lively(FAMILIES["timm vit"]()), score="norm", bypass=Halve(factor=0.25), schedule=LastTwo(), ratio=0.5
+    )
+    assert model.tosa_config.layers == [5, 6]
+    entered, left = {}, {}
+    model.blocks[5].register_forward_pre_hook(lambda module, inputs: entered.update(tokens=inputs[0]))
+    model.blocks[5].register_forward_hook(lambda module, inputs, output: left.update(tokens=output))
+    with torch.no_grad():
+        run(model, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    skipped = sorted(set(range(17)) - set(chosen_tokens(model)[6][0].tolist()))
+    assert len(skipped) == 8
+    assert torch.allclose(left["tokens"][0, skipped], entered["tokens"][0, skipped] * 0.25)
+
+
+def test_a_model_family_in_a_file_of_its_own(monkeypatch):
+    class Odd(type(FAMILIES["timm vit"]())):
+        """A model that only its own adapter knows."""
+
+    class OddAdapter(TimmVit):
+        """As timm's ViT."""
+
+    module = types.ModuleType("odd_family")
+    module.find = lambda model: OddAdapter(model) if isinstance(model, Odd) else None
+    known = adapters.families()
+    monkeypatch.setattr(adapters, "families", lambda: [module, *known])
+    model = lively(FAMILIES["timm vit"]())
+    model.__class__ = Odd
+    converted = convert(model, layers=[2, 4], ratio=0.5)
+    assert type(selective_blocks(converted)[0].adapter) is OddAdapter
+
+
+def test_a_run_whose_score_is_not_imported_says_so(tmp_path, monkeypatch):
+    module = types.ModuleType("someones_scores")
+    monkeypatch.setitem(sys.modules, "someones_scores", module)
+    kind = type("Theirs", (Distinct,), {"__module__": "someones_scores", "__qualname__": "Theirs"})
+    save(convert(load("quickstart"), score=kind(), layers=[4]), tmp_path / "run")
+    config = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(config.replace("Theirs", "Missing"))
+    with pytest.raises(UsageError, match="import someones_scores first"):
+        load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "similarity", "rows": 8}, "an option of score attention, which this conversion does not use"),
+        ({"bypass": "borrow", "selection": "per_head"}, "an option of bypass identity"),
+        ({"score": Halve()}, "score is a bypass: Halve; give it as bypass="),
+        ({"row": 8}, "did you mean 'rows'"),
+        ({"score": "similarty"}, "did you mean 'similarity'"),
+        ({"method": "tomee"}, "there is no method 'tomee'"),
+    ],
+)
+def test_options_belong_to_their_part(options, message):
+    with pytest.raises(UsageError, match=message):
+        convert(load("quickstart"), **options)

@@ -1,0 +1,115 @@
+"""The options of a conversion, declared once for every command that has them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from tosa_convert.base import discovery
+from tosa_convert.base.errors import UsageError
+from tosa_convert.cli.values import at_least, numbers, plain
+
+Method = StrEnum("Method", discovery.names("methods/published"))
+Score = StrEnum("Score", discovery.names("methods/scores"))
+Bypass = StrEnum("Bypass", discovery.names("methods/bypasses"))
+Schedule = StrEnum("Schedule", discovery.names("methods/schedules"))
+
+
+class Selection(StrEnum):
+    shared = "shared"
+    per_head = "per_head"
+
+
+class _Options:
+    """One annotation per option, in the order of --help."""
+
+    layers: Annotated[
+        str | None,
+        typer.Option(help="selective layers from 1, such as 2,4,6 or 3:0.9,5:0.7", show_default="the schedule's"),
+    ]
+    ratio: Annotated[
+        str | None, typer.Option(help="share of patches that attend, one or one per layer", show_default="0.8")
+    ]
+    method: Annotated[
+        Method | None, typer.Option(help="published score, bypass and schedule in one", show_default="tosa")
+    ]
+    score: Annotated[
+        Score | None, typer.Option(help="how tokens are selected; random is the control", show_default="attention")
+    ]
+    bypass: Annotated[Bypass | None, typer.Option(help="what the other tokens get", show_default="identity")]
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="which layers, and how the ratio varies over them", show_default="pairs")
+    ]
+    selection: Annotated[
+        Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")
+    ]
+    rows: Annotated[
+        str | None, typer.Option(help="query rows that score the tokens, or all (as in the paper)", show_default="32")
+    ]
+    hidden: Annotated[
+        int | None,
+        typer.Option(help="channels of the selector", show_default="2 per head", callback=at_least(1)),
+    ]
+    kernel: Annotated[
+        int | None,
+        typer.Option(help="width of the selector's convolutions", show_default="3", callback=at_least(1)),
+    ]
+
+
+def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of a conversion in place of a command's parameter ``conversion``.
+
+    Typer reads the signature, so the options show up in --help there; the command gets those that were given as a
+    dict of :class:`~tosa_convert.config.conversion.ConvertConfig`'s values.
+    """
+    names = list(_Options.__annotations__)
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "conversion":
+            parameters += [parameter.replace(name=name, annotation=_Options.__annotations__[name]) for name in names]
+        else:
+            parameters.append(parameter)
+
+    @functools.wraps(command)
+    def parsed(**options) -> None:
+        given = {name: options.pop(name) for name in names}
+        command(**options, conversion=_values(given))
+
+    parsed.__signature__ = inspect.Signature(parameters)
+    return parsed
+
+
+def _values(options: dict) -> dict:
+    """The options that were given, as a recipe would hold them."""
+    found = plain(options)
+    if "layers" in found:
+        found["layers"] = _layers(found["layers"])
+    if "rows" in found:
+        found["rows"] = _query_rows(found["rows"])
+    if "ratio" in found:
+        ratios = numbers(found["ratio"], float, "--ratio")
+        found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    return found
+
+
+def _layers(text: str) -> list[int] | dict[int, float]:
+    """2,4,6 or 3:0.9,5:0.7."""
+    if ":" not in text:
+        return numbers(text, int, "--layers")
+    pairs = [part.split(":") for part in text.split(",")]
+    try:
+        found = {int(layer): float(ratio) for layer, ratio in pairs}
+    except ValueError:
+        raise UsageError(f"--layers {text!r} is not a list of layer:ratio; write it like 3:0.9,5:0.7") from None
+    if len(found) < len(pairs):
+        raise UsageError(f"--layers {text!r} names a layer twice; name each layer once")
+    return found
+
+
+def _query_rows(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise UsageError(f"--rows {text!r} is not a number of query rows; give one number, such as 32, or all")
+    return text if text == "all" else int(text)

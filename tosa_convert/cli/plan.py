@@ -1,0 +1,116 @@
+"""The commands that choose for the user: plan, and compare, which shows what there is to choose from."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tosa_convert.cli.options import (
+    Checkpoint,
+    Device,
+    ImgSize,
+    Json,
+    Labels,
+    NumClasses,
+    Out,
+    out_folder,
+    stem,
+)
+from tosa_convert.cli.output import bar, say, show
+from tosa_convert.cli.values import at_least, names, numbers
+
+By = StrEnum("By", ["macs", "latency"])
+Runtime = StrEnum("Runtime", ["eager", "onnx"])
+SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
+Sample = Annotated[
+    str | None, typer.Option("--data", help="folder of images to measure on", show_default="built-in photos")
+]
+SampleSize = Annotated[int, typer.Option(help="number of images to measure on", callback=at_least(1))]
+
+
+def plan(
+    model: SourceModel,
+    budget: Annotated[float | None, typer.Option(help="share of the original's cost", show_default="0.75")] = None,
+    target_drop: Annotated[
+        float | None,
+        typer.Option(help="in place of a budget: largest drop allowed (in top-1, or 1 − cosine)", show_default=False),
+    ] = None,
+    by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
+    runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,
+    data: Sample = None,
+    images: SampleSize = 24,
+    labels: Labels = True,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Find score, bypass and keep ratios for a budget, without training. Writes a recipe for `tosa-convert run`."""
+    from tosa_convert.workflows import plans as plan_stages
+
+    results = plan_stages.plan_stage(
+        model,
+        data=data,
+        images=images,
+        labels=labels,
+        budget=budget,
+        target_drop=target_drop,
+        by=by.value,
+        runtime=runtime.value,
+        checkpoint=checkpoint and str(checkpoint),
+        img_size=img_size,
+        num_classes=num_classes,
+        out=out_folder(out, f"{stem(model)}-plan"),
+        device=device,
+        progress=bar(as_json),
+    )
+    show(results, "plan_table", as_json)
+
+
+def compare(
+    model: SourceModel,
+    budgets: Annotated[str, typer.Option(help="shares of the original's MACs, comma-separated")] = "0.9,0.8,0.7,0.6",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="plan, tosa, tome, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, comma-separated; random is added"
+        ),
+    ] = "plan,similarity/merge,tome,evit,idle,tosa",
+    data: Sample = None,
+    images: SampleSize = 32,
+    labels: Labels = True,
+    distill_steps: Annotated[int, typer.Option(help="steps to train tosa's selectors", callback=at_least(0))] = 0,
+    latency: Annotated[bool, typer.Option(help="also measure latency")] = True,
+    runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the results", show_default="runs/…")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at the same budgets, without training, on the same images."""
+    from tosa_convert.workflows import plans as plan_stages
+
+    folder = out_folder(out, f"{stem(model)}-compare")
+    results = plan_stages.compare_stage(
+        model,
+        out=folder,
+        checkpoint=checkpoint and str(checkpoint),
+        img_size=img_size,
+        num_classes=num_classes,
+        data=data,
+        budgets=numbers(budgets, float, "--budgets"),
+        methods=names(methods),
+        images=images,
+        labels=labels,
+        distill_steps=distill_steps,
+        runtime=runtime.value if latency else None,
+        device=device,
+        progress=bar(as_json),
+    )
+    show(results, "compare_table", as_json)
+    say(f"wrote {folder / 'compare.json'}, compare.md and compare.png")

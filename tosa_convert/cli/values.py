@@ -1,0 +1,54 @@
+"""What a command line's values are checked for; one mistake has one message, whatever the command."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+from tosa_convert.base.errors import UsageError
+
+
+def at_least(least: int) -> Callable:
+    """A callback for an option whose number must not be smaller."""
+
+    def check(option: typer.CallbackParam, number: int | None) -> int | None:
+        if number is not None:
+            _check(number, least, option.opts[0])
+        return number
+
+    return check
+
+
+def numbers(text: str, kind: type, option: str, least: int | None = None) -> list:
+    """An option's comma-separated numbers."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "2,4,6" if kind is int else "0.8 or 0.9,0.8,0.7"
+        raise UsageError(f"{option} {text!r} is not a list of numbers; write it like {example}") from None
+    for number in found if least is not None else ():
+        _check(number, least, option)
+    return found
+
+
+def names(text: str) -> list[str]:
+    """An option's comma-separated names."""
+    return [name.strip() for name in text.split(",")]
+
+
+def check_png(file: Path, option: str) -> None:
+    """Before the work: a plot is written as PNG."""
+    if file.suffix != ".png":
+        raise UsageError(f"{option} {file.name} is not a .png file; give a name that ends in .png")
+
+
+def plain(options: dict) -> dict:
+    """The options that were given, enumerations and paths as text."""
+    found = {name: value for name, value in options.items() if value is not None}
+    return {name: str(value) if isinstance(value, (Path, StrEnum)) else value for name, value in found.items()}
+
+
+def _check(number: int, least: int, option: str) -> None:
+    if number < least:
+        raise UsageError(f"{option} {number} is out of range; give {least} or more")

@@ -1,0 +1,279 @@
+"""The options of a conversion, typed and JSON-able."""
+
+import contextlib
+import itertools
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tosa_convert.methods import parts
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.method import published
+from tosa_convert.methods.schedule import Schedule
+from tosa_convert.methods.score import Acts, Score
+
+KINDS: dict[str, type[parts.Part]] = {kind.kind: kind for kind in (Score, Bypass, Schedule)}
+SMALLEST_RATIO_STEP = 0.5
+"""Share of the tokens that a matching of two halves can take away at once."""
+
+
+def _keep_ratio(value: Any) -> float | list[float]:
+    """One number in (0, 1], or a list of them; one message whatever is wrong."""
+    ratios = value if isinstance(value, list) else [value]
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+            raise ValueError(f"{ratio!r} is not a number; a keep ratio is above 0 and at most 1, such as 0.8")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{ratio} is out of range; a keep ratio is above 0 and at most 1, such as 0.8")
+    return value
+
+
+class ConvertConfig(BaseModel):
+    """What :func:`tosa_convert.convert` does to a model.
+
+    Besides the fields below it holds the options of its score, bypass and schedule, flat and under their own names,
+    such as ``rows`` with score "attention"; each part's file says what it has (:mod:`tosa_convert.methods`).
+
+    Attributes:
+        method: a published method by name, which sets score, bypass and schedule: "tosa" (the default
+            of all three), "tome", "idle", "evit", or "random", the control.
+        layers: the selective layers, counted from 1, or {layer: ratio}. None: the schedule's.
+        ratio: share of the patch tokens that attend in a selective layer, one number or one per layer.
+            With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
+        score: which tokens attend. "attention" is ToSA's learned selector, "class_attention" takes the
+            tokens that the class token looks at, "similarity" skips those that another one can stand
+            in for, "norm" takes those with the longest keys, "random" is the control.
+        bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most
+            similar attended token; "merge": they are averaged into it before the layer and get its
+            update; all tokens leave such a layer, in order. Between attention and MLP: "drop": they are removed
+            (classification only); "fuse": they become one token (EViT); "persist": they stay merged into their partner
+            (ToMe). Fused and merged tokens are put back after the last layer.
+        schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean) or
+            "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
+        seed: of the selectors' initial weights and of the random control.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    method: str | None = None
+    layers: list[int] | None = None
+    ratio: Annotated[float | list[float], BeforeValidator(_keep_ratio)] = 0.8
+    score: str = "attention"
+    bypass: str = "identity"
+    schedule: str = "pairs"
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_sets_its_parts(cls, values: Any) -> Any:
+        name = values.get("method") if isinstance(values, dict) else None
+        if name is None:
+            return values
+        known = published()
+        if name not in known:
+            raise ValueError(f"there is no method {name!r}; choose from {', '.join(known)}")
+        row = known[name].parts
+        for kind, part in row.items():
+            if values.get(kind, part) != part:
+                raise ValueError(f"method {name!r} has {kind} {part!r}, not {values[kind]!r}; leave out one of the two")
+        return {**values, **row}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratios_by_layer(cls, values: Any) -> Any:
+        """``layers: {3: 0.9, 5: 0.7}`` names layers and ratios in one."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), dict):
+            return values
+        if "ratio" in values:
+            raise ValueError("layers names a ratio for each layer already; leave ratio out")
+        pairs = sorted(values["layers"].items(), key=lambda pair: (str(type(pair[0])), pair[0]))
+        return {**values, "layers": [layer for layer, _ in pairs], "ratio": [ratio for _, ratio in pairs]}
+
+    @field_validator("score", "bypass", "schedule")
+    @classmethod
+    def _known(cls, name: str, info: Any) -> str:
+        parts.find(KINDS[info.field_name], name)
+        return name
+
+    @field_validator("layers")
+    @classmethod
+    def _apart(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is None:
+            return None
+        if not layers:
+            raise ValueError("name at least one selective layer, for example 2,4,6")
+        ordered = sorted(layers)
+        if ordered[0] < 1:
+            raise ValueError(f"layer {ordered[0]} does not exist: layers are counted from 1")
+        for lower, upper in itertools.pairwise(ordered):
+            if lower == upper:
+                raise ValueError(f"layer {lower} is listed twice; name each layer once")
+        return layers
+
+    @model_validator(mode="after")
+    def _one_ratio_each(self) -> "ConvertConfig":
+        if isinstance(self.ratio, list) and self.layers is not None and len(self.ratio) != len(self.layers):
+            raise ValueError(
+                f"{len(self.ratio)} ratios for {len(self.layers)} selective layers; give one, or one per layer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_part_has_its_own_options(self) -> "ConvertConfig":
+        """Those given are checked, those left out get their defaults."""
+        extra, known = dict(self.__pydantic_extra__ or {}), {}
+        for kind in KINDS:
+            fields = self.part(kind).Options.model_fields
+            given = {name: extra.pop(name) for name in fields if name in extra}
+            try:
+                known |= self.part(kind).Options(**given).model_dump()
+            except ValidationError as error:
+                item = error.errors()[0]
+                raise ValueError(f"{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}") from None
+        if extra:
+            unknown = unknown_options(self.model_dump())
+            raise ValueError("; ".join(f"{name}: {message}" for name, message in unknown.items()))
+        self.__pydantic_extra__.update(known)
+        return self
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "ConvertConfig":
+        score, bypass = self.part("score"), self.make(Bypass)
+        if bypass.needs_weights and not score.weighs:
+            fits = [name for name, part in parts.every(Score).items() if part.weighs]
+            raise ValueError(
+                f"bypass {self.bypass} weighs tokens by the class token's attention: use score {' or '.join(fits)}"
+            )
+        if bypass.per_head and not score.scores_heads:
+            fits = [name for name, part in parts.every(Score).items() if part.scores_heads]
+            raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {' or '.join(fits)}")
+        if self.layers is not None:
+            self._check_reading(self.layers)
+        return self
+
+    def part(self, kind: str) -> type[parts.Part]:
+        """The class of its "score", "bypass" or "schedule"."""
+        return parts.find(KINDS[kind], getattr(self, kind))
+
+    def make(self, kind: type[parts.Part]) -> Any:
+        """Its score, bypass or schedule, with the options that it has."""
+        part = self.part(kind.kind)
+        return part(
+            **{
+                name: value
+                for name, value in (self.__pydantic_extra__ or {}).items()
+                if name in part.Options.model_fields
+            }
+        )
+
+    @property
+    def acts(self) -> Acts:
+        """Where its bypass acts: around a block, or between its attention and MLP, so that later layers have fewer
+        tokens."""
+        return self.part("bypass").acts
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the layers after a selective one have fewer tokens."""
+        return self.acts is Acts.BETWEEN
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether the score is read in the layer before the selective one."""
+        return self.part("score").reads_before(self.acts)
+
+    def _check_reading(self, layers: list[int]) -> None:
+        """Where a layer is read, there must be one; ToSA's selector was taught by an ordinary one."""
+        if self.reads_before and min(layers) == 1:
+            raise ValueError("layer 1 cannot be selective: there is no layer before it to read; start at 2")
+        if self.part("score").ordinary_before or self.make(Bypass).per_head:
+            for lower, upper in itertools.pairwise(sorted(layers)):
+                if lower + 1 == upper:
+                    raise ValueError(
+                        f"layers {lower} and {upper} are neighbours: layer {upper} reads layer {lower}, which "
+                        "must be ordinary; leave one layer between selective layers, or use another score"
+                    )
+
+    def plan(self, depth: int) -> list[tuple[int, float]]:
+        """(layer, keep ratio) of each selective layer of a model with ``depth`` layers, in order.
+
+        Raises:
+            ValueError: a layer beyond the depth, as many ratios as there are not layers, or ratios
+                that this bypass cannot do.
+        """
+        schedule: Schedule = self.make(Schedule)
+        layers = schedule.layers(depth, 2 if self.reads_before else 1) if self.layers is None else self.layers
+        if not layers:
+            raise ValueError(f"schedule {self.schedule} finds no layer in a model of {depth}; name layers yourself")
+        if max(layers) > depth:
+            raise ValueError(f"layer {max(layers)} does not exist: the model has layers 1 to {depth}")
+        self._check_reading(layers)
+        if not isinstance(self.ratio, list):
+            return list(zip(sorted(layers), schedule.ratios(self.ratio, len(layers), self.acts), strict=True))
+        if len(self.ratio) != len(layers):
+            raise ValueError(f"{len(self.ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
+        return sorted(zip(layers, self.ratio, strict=True))
+
+    def stages(self, depth: int) -> list[tuple[int, float]]:
+        """:meth:`plan`; and where tokens are gone after a layer, every layer after the first selective one too, with
+        what is left there.
+
+        Raises:
+            ValueError: as :meth:`plan`; tokens that come back, or more gone in one layer than can be.
+        """
+        plan = self.plan(depth)
+        if not self.reduces:
+            return plan
+        for (_, before), (layer, ratio) in itertools.pairwise([(0, 1.0), *plan]):
+            if ratio > before:
+                raise ValueError(f"layer {layer}: with bypass {self.bypass} tokens do not come back; ratios only fall")
+            if self.part("score").finds_partners and ratio < before * SMALLEST_RATIO_STEP:
+                raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens at once")
+        known, left = dict(plan), 1.0
+        return [(layer, left := known.get(layer, left)) for layer in range(plan[0][0], depth + 1)]
+
+
+def unknown_options(values: dict) -> dict[str, str]:
+    """The options among a configuration's values that neither it nor its parts have → what to do about each."""
+    row = published().get(values.get("method"))
+    named = {
+        **{kind: ConvertConfig.model_fields[kind].default for kind in KINDS},
+        **values,
+        **(row.parts if row else {}),
+    }
+    known = list(ConvertConfig.model_fields)
+    for kind, base in KINDS.items():
+        with contextlib.suppress(ValueError):  # a part that there is not is told elsewhere
+            known += parts.find(base, str(named[kind])).Options.model_fields
+    return {str(name): _unknown(str(name), known) for name in values if name not in known}
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    owners = [
+        f"{kind} {part}"
+        for kind, base in KINDS.items()
+        for part, found in parts.every(base).items()
+        if name in found.Options.model_fields
+    ]
+    if owners:
+        return f"an option of {' and '.join(owners)}, which this conversion does not use; leave it out"
+    return f"unknown key; {parts.near(name, known) or 'valid here: ' + ', '.join(known)}"
+
+
+def over(config: dict, options: dict) -> dict:
+    """The values of a configuration with others over them. What they replace takes its options along: another score
+    has no use for those of the one before."""
+    given = dict(config)
+    if isinstance(options.get("layers"), dict):
+        given.pop("ratio", None)
+    if options.get("method") is not None:
+        given = {
+            name: value for name, value in given.items() if name in ConvertConfig.model_fields and name not in KINDS
+        }
+    for kind, base in KINDS.items():
+        before = given.get(kind, ConvertConfig.model_fields[kind].default)
+        if options.get(kind, before) != before:
+            given.pop("method", None)
+            for name in parts.find(base, before).Options.model_fields:
+                given.pop(name, None)
+    return {**given, **options}

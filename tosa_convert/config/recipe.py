@@ -1,0 +1,176 @@
+"""Recipes: YAML in, a validated recipe out. Everything wrong with a file is reported at once, with its line."""
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.conversion import ConvertConfig, unknown_options
+from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
+
+Pixels = Annotated[int, Field(ge=1)]
+
+
+class Data(BaseModel):
+    """Folders of images. Without ``train`` the built-in photos serve, without ``eval`` the training folder."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    train: str | None = None
+    eval: str | None = None
+
+
+class Recipe(BaseModel):
+    """All that a piece of work needs. The stages that are present run, in this order: distill, finetune, export."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    checkpoint: str | None = None
+    img_size: Pixels | Annotated[tuple[Pixels, Pixels], Strict(False)] | None = None
+    num_classes: int | None = Field(default=None, ge=0)
+    seed: int = Field(default=0, ge=0)
+    data: Data = Data()
+    convert: ConvertConfig = ConvertConfig()
+    distill: DistillSettings | None = None
+    finetune: FinetuneSettings | None = None
+    export: ExportSettings | None = None
+
+    @field_validator("data", "convert", "distill", "finetune", "export", mode="before")
+    @classmethod
+    def _present_means_defaults(cls, value: Any) -> Any:
+        """``distill:`` with nothing behind it asks for the stage with its defaults."""
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> "Recipe":
+        """The selectors and the random control follow the recipe's seed, unless they have one of their own."""
+        if "seed" not in self.convert.model_fields_set:
+            self.convert = self.convert.model_copy(update={"seed": self.seed})
+        return self
+
+    def to_yaml(self) -> str:
+        """Resolved: every value spelled out, stages that do not run left away."""
+        stages = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+        return yaml.safe_dump(stages, sort_keys=False, default_flow_style=None, width=110)
+
+
+def recipes_folder() -> Path:
+    """The recipes that travel with the package (beside it, in a checkout)."""
+    packaged = Path(str(files("tosa_convert") / "recipes"))
+    return packaged if packaged.is_dir() else packaged.parent.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or one of ours by name, with or without .yaml."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    ours = recipes_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    if ours.is_file() and path.parent == Path():
+        return ours
+    known = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(known)}"
+    raise UsageError(f"there is no recipe {name!r}; {hint}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A validated recipe.
+
+    Raises:
+        UsageError: every unknown key, wrong type and impossible value, each with its line and, for
+            a misspelt key, the nearest valid one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"{path}: {line}not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a recipe: it should hold keys such as model:, convert:, distill:")
+    problems = [(line, f"{key}: is given twice") for line, key in _duplicates(tree)]
+    if isinstance(content.get("convert"), dict):
+        # Which keys there are depends on the parts, so that pydantic would tell only once all else is right.
+        unknown = unknown_options(content["convert"])
+        problems += [(_line(tree, ("convert", key)), f"convert.{key}: {message}") for key, message in unknown.items()]
+        content["convert"] = {key: value for key, value in content["convert"].items() if key not in unknown}
+    try:
+        recipe = Recipe(**content)
+    except (ValidationError, TypeError) as error:
+        found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error), "type": ""}]
+        # A union reports once per member that did not fit; the first says enough.
+        firsts = {_key(item["loc"]): item for item in reversed(found)}
+        problems += [(_line(tree, item["loc"]), _describe(item)) for item in firsts.values()]
+    if problems:
+        lines = [f"line {line}: {text}" for line, text in sorted(problems)]
+        raise UsageError(f"{path}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)))
+    return recipe
+
+
+def _describe(item: dict) -> str:
+    key = _key(item["loc"])
+    names = key.split(".")
+    if item["type"] == "extra_forbidden":
+        known = _fields(names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    custom = item["type"] == "value_error"
+    given = (
+        f" (given: {item['input']!r})" if not custom and isinstance(item.get("input"), (str, int, float, bool)) else ""
+    )
+    return f"{key}: {message}{given}"
+
+
+def _key(location: tuple) -> str:
+    """A location as dotted keys, without what pydantic adds of the types it tried ("constrained-int", "list[...]")."""
+    types = ("int", "float", "str", "constrained-int", "constrained-float")
+    return ".".join(str(part) for part in location if part not in types and "[" not in str(part))
+
+
+def _fields(path: list[str]) -> list[str]:
+    """The valid keys at a place in a recipe."""
+    model: type[BaseModel] = Recipe
+    for name in path:
+        candidates = getattr(model.model_fields[name].annotation, "__args__", (model.model_fields[name].annotation,))
+        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+def _line(tree: yaml.Node, location: tuple) -> int:
+    """The line of the deepest part of a location that the file has."""
+    node, line = tree, tree.start_mark.line
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if found is None:
+                continue
+            line, node = found[0].start_mark.line, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line
+    return line + 1
+
+
+def _duplicates(node: yaml.Node) -> list[tuple[int, str]]:
+    """(line, key) of keys that their mapping has already."""
+    found = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                found.append((key.start_mark.line + 1, key.value))
+            seen.add(key.value)
+            found += _duplicates(value)
+    return found

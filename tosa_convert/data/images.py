@@ -1,0 +1,248 @@
+"""Images → batches, through timm's folder reader and transforms; broken images are left out and reported."""
+
+import random
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.models.outputs import outputs_of
+from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.provenance import class_names
+
+BUILT_IN = "built-in photos"
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
+"""The everyday ones among them."""
+
+
+def built_in_photos() -> Path:
+    """The folder of public-domain photos that travels with the package."""
+    return Path(str(files("tosa_convert") / "assets" / "photos"))
+
+
+def built_in_scenes() -> list[Path]:
+    """The everyday photos among them."""
+    return [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
+
+
+class Images(Dataset):
+    """The images of a folder. Sub-folders are classes; images at the top level have no labels.
+
+    An item is (image (C, H, W) float32, label, None), or (None, None, name) for an image that
+    cannot be read. With ``augment`` the images are for training: an item is indexed by a draw (see
+    :class:`Draws`), which seeds its random transform, and a broken image is replaced by the next
+    good one.
+    """
+
+    def __init__(
+        self, source: str | Path | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
+    ):
+        self.name = BUILT_IN if source is None else str(source)
+        self.reader = _reader(built_in_photos() if source is None else Path(source))
+        self.classes = _classes(self.reader)
+        self.preprocessing, self.training, self.seed = preprocessing, augment is not None, seed
+        self.transform = _transform(preprocessing, augment)
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.classes)
+
+    @property
+    def ambiguous(self) -> str:
+        """What makes the labels ambiguous: images next to class folders, or one class name in two places."""
+        folders = {Path(path).parent for path, _ in self.reader.samples}
+        if self.classes and len({folder.name for folder in folders}) < len(folders):
+            return "two folders have the same name, as in train/ and val/ side by side"
+        if not self.classes and len(folders) > 1:
+            return "there are images next to the class folders"
+        return ""
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, draw: "int | tuple[int, int]"):
+        if not self.training:
+            return self._read(draw)
+        position, index = draw
+        seed_everything(self.seed + 1_000_003 * (position + 1))
+        for offset in range(len(self)):
+            image, label, broken = self._read((index + offset) % len(self))
+            if image is not None:
+                return image, label, self.reader.filename(index) if offset else None
+        raise TosaError(f"none of the images in {self.name} can be read; the last one was {broken}")
+
+    def _read(self, index: int):
+        try:
+            stream, label = self.reader[index]
+            with stream, Image.open(stream) as opened:
+                image = self.transform(opened.convert(self.preprocessing.mode))
+        except UNREADABLE:
+            return None, None, self.reader.filename(index)
+        return image, label if self.labelled else -1, None
+
+
+def _reader(path: Path) -> ReaderImageFolder:
+    if not path.is_dir():
+        raise UsageError(f"there is no folder of images at {path}; check the path")
+    try:
+        return ReaderImageFolder(str(path))
+    except RuntimeError:
+        raise UsageError(f"{path} contains no images; give a folder with .jpg or .png files in it") from None
+
+
+def _classes(reader: ReaderImageFolder) -> list[str]:
+    """Class names in label order; none where there are images at the top level."""
+    names = reader.class_to_idx
+    return [] if "" in names else sorted(names, key=names.get)
+
+
+def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.Compose:
+    cropped = augment == "crop"
+    transform = create_transform(
+        (preprocessing.channels, *preprocessing.size),
+        is_training=cropped,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        scale=(0.5, 1.0),
+        color_jitter=0.0,
+    )
+    return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if augment == "flip" else transform
+
+
+def read_image(file: Path, preprocessing: Preprocessing) -> torch.Tensor:
+    """One image as the model takes it, (C, H, W).
+
+    Raises:
+        UsageError: it is missing, or not an image.
+    """
+    try:
+        with Image.open(file) as opened:
+            return _transform(preprocessing, None)(opened.convert(preprocessing.mode))
+    except UNREADABLE as error:
+        raise UsageError(f"cannot read {file}: {_gist(error)}; give an image such as a .jpg or .png file") from None
+
+
+def _gist(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "it is not an image, or is damaged"
+
+
+def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) -> tuple[torch.Tensor, "Images", list]:
+    """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
+    crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
+    deep field of stars do not carry over to other images.
+
+    Returns:
+        (B, C, H, W); the folder; and the indices in it.
+
+    Raises:
+        TosaError: none of them can be read.
+    """
+    images = Images(source, preprocessing)
+    if len(images) >= count and source is not None:
+        indices = [place * len(images) // count for place in range(count)]
+        items = [(images[index], index) for index in indices]
+        found = [(item[0], index) for item, index in items if item[0] is not None]
+    else:
+        crops = Images(source, preprocessing, augment="crop")
+        indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
+        draws = [(draw, indices[draw % len(indices)]) for draw in range(count)]
+        items = [(crops[draw], draw[1]) for draw in draws]
+        found = [(image, index) for (image, _, broken), index in items if not broken]  # another one in its place
+    if not found:
+        raise TosaError(f"none of the images in {images.name} can be read")
+    return torch.stack([image for image, _ in found]), images, [index for _, index in found]
+
+
+def _name(images: Images, index: int) -> str:
+    return Path(images.reader.filename(index)).stem
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Draws(Sampler):
+    """An endless, seeded shuffle cut to positions [first, last), so that a resumed training sees what comes next.
+
+    Yields (position, index); each pass over the data is its own permutation.
+    """
+
+    def __init__(self, length: int, first: int, last: int, seed: int):
+        self.length, self.first, self.last, self.seed = length, first, last, seed
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position in range(self.first, self.last):
+            epoch, place = divmod(position, self.length)
+            if place == 0 or position == self.first:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(self.length, generator=generator).tolist()
+            yield position, order[place]
+
+
+def collate(items: list) -> dict:
+    """{"images": (B, C, H, W), "labels": (B,), "broken": names}; broken images are left out of the tensors."""
+    good = [(image, label) for image, label, _ in items if image is not None]
+    return {
+        "images": torch.stack([image for image, _ in good]) if good else torch.empty(0),
+        "labels": torch.tensor([label for _, label in good]),
+        "broken": [name for *_, name in items if name],
+    }
+
+
+def training_loader(images: Images, batch_size: int, first: int, last: int, workers: int) -> DataLoader:
+    """Batches of the draws [first, last), the same ones however often training was interrupted."""
+    draws = Draws(len(images), first, last, images.seed)
+    return DataLoader(images, batch_size, sampler=draws, num_workers=workers, collate_fn=collate)
+
+
+def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
+    """Batches of every image once, in order."""
+    return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
+
+
+def has_labels(images: Images, model: nn.Module) -> bool:
+    """Whether the folders are the model's classes, so that top-1 can be counted.
+
+    Raises:
+        UsageError: they look like classes, but not like this model's.
+    """
+    if not outputs_of(model) or not (images.labelled or images.ambiguous):
+        return False
+    check_classes(images, outputs_of(model), class_names(model))
+    return True
+
+
+def check_classes(images: Images, outputs: int, names: list[str]) -> None:
+    """Labels are of use only if the folders are the model's classes, in its order."""
+    if images.ambiguous:
+        raise UsageError(
+            f"{images.name}: {images.ambiguous}; give a folder that contains the class folders and nothing else"
+        )
+    if len(images.classes) != outputs:
+        raise UsageError(
+            f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the data "
+            "the model was trained on, or a model with as many classes"
+        )
+    if set(names) == set(images.classes) and names != images.classes:
+        raise UsageError(
+            f"the class folders of {images.name} have the model's class names, but folders sort in another order than "
+            "its labels; put the label number in front of each folder's name, such as 0-name"
+        )

@@ -1,0 +1,171 @@
+"""An ONNX file in ONNX Runtime, beside the torch model that it was made of."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.settings import ExportSettings
+from tosa_convert.data.images import Images, loader
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.outputs import agreement, predict
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.selection import chosen_tokens
+
+CHOSEN = "chosen_"
+"""How the chosen tokens of a layer are called in the graph."""
+
+
+@dataclass
+class Check:
+    """ONNX Runtime against torch on real pictures.
+
+    Attributes:
+        images: how many pictures.
+        broken: names of those that could not be read.
+        difference: largest absolute difference of an output.
+        agreement: share of pictures with the same top-1 (models without a head: of close tokens).
+        selected: per selective layer, share of the chosen tokens that both chose.
+        top1: with labels, of "original", "torch" and "onnx".
+        sizes: the picture sizes (H, W) that were checked.
+        threshold: the agreement that was asked for.
+    """
+
+    images: int = 0
+    broken: list[str] = field(default_factory=list)
+    difference: float = 0.0
+    agreement: float = 0.0
+    selected: dict[int, float] = field(default_factory=dict)
+    top1: dict[str, float] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    threshold: float = 0.99
+
+    @property
+    def passed(self) -> bool:
+        return self.images > 0 and self.agreement >= self.threshold and math.isfinite(self.difference)
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+
+def other_size(model: nn.Module) -> tuple[int, int]:
+    """A picture size (H, W) that is not the model's own: two rows of patches more, and one column."""
+    height, width = preprocessing_of(model).size
+    down, across = adapter_of(model).patch
+    return height + 2 * down, width + across
+
+
+def check_file(
+    model: nn.Module,
+    path: Path,
+    images: Images,
+    labelled: bool,
+    settings: ExportSettings,
+    original: nn.Module | None,
+    progress: Progress,
+) -> Check:
+    """Run the file and the model it was made of on the same pictures."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    graph, chosen_names = _with_chosen(path)
+    inspected = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) if chosen_names else None
+    check, agreed, right = Check(threshold=settings.threshold), 0.0, {"original": 0, "torch": 0, "onnx": 0}
+    shared = dict.fromkeys(chosen_names, 0.0)
+    # Spread over the folder, so that every class is seen.
+    images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
+    batches = loader(images, batch_size=8)
+    with progress.track("check in ONNX Runtime", len(batches), unit="images", per_step=8) as advance:
+        for batch in batches:
+            check.broken += batch["broken"]
+            if len(batch["images"]):
+                feed = {"images": batch["images"].numpy()}
+                with torch.inference_mode():
+                    wanted = run(model, batch["images"])
+                positions = {f"{CHOSEN}{layer}": value for layer, value in chosen_tokens(model).items()}
+                found = _outputs(session, batch["images"])
+                check.images += len(batch["images"])
+                check.difference = max([check.difference, *map(_largest, found, wanted.values())])
+                kind, main = next(iter(wanted.items()))
+                agreed += agreement(kind, found[0], main).sum().item()
+                if labelled:
+                    outputs = {"torch": main, "onnx": found[0]}
+                    if original is not None:
+                        outputs["original"] = predict(original, batch["images"])[1]
+                    for name, value in outputs.items():
+                        right[name] += (value.argmax(-1) == batch["labels"]).sum().item()
+                if inspected:
+                    for name, value in zip(chosen_names, inspected.run(chosen_names, feed), strict=True):
+                        shared[name] += _shared_tokens(value, positions[name].numpy(), len(batch["images"]))
+            advance()
+    if not check.images:
+        raise TosaError("not one picture could be read, so the ONNX file is unchecked; give images with --data")
+    check.agreement = agreed / check.images
+    check.sizes = [preprocessing_of(model).size]
+    if settings.any_size:
+        _check_other_sizes(model, session, check)
+    check.selected = {int(name.removeprefix(CHOSEN)): total / check.images for name, total in shared.items()}
+    if labelled:
+        seen = ("torch", "onnx") if original is None else ("original", "torch", "onnx")
+        check.top1 = {name: right[name] / check.images for name in seen}
+    return check
+
+
+def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> list[torch.Tensor]:
+    try:
+        return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+    except Exception as error:
+        height, width = images.shape[-2:]
+        raise TosaError(
+            f"ONNX Runtime cannot run the file at {height}×{width}: {' '.join(str(error).split())[:150]}; if it was "
+            "exported with --any-size, this model is not fit for that: leave it out"
+        ) from error
+
+
+@torch.inference_mode()
+def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, check: Check) -> None:
+    """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
+    height, width = check.sizes[0]
+    down, across = adapter_of(model).patch
+    for size in (other_size(model), (height - down * (height // down // 4), width)):
+        images = Images(None, preprocessing_of(model).at(size))
+        agreed = []
+        for index in range(len(images)):
+            image = images[index][0][None]
+            wanted = run(model, image)
+            found = _outputs(session, image)
+            check.difference = max([check.difference, *map(_largest, found, wanted.values())])
+            kind, main = next(iter(wanted.items()))
+            agreed.append(agreement(kind, found[0], main).mean().item())
+        check.agreement = min(check.agreement, sum(agreed) / len(agreed))
+        check.sizes.append(size)
+
+
+def _with_chosen(path: Path) -> tuple[bytes, list[str]]:
+    """The file's graph with the chosen tokens as outputs again, for the check."""
+    proto = onnx.load(path)
+    names = [name for node in proto.graph.node for name in node.output if name.startswith(CHOSEN)]
+    for name in names:
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    return proto.SerializeToString(), names
+
+
+def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    if found.shape != wanted.shape:
+        raise TosaError(
+            f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: a size is fixed in the "
+            "file; if it was exported with --any-size, this model is not fit for that: leave it out"
+        )
+    difference = (found - wanted).abs().max().item()
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _shared_tokens(found: np.ndarray, wanted: np.ndarray, images: int) -> float:
+    """Sum over images of the share of chosen positions that are in both; rows may be per image or per head."""
+    shares = [len(np.intersect1d(ours, theirs)) / len(theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    return float(np.mean(shares)) * images

@@ -1,0 +1,47 @@
+"""A model as something that runs: torch eager, torch.compile, ONNX Runtime."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import nn
+
+from tosa_convert.models.adapter import adapter_of
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RUNTIMES = ("eager", "compile", "onnx")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def missing(runtime: str, device: str) -> str | None:
+    """Why a runtime cannot be used on a device; None if it can."""
+    if runtime == "onnx" and PROVIDERS[device] not in onnxruntime.get_available_providers():
+        return f"this onnxruntime has no {PROVIDERS[device]}"
+    return None
+
+
+def torch_runner(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[], None]:
+    """One forward pass of a model on images of its own device, finished when the call returns."""
+    adapter = adapter_of(model)
+    inputs = adapter.inputs(images)
+    forward = torch.compile(adapter.forward, dynamic=False) if compiled else adapter.forward
+
+    def runner() -> None:
+        with torch.inference_mode():
+            forward(**inputs)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return runner
+
+
+def onnx_runner(file: Path, images: torch.Tensor, threads: int, device: str) -> Callable[[], None]:
+    """One run of an ONNX file."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Idle threads of one session would otherwise spin beside the session that is being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[device]])
+    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+    return lambda: session.run(None, feed)

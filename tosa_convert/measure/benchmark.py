@@ -1,0 +1,253 @@
+"""The measured speed-up of a conversion, against the one expected from its MACs."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from tosa_convert.base.distributed import pick_device
+from tosa_convert.base.environment import machine
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.export.onnx import write_graph
+from tosa_convert.measure import backends as runtimes
+from tosa_convert.measure import peak_memory as memory
+from tosa_convert.measure.macs import flops
+from tosa_convert.measure.timing import Timing, interleave, pinned, processors, quartiles
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.loading import set_image_size
+
+
+class BenchSettings(BaseModel):
+    """What is timed.
+
+    Attributes:
+        runtimes: of "eager", "compile" (torch.compile) and "onnx" (ONNX Runtime).
+        batch_sizes: images per forward pass.
+        sizes: image sides in pixels; None is the model's own size.
+        precisions: "fp32", and on a GPU "bf16".
+        threads: of torch and of ONNX Runtime; the process is pinned to as many processors.
+        rounds: timed forward passes of each model.
+        memory: also measure peak memory, each model in its own process.
+        opset: of the ONNX files.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    runtimes: list[str] = list(runtimes.RUNTIMES)
+    batch_sizes: list[int] = [1]
+    sizes: list[int] | None = None
+    precisions: list[str] = ["fp32"]
+    threads: int = Field(default=1, ge=1)
+    rounds: int = Field(default=20, ge=1)
+    memory: bool = True
+    opset: int = Field(default=20, ge=18)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The conditions that all models are timed under together."""
+
+    runtime: str
+    batch_size: int
+    precision: str
+    device: str
+
+
+def bench(
+    models: dict[str, nn.Module],
+    settings: BenchSettings | None = None,
+    *,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Time models against the first of them, in turn, in one process.
+
+    Args:
+        models: name → model; the first is the reference, usually the original. They are moved to the
+            device, set to the image sizes and precisions, and left there.
+        settings: what is timed.
+        device: "cpu" or "cuda"; None takes a GPU if there is one.
+
+    Returns:
+        {"machine", "reference", "settings", "notes", "cases"}. A case holds "runtime", "batch_size", "size",
+        "precision" and per model "ms" (median), "ms_quartiles", "memory" (bytes or None) and, against the
+        reference, "speedup" (median over rounds), "speedup_quartiles", "ideal" and "reached".
+        "ideal" is the ratio of MACs excluding selector cost; "reached" is
+        the share speedup / ideal.
+    """
+    settings, device = settings or BenchSettings(), pick_device(device)
+    _check(models, settings, device)
+    lacking = {name: why for name in settings.runtimes if (why := runtimes.missing(name, device))}
+    notes = [f"{name} is left out: {why}" for name, why in lacking.items()]
+    possible = [name for name in settings.runtimes if name not in lacking]
+    kinds = [
+        _Case(runtime, batch, precision, device)
+        for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
+        if runtime != "onnx" or precision == "fp32"
+    ]
+    sizes = _sizes(models, settings)
+    if settings.sizes is None:
+        others = {name: preprocessing_of(model).size for name, model in models.items()}
+        notes += [f"{name}: not timed at its own image size" for name, own in others.items() if own != sizes[0]]
+    cases = []
+    per_case = settings.rounds + 2 + (len(models) if settings.memory else 0)
+    with (progress or Progress()).track("bench", total=len(sizes) * len(kinds) * per_case) as advance:
+        for size in sizes:
+            for model in models.values():
+                if preprocessing_of(model).size != size:
+                    set_image_size(model, size)
+            macs = {name: _macs(model) for name, model in models.items()}
+            with tempfile.TemporaryDirectory() as scratch:
+                for case in kinds:
+                    try:
+                        timings, peaks = _run(case, models, size, settings, Path(scratch), advance, notes)
+                    except _CompilerError as error:
+                        notes.append(f"torch.compile does not work here: {error}")
+                        continue
+                    cases.append(
+                        {
+                            "runtime": case.runtime,
+                            "batch_size": case.batch_size,
+                            "size": list(size),
+                            "precision": case.precision,
+                            "models": _figures(timings, peaks, macs),
+                        }
+                    )
+    return {
+        "machine": machine(device),
+        "device": device,
+        "reference": next(iter(models)),
+        "settings": settings.model_dump(),
+        "notes": list(dict.fromkeys(notes)),
+        "cases": cases,
+    }
+
+
+class _CompilerError(Exception):
+    """torch.compile has no compiler, or fails on the model."""
+
+
+def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -> None:
+    if not models:
+        raise UsageError("there is no model to time")
+    for name, given, known in (
+        ("runtime", settings.runtimes, runtimes.RUNTIMES),
+        ("precision", settings.precisions, tuple(runtimes.TYPES)),
+    ):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"{name} {value!r} is not known; choose from {', '.join(known)}")
+    if "bf16" in settings.precisions and device == "cpu":
+        raise UsageError("bf16 is timed on a GPU; leave it out on the CPU")
+    if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
+        raise UsageError("batch sizes and image sizes have to be 1 or more")
+    available = processors()
+    if settings.threads > available:
+        raise UsageError(f"{settings.threads} threads are more than the {available} processors here")
+    for name, (height, width) in product(models, _sizes(models, settings)):
+        adapter = adapter_of(models[name])
+        if not adapter.fits((height, width)):
+            wrong, unit = f"{height}×{width} px", f"{adapter.patch[0]}×{adapter.patch[1]}"
+            raise UsageError(
+                f"{wrong} is not a multiple of the patch size of {name}, {unit}; choose another --img-size"
+            )
+
+
+def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[int, int]]:
+    if settings.sizes:
+        return [(side, side) for side in settings.sizes]
+    return [preprocessing_of(next(iter(models.values()))).size]
+
+
+def _macs(model: nn.Module) -> int:
+    """MACs, excluding selector cost."""
+    cost = flops(model)
+    return cost.macs - cost.selectors
+
+
+def _run(
+    case: _Case,
+    models: dict,
+    size: tuple[int, int],
+    settings: BenchSettings,
+    scratch: Path,
+    advance: Callable,
+    notes: list[str],
+) -> tuple[dict[str, Timing], dict[str, int | None]]:
+    """The timings and peaks of one case. A peak that cannot be measured leaves a note; the timings stay."""
+    kind = runtimes.TYPES[case.precision]
+    shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
+    images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    files = {name: scratch / f"{index}.onnx" for index, name in enumerate(models)}
+    contestants = {}
+    with pinned(settings.threads):
+        for name, model in models.items():
+            if case.runtime == "onnx":
+                if not files[name].exists():
+                    write_graph(model.to("cpu", torch.float32).eval(), files[name], settings.opset)
+                contestants[name] = runtimes.onnx_runner(files[name], images[name], settings.threads, case.device)
+            else:
+                model.to(case.device, kind).eval()
+                inputs = images[name].to(case.device, kind)
+                contestants[name] = runtimes.torch_runner(model, inputs, compiled=case.runtime == "compile")
+        if case.runtime == "compile":
+            _compile(contestants)
+        timings = interleave(contestants, settings.rounds, advance=advance)
+    del contestants
+    peaks = dict.fromkeys(models)
+    if settings.memory and case.runtime != "compile":  # the compiler's own memory would outweigh the model's
+        for name, model in models.items():
+            try:
+                peaks[name] = _peak(case, model, files[name], shapes[name], settings.threads)
+            except TosaError as error:
+                notes.append(f"{name}, {case.runtime}: no peak memory: {error}")
+            advance()
+    return timings, peaks
+
+
+def _peak(case: _Case, model: nn.Module, file: Path, shape: tuple[int, ...], threads: int) -> int | None:
+    place = file if case.runtime == "onnx" else file.with_name(f"run-{file.stem}")
+    if case.runtime == "eager" and not place.exists():
+        runs.save(model, place)
+    return memory.measure(place, case.runtime, shape, threads, case.device, case.precision)
+
+
+def _compile(contestants: dict[str, Callable[[], None]]) -> None:
+    """Let torch.compile do its work before timing starts."""
+    torch._dynamo.reset()
+    try:
+        for contestant in contestants.values():
+            contestant()
+    except Exception as error:
+        if isinstance(error, TosaError):
+            raise
+        raise _CompilerError(" ".join(str(error).split())[:160]) from error
+
+
+def _figures(timings: dict[str, Timing], peaks: dict[str, int | None], macs: dict[str, int]) -> dict[str, dict]:
+    reference = next(iter(timings))
+    figures = {}
+    for name, timing in timings.items():
+        figures[name] = {
+            "ms": 1e3 * timing.median,
+            "ms_quartiles": [1e3 * value for value in timing.quartiles],
+            "memory": peaks[name],
+        }
+        if name != reference:
+            ratios = timing.speedups(timings[reference])
+            speedup, ideal = Timing(ratios).median, macs[reference] / macs[name]
+            figures[name] |= {
+                "speedup": speedup,
+                "speedup_quartiles": list(quartiles(ratios)),
+                "ideal": ideal,
+                "reached": speedup / ideal,
+            }
+    return figures

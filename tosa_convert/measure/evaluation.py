@@ -1,0 +1,110 @@
+"""How well a converted model does its work: top-1 where there are labels, closeness to the original everywhere."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tosa_convert.base.distributed import pick_device
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.conversion import ConvertConfig, over
+from tosa_convert.config.validation import build
+from tosa_convert.data.images import Images, has_labels, loader
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.method import control, published
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.outputs import agreement, predict
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.conversion import convert, original
+
+
+def evaluate(
+    models: nn.Module | dict[str, nn.Module],
+    data: str | Path | None = None,
+    *,
+    reference: str | None = None,
+    labels: bool = True,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Measure one model, or several on the same pictures in the same pass.
+
+    Args:
+        models: a model, or name → model.
+        data: folder of images; class sub-folders give top-1. None takes the built-in photos.
+        reference: name of the model that the others are compared with.
+        labels: False leaves the names of the folders aside: the pictures are not sorted by class.
+        device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
+
+    Returns:
+        {"images", "broken", "models": {name: figures}}. Figures: "top1" with labels; with a
+        reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`) and "cosine" (mean over images of
+        logits, or tokens).
+    """
+    models = {"model": models} if isinstance(models, nn.Module) else models
+    first = next(iter(models.values()))
+    images = Images(data, preprocessing_of(first))
+    if reference is not None and reference not in models:
+        raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
+    labelled = labels and has_labels(images, first)
+    device = pick_device(device)
+    for model in models.values():
+        model.to(device).eval()
+    sums = {name: dict.fromkeys(("top1", "agreement", "cosine"), 0.0) for name in models}
+    seen, broken = 0, []
+    batches = loader(images, batch_size, workers)
+    with (progress or Progress()).track("eval", len(batches), unit="images", per_step=batch_size) as advance:
+        for batch in batches:
+            broken += batch["broken"]
+            count = len(batch["images"])
+            if count:
+                inputs, truth = batch["images"].to(device), batch["labels"].to(device) if labelled else None
+                found = {name: predict(model, inputs) for name, model in models.items()}
+                against = found[reference][1] if reference else None
+                for name, (kind, prediction) in found.items():
+                    _add(sums[name], kind, prediction, truth, against)
+            seen += count
+            advance()
+    if not seen:
+        raise TosaError(f"not one of the {len(images)} pictures in {images.name} can be read")
+    kept = [*(["top1"] if labelled else []), *(["agreement", "cosine"] if reference else [])]
+    figures = {name: {key: sums[name][key] / seen for key in kept} for name in models}
+    return {"data": images.name, "images": seen, "broken": broken, "models": figures}
+
+
+def _add(
+    sums: dict, kind: str, found: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None
+) -> None:
+    if labels is not None:
+        sums["top1"] += (found.argmax(-1) == labels).sum().item()
+    if reference is not None:
+        sums["agreement"] += agreement(kind, found, reference).sum().item()
+        sums["cosine"] += F.cosine_similarity(found, reference, dim=-1).reshape(len(found), -1).mean(1).sum().item()
+
+
+def is_control(model: nn.Module) -> bool:
+    """Whether a converted model chooses its tokens at random already."""
+    return model.tosa_config.score == published()[control()].score
+
+
+def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a converted model that chooses its tokens at random, at the same ratios and with the same bypass.
+
+    EViT's fusing, which needs the class token's attention, becomes ToMe's merging; and where random selection
+    cannot be in the first layer, that one runs on all tokens.
+    """
+    config = model.tosa_config
+    bypass = config.make(Bypass)
+    parts = {"score": published()[control()].score, "bypass": bypass.without_weights or config.bypass}
+    ratios = dict(config.plan(depth=len(adapter_of(model).blocks)))
+    chosen = build(ConvertConfig, {**over(config.model_dump(), parts), "method": None, "layers": None, "seed": seed})
+    if chosen.reads_before:
+        ratios.pop(1, None)
+    if not ratios:
+        raise UsageError("random selection cannot be in the first layer, and this model has no other selective one")
+    chosen = chosen.model_copy(update={"layers": list(ratios), "ratio": list(ratios.values())})
+    return convert(original(model), chosen).train(model.training)

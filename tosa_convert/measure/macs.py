@@ -1,0 +1,145 @@
+"""Multiply–adds by fvcore, with what fvcore leaves out: fused attention, which it counts as nothing."""
+
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.conversion import original
+from tosa_convert.selective.selection import selective_blocks
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer for one image: its patches that attend, its multiply–adds, and those of its selector."""
+
+    layer: int
+    tokens: int
+    macs: int
+    selector: int
+    original: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply–adds of one image through a model, beside those of its unconverted twin.
+
+    Attributes:
+        size: image height and width.
+        patches: of the image.
+        macs: of the model, selectors included.
+        original: of the unconverted twin.
+        selectors: of all that chooses tokens and finds them partners, QKᵀ over again included.
+        layers: one :class:`LayerCost` per layer.
+        uncounted: operators that fvcore has no rule for → how often they occur.
+    """
+
+    size: tuple[int, int]
+    patches: int
+    macs: int
+    original: int
+    selectors: int
+    layers: list[LayerCost]
+    uncounted: dict[str, int]
+
+    @property
+    def saved(self) -> float:
+        """Share of the original's multiply–adds that the conversion saves, selectors paid for."""
+        return 1 - self.macs / self.original
+
+    @property
+    def saved_without_selectors(self) -> float:
+        return 1 - (self.macs - self.selectors) / self.original
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "saved": self.saved, "saved_without_selectors": self.saved_without_selectors}
+
+
+def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
+    """Count the multiply–adds of one image, per layer, for a model converted or not.
+
+    LayerNorm counts as fvcore has it; element-wise operators and softmax do not count and are
+    named in ``uncounted``.
+
+    Args:
+        model: any supported model.
+        size: image height and width; None is the model's own.
+    """
+    preprocessing = preprocessing_of(model)
+    size = size or preprocessing.size
+    image = torch.zeros(1, preprocessing.channels, *size)
+    counted, uncounted = _count(model, image)
+    blocks = selective_blocks(model)
+    before = _count(original(model), image)[0] if blocks else counted
+    adapter = adapter_of(model)
+    names = {module: name for name, module in model.named_modules()}
+    patches = adapter.patches(size)
+    selective = {id(block): block for block in blocks}
+    layers = []
+    for layer, block in enumerate(adapter.blocks, start=1):
+        name = f"model.{names[block]}"
+        keeps = id(block) in selective and not block.selection.per_head
+        layers.append(
+            LayerCost(
+                layer=layer,
+                tokens=block.selection.keep(patches) if keeps else patches,
+                macs=counted[name],
+                selector=counted[f"{name}.selector"] + counted[f"{name}.matcher"] if id(block) in selective else 0,
+                original=before[name],
+            )
+        )
+    return Cost(
+        size=tuple(size),
+        patches=patches,
+        macs=counted[""],
+        original=before[""],
+        selectors=sum(layer.selector for layer in layers),
+        layers=layers,
+        uncounted=uncounted,
+    )
+
+
+def count_macs(model: nn.Module) -> int:
+    """Multiply–adds of one image of the model's own size."""
+    preprocessing = preprocessing_of(model)
+    return _count(model, torch.zeros(1, preprocessing.channels, *preprocessing.size))[0][""]
+
+
+class _Outputs(nn.Module):
+    """A model as something that takes a tensor and returns tensors, which is what tracing wants."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(run(self.model, images).values())
+
+
+def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, int]]:
+    """Multiply–adds by module name ("" is everything), and the operators without a rule."""
+    parameter = next(model.parameters())
+    analysis = FlopCountAnalysis(_Outputs(model), image.to(parameter.device, parameter.dtype))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return analysis.by_module(), dict(analysis.unsupported_ops())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _attention_macs(inputs: list, outputs: list) -> int:
+    """B·H·Nq·Nk·(dq + dv): QKᵀ and the weighted sum of the values."""
+    queries, keys, values = (value.type().sizes() for value in inputs[:3])
+    return prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])

@@ -1,0 +1,75 @@
+"""Bypasses: what the tokens get that a layer skips. One file each in :mod:`tosa_convert.methods.bypasses`."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from tosa_convert.methods.parts import Part
+from tosa_convert.methods.score import Acts
+from tosa_convert.methods.token_ops import Choice
+
+
+class Groups(NamedTuple):
+    """Where the tokens of the image are, once some were merged.
+
+    Attributes:
+        sizes: (B, n) how many tokens each of the n current ones stands for.
+        places: (B, N) for each token of the image which of the current ones it is in.
+    """
+
+    sizes: torch.Tensor
+    places: torch.Tensor
+
+
+class Bypass(Part):
+    """What skipped tokens get.
+
+    Attributes:
+        acts: around a block, so that every token leaves it in its place (define :meth:`apply`); or between a block's
+            attention and MLP, so that the layers after have fewer tokens (define :meth:`reduce`).
+        partners: whether each skipped token needs one that attends to stand in for it.
+        needs_weights: whether skipped tokens are weighed by the class token's attention.
+        without_weights: the name of the bypass that comes nearest where there are no such weights.
+        gives_normed: whether it says what the norm before the layer's attention gives.
+        puts_back: whether every token of the image is there again after the last layer.
+        proportional: whether the layers after weigh tokens by how many they stand for.
+    """
+
+    kind: ClassVar[str] = "bypass"
+    folder: ClassVar[str] = "methods/bypasses"
+    acts: ClassVar[Acts] = Acts.AROUND
+    partners: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    without_weights: ClassVar[str | None] = None
+    gives_normed: ClassVar[bool] = False
+    puts_back: ClassVar[bool] = True
+    proportional: ClassVar[bool] = False
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each head attends over tokens of its own; the layer's attention then does all there is to do."""
+        return False
+
+    def apply(self, run: Callable, tokens: torch.Tensor, normed: torch.Tensor | None, choice: Choice) -> torch.Tensor:
+        """(B, N, D) → (B, N, D).
+
+        Args:
+            run: the layer's own forward, ``run(tokens, sizes=None, normed=None)``, with ``normed`` in place of what
+                the norm before its attention gives.
+            tokens: that enter the layer.
+            normed: the same after the norm before its attention, where :attr:`partners` are needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} acts around a block, so it has to define apply")
+
+    def reduce(
+        self, tokens: torch.Tensor, choice: Choice, groups: Groups, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Groups | None]:
+        """(B, N, D) → (B, K, D) and the groups after, None where tokens have left them.
+
+        Args:
+            tokens: after the layer's attention.
+            groups: that they form already.
+            weights: (B, N), the scores, where there are any.
+        """
+        raise NotImplementedError(f"{type(self).__name__} acts between attention and MLP, so it has to define reduce")

@@ -1,0 +1,25 @@
+"""EViT's bypass (arXiv 2202.07800, section 3.2): the skipped tokens become one, summed by their weights."""
+
+import torch
+
+from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.score import Acts
+from tosa_convert.methods.token_ops import gather_tokens, pick, stand_ins
+
+
+class Fuse(Bypass):
+    """The fused token comes last. Its weights are the class token's attention."""
+
+    acts = Acts.BETWEEN
+    needs_weights = True
+    without_weights = "persist"
+
+    def reduce(self, tokens, choice, groups, weights):
+        if choice.skipped.shape[1] == 0:  # a sum of no tokens would be a token of its own
+            return tokens, groups
+        shares = pick(weights, choice.skipped)[..., None]
+        fused = (gather_tokens(tokens, choice.skipped) * shares).sum(1, keepdim=True)
+        last = torch.full_like(choice.skipped, choice.attended.shape[1])
+        into = stand_ins(choice._replace(partners=last))
+        together = torch.cat([gather_tokens(tokens, choice.attended), fused], dim=1)
+        return together, Groups(torch.ones_like(together[..., 0]), pick(into, groups.places))

@@ -1,0 +1,27 @@
+"""ToSA's bypass (arXiv 2406.08816, section 3): a skipped token leaves the layer as it came."""
+
+from typing import Literal
+
+from tosa_convert.methods import parts
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
+
+
+class Identity(Bypass):
+    """Skipped tokens are left as they are."""
+
+    class Options(parts.Options):
+        """
+        Attributes:
+            selection: "shared" lets one set of tokens run the whole layer, attention and MLP, which is what saves
+                work; "per_head" is the paper's Eq. 4: each head attends over its own tokens, and all run the MLP.
+        """
+
+        selection: Literal["shared", "per_head"] = "shared"
+
+    @property
+    def per_head(self) -> bool:
+        return self.options.selection == "per_head"
+
+    def apply(self, run, tokens, normed, choice):
+        return rejoin_tokens(tokens, choice.attended, run(gather_tokens(tokens, choice.attended)))

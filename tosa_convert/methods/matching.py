@@ -1,0 +1,212 @@
+"""Pure tensor functions that find redundant tokens, and for each a token that can stand in for it.
+
+On a grid of patches the tokens that may stand in for others are thinned out step by step, like the levels
+of an image pyramid: every second one (a checkerboard), every fourth (one of each 2×2 window), every eighth
+and so on. The tokens that a step leaves out are matched with those it keeps, so that a smooth region
+can shrink to few tokens while each token of a detailed one stays.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, leading, ordered, pick, put
+
+SKETCH_WIDTH = 96
+"""Numbers per token that are compared, see :func:`sketch`."""
+
+
+class Pyramid(NamedTuple):
+    """Patches from coarse to fine.
+
+    Attributes:
+        order: (N,) positions on the grid in reading order; the first ``counts[-1]`` are the coarsest level.
+        counts: how many patches each thinning keeps, from the finest to the coarsest.
+    """
+
+    order: torch.Tensor
+    counts: list[int]
+
+
+def thinnings(steps: int) -> int:
+    """How often the patches are thinned out for a keep ratio: once more than the ratio needs."""
+    return 1 + math.ceil(math.log2(RATIO_STEPS / steps))
+
+
+def pyramid(
+    height: int, width: int, levels: int, most: int | None = None, device: torch.device | None = None
+) -> Pyramid:
+    """The grid thinned out ``levels`` times, and further until at most ``most`` patches are left.
+
+    Height and width may be symbolic; ``most`` must be an int or None then.
+    """
+    if isinstance(height, int) and isinstance(width, int):
+        key = "pyramid", height, width, levels, most, device
+        return _remembered(key, lambda: _known_pyramid(height, width, levels, most, device))
+    # Not by dividing positions: the remainder by a symbolic number does not export.
+    row = torch.arange(height, device=device)[:, None].expand(height, width).reshape(-1)
+    column = torch.arange(width, device=device)[None].expand(height, width).reshape(-1)
+    depth, counts = _thinned(row, column, height, width, levels, None)
+    return Pyramid(ordered(depth, descending=True).indices, counts)
+
+
+_KNOWN: dict = {}
+
+
+def _remembered(key: tuple, make: Callable):
+    """What does not depend on the images is computed once, by numpy, so that it is a constant in every traced graph,
+    whatever ran before. It is not kept while a graph is traced: its tensors may not be real."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    with torch.inference_mode(False):  # kept beyond this forward pass
+        made = make()
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if len(_KNOWN) >= 256:
+            _KNOWN.clear()
+        _KNOWN[key] = made
+    return made
+
+
+def _known_pyramid(height: int, width: int, levels: int, most: int | None, device: torch.device | None) -> Pyramid:
+    row, column = np.divmod(np.arange(height * width), width)
+    depth, counts = _thinned(row, column, height, width, levels, most)
+    return Pyramid(torch.from_numpy(np.argsort(-depth, kind="stable")).to(device), counts)
+
+
+def _thinned(row, column, height, width, levels: int, most: int | None):
+    """How many thinnings each patch outlives, and how many patches each leaves; arrays of numpy or of torch."""
+    depth, counts, level = row * 0, [], 0
+    while level < levels or (most is not None and counts[-1] > most):
+        stays, count = _stays(row, column, height, width, level)
+        depth = depth + 1 * stays
+        counts.append(count)
+        level += 1
+    return depth, counts
+
+
+def _stays(row, column, height, width, level: int):
+    """Which patches the level-th thinning keeps, and how many: by turns a checkerboard of the grid that is
+    left, and one of each 2×2 window of it."""
+    step = 2 ** ((level + 1) // 2)
+    down, across = ((side + step - 1) // step for side in (height, width))  # ONNX divides negatives otherwise
+    stays = (row % step == 0) & (column % step == 0)
+    if level % 2:
+        return stays, down * across
+    return stays & ((row // step + column // step) % 2 == 0), (down * across + 1) // 2
+
+
+def features_of(tokens: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) tokens in front of and behind a norm → (B, N, about 96), by whose distances tokens are compared:
+    half-way (geometric mean) between those of the tokens and those of the normed tokens."""
+    return sketch(normed) * tokens.norm(dim=-1, keepdim=True).sqrt()
+
+
+def sketch(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) → (B, N, about 96): sums of every 96th channel under fixed signs. Distances between tokens are
+    kept roughly (a random projection), at the price of D additions per token."""
+    width = tokens.shape[-1]
+    group = max(1, width // SKETCH_WIDTH)
+    device, dtype = tokens.device, tokens.dtype
+    signed = tokens * _remembered(("signs", width, device, dtype), lambda: _signs(width, device, dtype))
+    if width % group:
+        signed = F.pad(signed, (0, -width % group))
+    return signed.unflatten(-1, (group, -1)).sum(-2)
+
+
+def _signs(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    channel = np.arange(width)
+    return torch.from_numpy(1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)).to(device, dtype)
+
+
+def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
+    """Skip the patches that another one stands in for at the least distance.
+
+    Args:
+        features: (B, prefix + N, D); close features (Euclidean) mean that one token can stand in for the other.
+        prefix: number of leading tokens that are no patches.
+        grid: the pyramid of the N patches, on the same device.
+        kept: how many patches attend; the coarsest level of the pyramid always does.
+    """
+    order, batch = grid.order, features.shape[0]
+    ranked = features.index_select(1, order + prefix)
+    lengths = ranked.square().sum(-1)
+    coarsest, patches = grid.counts[-1], order.shape[0]
+    always = torch.arange(coarsest, device=features.device).expand(batch, coarsest)
+    distances, parents = [], [always]
+    for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
+        distance, parent = nearest(
+            ranked[:, count:finer], ranked[:, :count], lengths[:, count:finer], lengths[:, :count]
+        )
+        distances.append(distance)
+        parents.append(parent)
+    closest = ordered(torch.cat(distances, dim=1)).indices + coarsest
+    surplus = patches - kept
+    attended, skipped = torch.cat([always, closest[:, surplus:]], dim=1), closest[:, :surplus]
+    partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
+    places = order + prefix
+    return Choice(
+        torch.cat([leading(features, prefix), _look_up(places, attended)], dim=1),
+        _look_up(places, skipped),
+        partners + prefix,
+    )
+
+
+def _look_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(N,) and (B, K) indices into it → (B, K)."""
+    return table.index_select(0, indices.reshape(-1)).reshape(indices.shape)
+
+
+def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torch.Tensor, levels: int) -> torch.Tensor:
+    """(B, S): climb from each skipped token to the first of its ancestors that attends, as an index into
+    ``attended``. Parents are always of a coarser level, so ``levels`` steps lead to the coarsest."""
+    own = torch.arange(attended.shape[1], device=attended.device).expand_as(attended)
+    places = put(torch.full_like(parents, -1), attended, own)
+    found = pick(parents, skipped)
+    for _ in range(levels - 1):
+        found = torch.where(pick(places, found) < 0, pick(parents, found), found)
+    return pick(places, found)
+
+
+def nearest(
+    tokens: torch.Tensor, others: torch.Tensor, lengths: torch.Tensor, their_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, N, D) and (B, M, D), with their squared lengths → for each token the squared distance to the nearest of
+    the others, (B, N), and which one it is."""
+    best, index = (tokens @ others.mT - 0.5 * their_lengths[:, None]).max(-1)
+    return lengths - 2 * best, index
+
+
+def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
+    """The same choice with partners: for each skipped token the nearest attending patch by ``features``, (B, N, D)."""
+    skipped, attended = (gather_tokens(features, places) for places in (choice.skipped, choice.attended[:, prefix:]))
+    nearest_one = nearest(skipped, attended, skipped.square().sum(-1), attended.square().sum(-1))[1]
+    return choice._replace(partners=nearest_one + prefix)
+
+
+def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
+    """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3.2): the tokens alternate between two sets,
+    and those of the first that are most similar to one of the second (cosine) are skipped.
+
+    Args:
+        features: (B, prefix + N, D), in the paper the mean of the keys over the heads.
+        kept: how many patches attend; the second set always does.
+
+    The attended tokens come in the paper's order, on which its next matching depends: the rest of the
+    first set in order, then the second.
+    """
+    batch, count, _ = features.shape
+    features = F.normalize(features, dim=-1)
+    start = prefix + prefix % 2  # the first token of the first set that is no prefix token
+    first, second = features[:, start::2], features[:, 1::2]
+    hidden = prefix // 2  # prefix tokens that would be in the second set
+    similarity, partner = (first @ second[:, hidden:].mT).max(-1)
+    surplus = count - prefix - kept
+    order = ordered(similarity, descending=True).indices
+    closest, rest = order[:, :surplus], torch.sort(order[:, surplus:], dim=1).values
+    ones = torch.arange(1 + 2 * hidden, count, 2, device=features.device).expand(batch, -1)
+    attended = torch.cat([leading(features, prefix), rest * 2 + start, ones], dim=1)
+    return Choice(attended, closest * 2 + start, pick(partner, closest) + prefix + rest.shape[1])

@@ -1,0 +1,5 @@
+"""EViT, token reorganisation (arXiv 2202.07800)."""
+
+from tosa_convert.methods.method import Method
+
+METHOD = Method(score="class_attention", bypass="fuse", schedule="stages")

@@ -1,0 +1,5 @@
+"""ToMe, Token Merging (arXiv 2210.09461)."""
+
+from tosa_convert.methods.method import Method
+
+METHOD = Method(score="similarity", bypass="persist", schedule="ramp")

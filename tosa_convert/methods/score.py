@@ -1,0 +1,168 @@
+"""Scores: which tokens of a layer attend. One file each in :mod:`tosa_convert.methods.scores`."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from tosa_convert.methods.parts import Part
+
+
+class Acts(StrEnum):
+    """Where a bypass acts, and a score with it."""
+
+    AROUND = "around a block"
+    BETWEEN = "between attention and MLP"
+
+
+class Reads(StrEnum):
+    """What a score looks at."""
+
+    QUERIES_KEYS = "queries and keys"
+    TOKENS = "tokens"
+
+
+class Site(NamedTuple):
+    """Where one score works.
+
+    Attributes:
+        layer: the selective layer, from 1.
+        heads: attention heads of the layer that is read.
+        prefix: number of class, distillation and register tokens in front of the patches.
+        width: channels of a token.
+        acts: where the bypass acts that it is combined with.
+        seed: of the conversion.
+    """
+
+    layer: int
+    heads: int
+    prefix: int
+    width: int
+    acts: Acts
+    seed: int
+
+
+class View(NamedTuple):
+    """What a score sees when its layer chooses.
+
+    Attributes:
+        steps: the keep ratio, see :func:`tosa_convert.methods.token_ops.ratio_steps`.
+        patches: patch tokens of the image, those that are gone by now included.
+        grid: rows and columns of the patches.
+        reading: what :meth:`Score.read` gave; None for a score that reads tokens.
+        tokens: (B, N, C), the tokens that enter the layer, or its MLP where the bypass acts before that; None for a
+            score that reads queries and keys.
+        normed: the same after the norm before the layer's attention.
+        sizes: (B, N) how many tokens of the image each one stands for; None where each stands for itself.
+    """
+
+    steps: int
+    patches: int
+    grid: tuple[int, int]
+    reading: Any = None
+    tokens: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+
+class Score(Part, nn.Module):
+    """Which tokens attend. An instance is a prototype: each selective layer gets a copy, see :meth:`setup`.
+
+    One that reads queries and keys defines :meth:`read`, which runs in the layer that is read and gives the little
+    that is kept of them: the scores themselves, or what :meth:`score` makes them of when the selective layer runs.
+    One that reads tokens defines :meth:`score`. Both run without gradients: a hard choice has none.
+
+    Attributes:
+        reads: what it looks at.
+        always_before: whether it reads the layer before its own also where the bypass acts behind a layer's attention;
+            otherwise it then reads its own layer.
+        chooses: whether :meth:`score` gives a :class:`~tosa_convert.methods.token_ops.Choice` in place of scores.
+        finds_partners: whether that choice names a partner for each skipped token.
+        scores_heads: whether its scores may be taken head by head, see bypass identity.
+        needs_class_token: whether it reads the class token's attention.
+        weighs: whether its scores are shares of the class token's attention.
+        learns: whether it has to be trained before it is of use, see :meth:`lesson`.
+        ordinary_before: whether the layer that it reads must not be selective itself.
+    """
+
+    kind: ClassVar[str] = "score"
+    folder: ClassVar[str] = "methods/scores"
+    reads: ClassVar[Reads] = Reads.QUERIES_KEYS
+    always_before: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+    finds_partners: ClassVar[bool] = False
+    scores_heads: ClassVar[bool] = False
+    needs_class_token: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    ordinary_before: ClassVar[bool] = False
+
+    def setup(self, site: Site) -> None:
+        """Make what depends on the model and the layer: parameters, a seed. Called once per selective layer."""
+
+    @classmethod
+    def reads_at(cls, acts: Acts) -> Reads:
+        """What it looks at, where a bypass acts so."""
+        return cls.reads
+
+    @classmethod
+    def reads_before(cls, acts: Acts) -> bool:
+        """Whether it reads the layer before its own."""
+        if cls.reads_at(acts) is not Reads.QUERIES_KEYS:
+            return False
+        return cls.always_before or acts is Acts.AROUND
+
+    def read(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
+        """Queries and keys, both (B, H, N, D) → the little that is kept of them."""
+        raise NotImplementedError(f"{type(self).__name__} reads queries and keys, so it has to define read")
+
+    def score(self, view: View) -> Any:
+        """Scores (B, N) or, per head, (B, H, N); the higher, the rather a token attends. Or a choice."""
+        if self.reads is not Reads.QUERIES_KEYS:
+            raise NotImplementedError(f"{type(self).__name__} reads tokens, so it has to define score")
+        return view.reading
+
+    def forward(self, *given: Any) -> Any:
+        """:meth:`read` of queries and keys, or :meth:`score` of a view: calls of the module, so that they are
+        counted."""
+        return self.score(*given) if isinstance(given[0], View) else self.read(*given)
+
+    def loss(self, read: tuple[torch.Tensor, torch.Tensor], own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """What there is to learn: the queries and keys of the layer that is read, and of its own → a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} learns, so it has to define loss")
+
+    def lesson(self, keep: Callable[[int], int], **settings: Any) -> "Lesson":
+        """What follows it through a forward pass of distillation.
+
+        Args:
+            keep: how many of so many patches its layer keeps.
+            **settings: of the distillation.
+        """
+        return Lesson(self)
+
+
+class Lesson:
+    """What one score learns in a forward pass: it reads, and is corrected as soon as its own layer has its queries
+    and keys."""
+
+    def __init__(self, score: Score):
+        self.score = score
+        self.seen: Any = None
+        self.figures: dict[str, torch.Tensor] = {}
+
+    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """The layer that is read has run."""
+        self.seen = queries, keys
+
+    def learn(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Its own layer has."""
+        seen, self.seen = self.seen, None
+        with torch.enable_grad():  # the model around it runs without
+            self.figures = {"loss": self.score.loss(seen, (queries, keys))}
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """{"loss" and other figures}, scalars."""
+        figures, self.figures = self.figures, {}
+        return figures

@@ -1,0 +1,47 @@
+"""Skip the most redundant tokens: those that another one can stand in for."""
+
+from typing import Any
+
+import torch
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.methods.matching import choose_bipartite, choose_redundant, features_of, pyramid, thinnings
+from tosa_convert.methods.score import Acts, Reads, Score, Site, View
+from tosa_convert.methods.token_ops import Choice, keep_count
+
+
+class Similarity(Score):
+    """Around a block: distances between the layer's tokens over the levels of a pyramid of the grid.
+
+    Where tokens are gone already there is no grid; there it is ToMe's bipartite soft matching (arXiv 2210.09461) of
+    the layer's own keys.
+    """
+
+    reads = Reads.TOKENS
+    chooses = finds_partners = True
+
+    @classmethod
+    def reads_at(cls, acts):
+        return Reads.TOKENS if acts is Acts.AROUND else Reads.QUERIES_KEYS
+
+    def setup(self, site: Site) -> None:
+        self.prefix = site.prefix
+
+    def read(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
+        """(B, H, N, D) twice → (B, N, D), the mean of the keys over the heads."""
+        return keys.mean(1)
+
+    def score(self, view: View) -> Choice:
+        kept = keep_count(view.patches, view.steps)
+        if view.reading is not None:
+            return choose_bipartite(view.reading, self.prefix, kept)
+        count = view.tokens.shape[1] - self.prefix
+        if isinstance(view.patches, int) and isinstance(count, int) and view.patches != count:
+            raise TosaError(
+                f"{count} patch tokens do not fill the grid of {view.patches}: score similarity needs all of them, so "
+                "no patch dropout, and the patch embedding that the model had when it was converted"
+            )
+        features = features_of(view.tokens, view.normed)
+        most = kept if isinstance(kept, int) else None
+        grid = pyramid(*view.grid, thinnings(view.steps), most, features.device)
+        return choose_redundant(features, self.prefix, grid, kept)

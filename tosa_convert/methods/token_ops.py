@@ -1,0 +1,172 @@
+"""Pure tensor functions on tokens: how many, which, take out, put back. No modules, no model names.
+
+Everything here keeps batch and token count symbolic, so that one conversion runs, traces and
+exports at any batch size and image size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+RATIO_STEPS = 10_000
+"""Keep ratios are held as whole ten-thousandths: K then follows from integers alone."""
+
+
+def ratio_steps(ratio: float) -> int:
+    """A keep ratio in (0, 1] as whole ten-thousandths, at least one."""
+    return max(1, round(ratio * RATIO_STEPS))
+
+
+def keep_count(patches: int, steps: int) -> int:
+    """K = ⌈ratio · patches⌉ in integer arithmetic: exact at every size, and never zero.
+
+    ``patches`` may be symbolic (``torch.export``) or a traced 0-d tensor (fvcore): only ``*``,
+    ``+`` and ``//`` touch it.
+    """
+    return (patches * steps + (RATIO_STEPS - 1)) // RATIO_STEPS
+
+
+class Choice(NamedTuple):
+    """What one layer does with its tokens, as positions within each image.
+
+    Attributes:
+        attended: (B, K) tokens that run the layer, prefix tokens first.
+        skipped: (B, S) the others.
+        partners: (B, S) who stands in for each skipped token, as an index into ``attended``; None
+            where nobody does.
+    """
+
+    attended: torch.Tensor
+    skipped: torch.Tensor
+    partners: torch.Tensor | None = None
+
+
+def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:
+    """Every prefix token attends, then the ``kept`` best patch tokens.
+
+    Args:
+        scores: (B, N), one score per token; those of prefix tokens are not looked at.
+        prefix: number of leading class, distillation and register tokens.
+        kept: how many patch tokens attend, see :func:`keep_count`.
+
+    Equal scores are ordered by position, so that torch and ONNX Runtime choose alike.
+    """
+    order = ordered(scores[:, prefix:], descending=True).indices + prefix
+    return Choice(torch.cat([leading(scores, prefix), order[:, :kept]], dim=1), order[:, kept:])
+
+
+def ordered(values: torch.Tensor, descending: bool = False):
+    """(B, N) sorted along the last dimension, equal values by position: (values, indices)."""
+    if torch.compiler.is_exporting():
+        # ONNX has no stable sort by name, but its TopK, which a plain sort becomes, puts the lower index first on ties.
+        return torch.sort(values, dim=-1, descending=descending)
+    return torch.sort(values, dim=-1, descending=descending, stable=True)
+
+
+def leading(like: torch.Tensor, prefix: int) -> torch.Tensor:
+    """(B, prefix): the positions of the prefix tokens in each image of a batch like (B, …)."""
+    return torch.arange(prefix, device=like.device).expand(like.shape[0], prefix)
+
+
+def flat_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(B, K) positions within each image → (B·K,) rows of the (B·N, D) matrix of all tokens."""
+    if is_one(positions.shape[0]):
+        return positions.reshape(-1)
+    first_rows = torch.arange(positions.shape[0], device=positions.device) * tokens
+    return (positions + first_rows[:, None]).reshape(-1)
+
+
+def is_one(batch: int) -> bool:
+    """Whether a batch holds a single image; never of a symbolic batch, which must not be decided on."""
+    return isinstance(batch, int) and batch == 1
+
+
+def is_none(count: int) -> bool:
+    """Whether a number of tokens is zero; ONNX Runtime reshapes no empty tensors. Never of a symbolic number."""
+    return isinstance(count, int) and count == 0
+
+
+def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) and (B, K) → (B, K, D). A flat index_select: the fastest form in ONNX Runtime."""
+    batch, count, width = tokens.shape
+    rows = flat_positions(positions, count)
+    # No −1 in the shape: positions may be none at all.
+    return tokens.reshape(batch * count, width).index_select(0, rows).reshape(batch, positions.shape[1], width)
+
+
+def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) with the rows at ``positions`` (B, K) replaced by ``updated`` (B, K, D); order kept."""
+    batch, count, width = tokens.shape
+    rows = flat_positions(positions, count)
+    everything = tokens.reshape(batch * count, width)
+    joined = everything.index_copy(0, rows, updated.reshape(-1, width).to(tokens.dtype))
+    return joined.reshape(batch, count, width)
+
+
+def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, N) numbers and (B, K) positions → (B, K)."""
+    return values.reshape(-1).index_select(0, flat_positions(positions, values.shape[1])).reshape(positions.shape)
+
+
+def put(values: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """(B, N) with the entries at ``positions`` (B, K) replaced by ``numbers`` (B, K)."""
+    rows = flat_positions(positions, values.shape[1])
+    return values.reshape(-1).index_copy(0, rows, numbers.reshape(-1)).reshape(values.shape)
+
+
+def stand_ins(choice: Choice) -> torch.Tensor:
+    """(B, N): for each token the index into ``choice.attended`` of itself, or of its partner."""
+    attended, skipped, partners = choice
+    own = torch.arange(attended.shape[1], device=attended.device).expand(attended.shape)
+    everyone = torch.cat([attended, skipped], dim=1)
+    return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))
+
+
+def add_up(tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """(B, N, D) → (B, K, D): each attended token plus those it stands in for."""
+    attended, skipped = gather_tokens(tokens, choice.attended), gather_tokens(tokens, choice.skipped)
+    if is_none(skipped.shape[1]):
+        return attended
+    batch, count, width = attended.shape
+    rows = flat_positions(choice.partners, count)
+    added = attended.reshape(batch * count, width).index_add(0, rows, skipped.reshape(-1, width))
+    return added.reshape(batch, count, width)
+
+
+def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
+    """Positions of ``rows`` tokens that stand for all of them: the first prefix token, if there is one, then
+    patches at even strides along the reading order, shifted by the golden ratio across it.
+
+    A plain stride meets the same few columns of the grid again and again, depending on its width; this
+    (a Fibonacci lattice) covers both directions at every number of rows. The grid is taken to be
+    square; on another one the positions are still spread. Integer arithmetic: the same in ONNX. Where
+    ``rows`` comes near the number of tokens some positions come twice, and count twice.
+    """
+    if isinstance(tokens, int):
+        return torch.tensor(_spread_rows(tokens, prefix, rows))
+    patches, leading = tokens - prefix, min(prefix, 1)
+    side = (torch.arange(patches) ** 2 < patches).sum()  # ⌈√patches⌉ of a symbolic number of patches
+    chosen = _lattice(torch.arange(rows - leading), rows - leading, side, patches) + prefix
+    return torch.cat([torch.zeros(leading, dtype=torch.long), chosen])
+
+
+def _spread_rows(tokens: int, prefix: int, rows: int) -> list[int]:
+    """:func:`spread_rows` of a known number of tokens, without a dozen small tensor operations in each forward pass."""
+    patches, leading = tokens - prefix, min(prefix, 1)
+    side, count = math.isqrt(patches - 1) + 1, rows - leading
+    return [0] * leading + [_lattice(index, count, side, patches) + prefix for index in range(count)]
+
+
+def _lattice(index, count: int, side, patches):
+    """The index-th of ``count`` patches; integers or integer tensors."""
+    down = (2 * index + 1) * side // (2 * count)
+    across = (index * 40503 + 32768) % 65536 * side // 65536  # 40503 / 65536 is the golden ratio's fraction
+    return (down * side + across) * patches // side**2
+
+
+def random_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:
+    """As :func:`spread_rows`, with patches drawn at random without repetition, from torch's generator."""
+    leading = min(prefix, 1)
+    drawn = torch.randperm(tokens - prefix)[: rows - leading] + prefix
+    return torch.cat([torch.zeros(leading, dtype=torch.long), drawn])

@@ -1,0 +1,257 @@
+"""Adapters: a model seen as a row of blocks over tokens, whatever library made it. They know nothing about methods.
+
+Each family is a file in :mod:`tosa_convert.models.families` that offers ``find(model) -> Adapter | None``; a new family
+is a new file, and there is no list to edit. What no family finds is refused, see
+:mod:`tosa_convert.models.unsupported`.
+"""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from tosa_convert.base import discovery
+from tosa_convert.base.errors import TosaError, UnsupportedModelError
+from tosa_convert.models.hooks import Receive, Tap
+from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.unsupported import why_not
+
+
+class Adapter(ABC):
+    """A model seen as a row of blocks over tokens.
+
+    Attributes:
+        library: "timm" or "transformers".
+        blocks: the layers, first to last; layer l is ``blocks[l - 1]``.
+        prefix: number of class, distillation and register tokens in front of the patch tokens.
+        class_token: whether the first of them is a class token.
+        width: channels of a token.
+        bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
+            is also its first argument behind the tokens, unless the model calls its blocks by keyword; None where
+            it takes nothing of the kind.
+        relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
+        own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
+        gives_maps: whether what it gives are maps of the patches behind several layers: every token is needed for them.
+        halves: whether a block's attention and MLP are modules of their own, one behind the other, as bypasses need
+            that take tokens away between them.
+    """
+
+    library: str
+    blocks: list[nn.Module]
+    prefix: int
+    class_token: bool
+    width: int
+    bias_name: str | None
+    relative: bool = False
+    own_heads: bool = True
+    gives_maps: bool = False
+    halves: bool = True
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The attention module of a block; not where neither :attr:`own_heads` nor :attr:`halves` holds."""
+        return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
+
+    def mlp(self, block: nn.Module) -> nn.Module:
+        """The MLP of a block, where :attr:`halves` holds."""
+        return next(child for name, child in block.named_children() if name in ("mlp", "ffn"))
+
+    @abstractmethod
+    def norm(self, block: nn.Module) -> nn.Module | None:
+        """What normalises the tokens in front of a block's attention, if anything does."""
+
+    def normed(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens as the block's attention takes them, (B, N, C)."""
+        norm = self.norm(block)
+        return tokens if norm is None else norm(tokens)
+
+    @property
+    @abstractmethod
+    def patch_projection(self) -> nn.Module:
+        """The module that gives the patches on their grid, (B, C, rows, columns), or in a row with the grid, as
+        ((B, N, C), (rows, columns))."""
+
+    @property
+    @abstractmethod
+    def classifies_by_class_token(self) -> bool:
+        """Whether the model's output needs no patch tokens."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Attention heads of a block."""
+
+    @abstractmethod
+    def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> Tap:
+        """Make each forward of a block call ``receive`` with its queries and keys, without gradients unless ``detach``
+        is False."""
+
+    def steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
+        """The modules of a block, and their methods, that :meth:`call` answers for it on some of its tokens; see
+        :func:`tosa_convert.models.grafting.answered`."""
+        return []
+
+    def given(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """What a block is called with after its tokens, without what means nothing."""
+        return args, kwargs
+
+    def check_arguments(self, layer: int, args: tuple, kwargs: dict) -> None:
+        """Look at what a block is called with behind its tokens.
+
+        Raises:
+            TosaError: something in it is per token, and it is not known how to take it along.
+        """
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            raise TosaError(
+                f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
+                "run the model without an attention mask"
+            )
+
+    def arguments(
+        self, args: tuple, kwargs: dict, places: torch.Tensor | None, sizes: torch.Tensor | None
+    ) -> tuple[tuple, dict]:
+        """A block's arguments behind its tokens, when these are not all of the tokens; see :meth:`call`."""
+        if sizes is None:
+            return args, kwargs
+        return args[1:], {**kwargs, self.bias_name: sizes.log()[:, None, None, :]}
+
+    def call(
+        self,
+        block: nn.Module,
+        forward: Callable,
+        tokens: torch.Tensor,
+        args: tuple,
+        kwargs: dict,
+        places: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run a block's own forward on some of its tokens, (B, K, C) → (B, K, C).
+
+        Args:
+            args, kwargs: what the block was called with behind its tokens.
+            places: (B, K) which of the tokens these are; None where all are there, or their places do not matter.
+            sizes: (B, K) for how many tokens each stands; the attention then weighs it by that (ToMe's proportional
+                attention, arXiv 2210.09461, section 3.3).
+        """
+        args, kwargs = self.arguments(args, kwargs, places, sizes)
+        return forward(block, tokens, *args, **kwargs)
+
+    @abstractmethod
+    def project(
+        self, attention: nn.Module, tokens: torch.Tensor, arguments: dict
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
+
+    @abstractmethod
+    def finish(self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor):
+        """What the attention does after its heads: (B, N, C) of concatenated heads → what its forward returns."""
+
+    @abstractmethod
+    def as_attention_output(self, tokens: torch.Tensor):
+        """Tokens (B, N, C) in the form in which the attention's forward returns them."""
+
+    @abstractmethod
+    def attention_dropout(self, attention: nn.Module) -> float:
+        """Dropout on the attention weights while training."""
+
+    def prepare(self) -> None:
+        """Hook the model where it has to be steered once it is converted."""
+        return None
+
+    def bias(self, attention: nn.Module, arguments: dict) -> torch.Tensor | None:
+        """What the attention adds to its logits for each pair of places, (1, H, N, N), if anything.
+
+        Args:
+            arguments: the keywords of the attention's call.
+        """
+        return None
+
+    @property
+    def forward(self) -> Callable:
+        """What takes :meth:`inputs`: the model, or of one for pictures and texts the way of the pictures."""
+        return self.model
+
+    @abstractmethod
+    def inputs(self, images: torch.Tensor) -> dict:
+        """The keywords with which :attr:`forward` takes these images."""
+
+    @abstractmethod
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model. With a head {"logits": (B, classes)}, or the head's own output under its own name; without
+        one {"tokens": (B, N, C), "features": (B, C)}."""
+
+    @abstractmethod
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """The model's features of pictures, prefix tokens first, behind its last norm where the library has it so,
+        (B, N, C)."""
+
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """What the model itself knows of its pictures: size, channels, mean and deviation."""
+
+    @abstractmethod
+    def resize(self, size: tuple[int, int]) -> None:
+        """Make the model take pictures of this size (H, W), resampling position embeddings if it must."""
+
+    @abstractmethod
+    def spec(self) -> dict:
+        """JSON-able arguments that build this model's class again; see :func:`tosa_convert.models.provenance.build`."""
+
+    def exporting(self) -> AbstractContextManager:
+        """Within this block the model is fit to be exported."""
+        return nullcontext()
+
+    @property
+    @abstractmethod
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches that pictures of this size (H, W) are cut into."""
+        height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
+        return height, width
+
+    def patches(self, size: tuple[int, int]) -> int:
+        """How many patches pictures of this size (H, W) are cut into."""
+        return math.prod(self.grid(size))
+
+    def fits(self, size: tuple[int, int]) -> bool:
+        """Whether pictures of this size (H, W) are cut into whole patches."""
+        return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        UnsupportedModelError: no family finds it; the message says why it cannot be converted.
+    """
+    for module in families():
+        adapter = module.find(model)
+        if adapter is not None:
+            return adapter
+    raise UnsupportedModelError(why_not(model))
+
+
+@functools.cache
+def families() -> list:
+    """The modules of the folder of families that find models."""
+    folder = "models/families"
+    modules = [discovery.module(folder, name) for name in discovery.names(folder)]
+    return [module for module in modules if hasattr(module, "find")]
+
+
+def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """:meth:`Adapter.outputs` of a model of any supported library; the images take the type of its weights."""
+    return adapter_of(model).outputs(images.to(next(model.parameters()).dtype))
+
+
+def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, H·D) → (B, H, N, D)."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)

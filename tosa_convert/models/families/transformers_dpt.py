@@ -1,0 +1,66 @@
+"""transformers: DPT with a ViT of its own.
+
+Its depth or segmentation head stays.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.families.transformers_vit import TransformersVit, row_of_class
+from tosa_convert.models.grafting import answered
+
+TRANSFORMERS = ("DPTViTLayer",)
+
+
+def find(model: nn.Module) -> Adapter | None:
+    row = row_of_class(model, TRANSFORMERS)
+    return None if row is None else TransformersDpt(model, row)
+
+
+class TransformersDpt(TransformersVit):
+    bias_name = None  # its attention takes no mask
+    halves = False  # the MLP's last module adds the tokens itself
+
+    def _prefix_tokens(self, block: nn.Module) -> int:
+        return 1
+
+    def attention(self, block):
+        return block.attention.attention  # the output projection is outside
+
+    def projections(self, attention):
+        return attention.query, attention.key, attention.value
+
+    def finish(self, attention, joined, tokens):
+        return joined, None
+
+    def attention_dropout(self, attention) -> float:
+        return attention.dropout_prob
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        embeddings = next(module for module in self.model.modules() if hasattr(module, "position_embeddings"))
+        return getattr(embeddings, "patch_embeddings", embeddings).projection
+
+    def steered(self, block):
+        return [(self.attention(block), "forward")]
+
+    def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
+        if sizes is None:
+            return forward(block, tokens, *args, **kwargs)
+        with answered(self.attention(block), _Weighed(self, self.attention(block), sizes)):
+            return forward(block, tokens, *args, **kwargs)
+
+
+class _Weighed:
+    """The attention's forward, with each key weighed by how many tokens it stands for."""
+
+    def __init__(self, adapter: TransformersDpt, attention: nn.Module, sizes: torch.Tensor):
+        self.adapter, self.attention, self.bias = adapter, attention, sizes.log()[:, None, None, :]
+
+    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+        queries, keys, values = self.adapter.project(self.attention, hidden_states, kwargs)
+        dropout = self.attention.dropout_prob if self.attention.training else 0.0
+        joined = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.bias, dropout_p=dropout)
+        return joined.transpose(1, 2).flatten(2), None

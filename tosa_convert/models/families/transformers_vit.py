@@ -1,0 +1,248 @@
+"""transformers: ViT, DeiT, DINOv2 (with registers too), CLIP, SigLIP, AIMv2, Depth-Anything.
+
+Vision towers alone and beside their text towers, backbones, and dense heads on these.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UnsupportedModelError, UsageError
+from tosa_convert.models.adapter import Adapter, split_heads
+from tosa_convert.models.hooks import PairTap
+from tosa_convert.models.preprocessing import Preprocessing
+
+PREFIX_TOKENS = {
+    "ViTLayer": lambda config: 1,
+    "DeiTLayer": lambda config: 2,
+    "Dinov2Layer": lambda config: 1,
+    "Dinov2WithRegistersLayer": lambda config: 1 + config.num_register_tokens,
+    "CLIPEncoderLayer": lambda config: 1,
+    "SiglipEncoderLayer": lambda config: 0,
+    "Aimv2EncoderLayer": lambda config: 0,
+}
+"""Layer class → how many tokens stand in front of the patches."""
+TRANSFORMERS = tuple(PREFIX_TOKENS)
+FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "rms_norm1")
+UNMASKED = "sdpa_without_mask"
+
+
+def find(model: nn.Module) -> Adapter | None:
+    row = row_of(model, _sees_patches)
+    return None if row is None else TransformersVit(model, row)
+
+
+def row_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
+    """The row of layers in a model of transformers whose first layer is understood.
+
+    Raises:
+        UnsupportedModelError: there are several.
+    """
+    transformers = sys.modules.get("transformers")  # a model of its making has imported it
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    rows = {name: row for name, row in lists.items() if row and understood(row[0])}
+    if len(rows) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(rows)} rows of layers, {', '.join(rows)}; convert the part with the one "
+            "that you mean"
+        )
+    return next(iter(rows.values()), None)
+
+
+def row_of_class(model: nn.Module, known: Container[str]) -> list[nn.Module] | None:
+    """:func:`row_of` the layers of known classes."""
+    return row_of(model, lambda layer: layer_class(layer, known) is not None)
+
+
+def _sees_patches(layer: nn.Module) -> bool:
+    """Of an understood class, and in a vision tower: CLIP and SigLIP build their text towers from the same layers."""
+    configs = [getattr(module, "config", None) for module in layer.children()]
+    return layer_class(layer, PREFIX_TOKENS) is not None and any(hasattr(config, "patch_size") for config in configs)
+
+
+def layer_class(layer: nn.Module, known: Container[str]) -> str | None:
+    """Which of the known classes a layer is of, also when the layer is selective by now."""
+    return next((kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in known), None)
+
+
+class TransformersVit(Adapter):
+    library = "transformers"
+    bias_name = "attention_mask"
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]):
+        super().__init__(model)
+        self.blocks = blocks
+        self.prefix = self._prefix_tokens(blocks[0])
+        self.class_token = self.prefix > 0
+        self.width = self._vision_config.hidden_size
+
+    def _prefix_tokens(self, block: nn.Module) -> int:
+        return PREFIX_TOKENS[layer_class(block, PREFIX_TOKENS)](self.attention(block).config)
+
+    def norm(self, block):
+        return next(child for name, child in block.named_children() if name in FIRST_NORMS)
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        """The first convolution; CLIP's text tower has none."""
+        return next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
+
+    @property
+    def gives_maps(self) -> bool:
+        """As backbones do, also those under a dense head."""
+        kinds = (kind.__name__ for module in self.model.modules() for kind in type(module).__mro__)
+        return any(name.endswith("Backbone") for name in kinds)
+
+    @property
+    def classifies_by_class_token(self) -> bool:
+        return type(self.model).__name__.endswith("ForImageClassification") and self.class_token
+
+    def as_attention_output(self, tokens):
+        return tokens, None
+
+    @property
+    def heads(self) -> int:
+        return self._vision_config.num_attention_heads
+
+    def tap(self, block, receive, detach=True):
+        return _HeadsTap(self, block, receive, detach)
+
+    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Of queries, keys and values."""
+        return attention.q_proj, attention.k_proj, attention.v_proj
+
+    def given(self, args, kwargs):
+        """While a model is exported transformers gives every layer an all-true mask."""
+        if not torch.compiler.is_exporting() or self.bias_name is None:
+            return args, kwargs
+        mask = {self.bias_name: None}
+        return ((None, *args[1:]), kwargs) if args else (args, {**kwargs, **mask})
+
+    def project(self, attention, tokens, arguments):
+        heads = attention.config.num_attention_heads
+        return tuple(split_heads(linear(tokens), heads) for linear in self.projections(attention))
+
+    def finish(self, attention, joined, tokens):
+        project = getattr(attention, "o_proj", None) or attention.out_proj
+        return self.as_attention_output(project(joined))
+
+    def attention_dropout(self, attention) -> float:
+        return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
+
+    @property
+    def forward(self):
+        return self.model.get_image_features if self._also_reads else self.model
+
+    @property
+    def _also_reads(self) -> bool:
+        """Whether the model has a text tower beside the one for pictures."""
+        return hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
+
+    def inputs(self, images):
+        size, given = _pair(self._vision_config.image_size), tuple(images.shape[-2:])
+        takes_size = (
+            "interpolate_pos_encoding" in inspect.signature(getattr(self.forward, "forward", self.forward)).parameters
+        )
+        symbolic = any(isinstance(side, torch.SymInt) for side in given)  # any size is to do, in an export
+        resized = takes_size and (symbolic or given != size)
+        return {"pixel_values": images, **({"interpolate_pos_encoding": True} if resized else {})}
+
+    def outputs(self, images):
+        found = self.forward(**self.inputs(images))
+        if self._also_reads:
+            return {"image_embeds": found.pooler_output}
+        for name in ("predicted_depth", "image_embeds"):
+            if getattr(found, name, None) is not None:
+                return {name: getattr(found, name)}
+        if getattr(found, "logits", None) is not None:  # of a classifier, or of every pixel
+            return {"logits" if found.logits.ndim == 2 else "maps": found.logits}
+        if getattr(found, "feature_maps", None) is not None:  # a backbone's, all of one shape
+            return {"feature_maps": torch.stack(found.feature_maps, dim=1)}
+        pooled = getattr(found, "pooler_output", None)
+        tokens = found.last_hidden_state
+        return {"tokens": tokens, "features": tokens[:, 0] if pooled is None else pooled}
+
+    def tokens(self, images):
+        """The last of ``last_hidden_state`` that any part of the model gives, as its vision model does behind its
+        norm; of a backbone for dense heads, which gives maps only, the tokens behind the last layer."""
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, inputs: tuple, output) -> None:
+            found = output if module is self.blocks[-1] else getattr(output, "last_hidden_state", None)
+            if found is not None and found.ndim == 3 and found.shape[-1] == self.width:
+                caught.append(found)
+
+        handles = [module.register_forward_hook(catch) for module in self.model.modules()]
+        try:
+            self.outputs(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return caught[-1]
+
+    @property
+    def _vision_config(self):
+        return self.attention(self.blocks[0]).config
+
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(size=_pair(self._vision_config.image_size), channels=self._vision_config.num_channels)
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Nothing to do: these models resample their position embeddings in each forward, or cannot, which shows."""
+        weight = next(self.model.parameters())
+        image = weight.new_zeros(1, self._vision_config.num_channels, *size)
+        try:
+            with torch.no_grad():
+                self.outputs(image)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{type(self.model).__name__} does not take pictures of {size[0]}×{size[1]}: "
+                f"{' '.join(str(error).split())[:150]}; leave the image size out"
+            ) from None
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """transformers gives every exported layer an all-true mask. An attention that has no mask function
+        gets none, as in an ordinary forward; registered under a name of ours, it is its own sdpa otherwise."""
+        config, before = self._vision_config, self._vision_config._attn_implementation
+        sdpa = sys.modules["transformers"].modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        sys.modules["transformers"].AttentionInterface.register(UNMASKED, sdpa)
+        config._attn_implementation = UNMASKED
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return _pair(self._vision_config.patch_size)
+
+    def spec(self) -> dict:
+        return {"class": _public_class(self.model), "config": self.model.config.to_dict()}
+
+
+def _public_class(model: nn.Module) -> str:
+    """The name under which transformers exports the model's class."""
+    transformers = sys.modules["transformers"]
+    return next(kind.__name__ for kind in type(model).__mro__ if hasattr(transformers, kind.__name__))
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class _HeadsTap(PairTap):
+    """On two projections."""
+
+    def sources(self):
+        return list(self.adapter.projections(self.attention)[:2])
+
+    def formed(self, queries, keys):
+        heads = self.attention.config.num_attention_heads
+        return split_heads(queries, heads), split_heads(keys, heads)

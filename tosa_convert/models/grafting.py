@@ -1,0 +1,85 @@
+"""Stepping into a model without copying its forward: an instance is turned into a subclass of its own class.
+
+A model keeps its structure, its forward loop and its state-dict keys. A subclass made here is pickled and copied by
+how it is made, since it has no place to be imported from.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.base.per_thread import PerThread
+
+
+def grafted_class(kind: str, base: type[nn.Module], make: tuple, **members: Any) -> type[nn.Module]:
+    """A subclass for instances of ``base`` to be turned into, and back again.
+
+    Args:
+        kind: the beginning of its name.
+        make: the function, and its arguments, that give this class again.
+    """
+
+    def reduce(self, protocol):
+        return _again, make, self.__dict__.copy()
+
+    members = {**members, "grafted_on": base, "__module__": base.__module__, "__reduce_ex__": reduce}
+    return type(f"{kind}{base.__name__}", (base,), members)
+
+
+def _again(make: Callable, *arguments: Any) -> nn.Module:
+    kind = make(*arguments)
+    return kind.__new__(kind)
+
+
+def ungraft(module: nn.Module) -> bool:
+    """Turn a module back into what it was; whether there was anything to do."""
+    grafted = False
+    while (base := getattr(type(module), "grafted_on", None)) is not None:
+        module.__class__ = base
+        grafted = True
+    module.__dict__.pop("steering", None)
+    return grafted
+
+
+@functools.cache
+def steered_class(base: type[nn.Module], method: str) -> type[nn.Module]:
+    """A subclass with a method that something else answers while it is :func:`answered`."""
+    own = getattr(base, method)
+
+    def steered(self, *args, **kwargs):
+        answer = self.steering[method].get()
+        return own(self, *args, **kwargs) if answer is None else answer(*args, **kwargs)
+
+    return grafted_class("Steered", base, (steered_class, base, method), **{method: steered})
+
+
+def steer(module: nn.Module, method: str = "forward") -> None:
+    """Make a module one whose method can be :func:`answered`."""
+    steering = module.__dict__.setdefault("steering", {})
+    if method not in steering:
+        steering[method] = PerThread()
+        module.__class__ = steered_class(type(module), method)
+
+
+@contextmanager
+def answered(module: nn.Module, answer: Callable, method: str = "forward") -> Iterator[None]:
+    """Within this block, and in this thread, ``answer`` is called in place of a steered module's method.
+
+    Raises:
+        TosaError: the module has taken the place of the one that was steered.
+    """
+    steering = getattr(module, "steering", {})
+    if method not in steering:
+        raise TosaError(
+            f"a {type(module).__name__} of a selective layer was replaced after the conversion; replace modules first, "
+            "then convert the model"
+        )
+    steering[method].set(answer)
+    try:
+        yield
+    finally:
+        steering[method].set(None)

@@ -1,0 +1,128 @@
+"""Taps: hooks that hand on an attention's queries and keys as its block computes them.
+
+A tap stands on the modules that give them, and follows when these are replaced (by LoRA, a quantiser, or by hand), so
+that what is read is always what the layer uses. It is an object, not a closure, and ``receive`` should be a method: a
+deep copy of the model then carries copies that call the copied receiver.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.base.per_thread import PerThread
+
+if TYPE_CHECKING:
+    from tosa_convert.models.adapter import Adapter
+
+Receive = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes queries and keys, both (B, H, N, D)."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Hook:
+    """A hook of ours, which :func:`remove_hooks` takes off again; or its methods are hooks."""
+
+
+def remove_hooks(module: nn.Module, which: Callable[[Hook], bool] = lambda hook: True) -> None:
+    """Take our hooks off a module."""
+    for kind in HOOKS:
+        hooks = getattr(module, kind)
+        for key, hook in list(hooks.items()):
+            owner = getattr(hook, "__self__", hook)
+            if isinstance(owner, Hook) and which(owner):
+                del hooks[key]
+                getattr(module, f"{kind}_with_kwargs").pop(key, None)
+
+
+class Tap(Hook, ABC):
+    """Passes the queries and keys of a block on, without gradients unless ``detach`` is False.
+
+    Args:
+        adapter: knows the parts of the block.
+        block: whose attention is tapped.
+        receive: is called once in each forward of the block.
+    """
+
+    def __init__(self, adapter: "Adapter", block: nn.Module, receive: Receive, detach: bool = True):
+        self.adapter, self.block, self.receive, self.detach = adapter, block, receive, detach
+        self.pending = PerThread()  # what has been taken so far, of this forward
+        self.places: list[nn.Module] = []
+        self.follow()
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.adapter.attention(self.block)
+
+    @abstractmethod
+    def sources(self) -> list[nn.Module]:
+        """The modules on which the tap stands, looked up anew."""
+
+    def follow(self) -> None:
+        """Stand on the modules that are there now."""
+        sources = self.sources()
+        if len(sources) == len(self.places) and all(map(_same, sources, self.places)):
+            return
+        if torch.compiler.is_dynamo_compiling():
+            raise TosaError("the projections of a layer were replaced; run the model once before you compile it")
+        self.remove()
+        self.places = sources
+        for index, source in enumerate(sources):
+            remove_hooks(source, lambda hook: hook is self)  # quantisers copy hooks
+            self.stand_on(source, index)
+
+    def stand_on(self, source: nn.Module, index: int) -> None:
+        """Hook the index-th of the sources."""
+        source.register_forward_hook((self.take_first, self.take_second)[index])
+
+    def remove(self) -> None:
+        for place in self.places:
+            remove_hooks(place, lambda hook: hook is self)
+        self.places = []
+
+    def take_first(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._take("first", self.cut(output))
+
+    def take_second(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._take("second", self.cut(output))
+
+    def _take(self, name: str, output: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Without gradients, unless they are wanted."""
+        return tensor.detach() if self.detach else tensor
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+class ProjectionTap(Tap):
+    """On one projection that gives an attention's queries and keys together."""
+
+    def _take(self, name, output):
+        self.receive(*self.parted(output))
+
+    @abstractmethod
+    def parted(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the projection gave, (B, N, ·) → queries and keys (B, H, N, D)."""
+
+
+class PairTap(Tap):
+    """On what gives an attention's queries and what gives its keys, whichever runs first."""
+
+    def _take(self, name, output):
+        taken = {**(self.pending.get() or {}), name: output}
+        if "first" in taken and "second" in taken:
+            self.pending.set({key: value for key, value in taken.items() if key not in ("first", "second")} or None)
+            self.receive(*self.formed(taken["first"], taken["second"]))
+        else:
+            self.pending.set(taken)
+
+    def formed(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was taken → queries and keys (B, H, N, D), as the attention compares them."""
+        return queries, keys

@@ -1,0 +1,43 @@
+"""What a model says: how many classes, which output is looked at, and how far two of them agree."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tosa_convert.models.adapter import adapter_of, run
+
+CLOSE = 0.999
+"""Cosine from which on two feature vectors count as the same, for models without a head."""
+
+
+def outputs_of(model: nn.Module) -> int:
+    """Number of classes of the model's head; 0 without one."""
+    adapter = adapter_of(model)
+    if adapter.library == "timm":
+        return model.num_classes
+    return model.config.num_labels if "Classification" in type(model).__name__ else 0
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The output that models are compared by and its name: logits, tokens, or the head's own."""
+    kind, found = next(iter(run(model, images).items()))
+    return kind, found.float()
+
+
+def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Per image, in 0…1, how far two outputs say the same; an output that is not finite agrees with nothing.
+
+    "logits" (B, classes): the same top-1. "tokens" (B, N, C): the share of tokens whose cosine is
+    above 0.999. Anything else, such as a single score or a depth map: no value further off than a
+    hundredth of the reference's standard deviation.
+    """
+    if kind == "logits" and found.shape[-1] > 1:
+        agreed = (found.argmax(-1) == reference.argmax(-1)).float()
+    elif kind == "tokens":
+        agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float().mean(1)
+    else:
+        furthest = (found - reference).abs().flatten(1).amax(1)
+        agreed = (furthest <= 0.01 * reference[reference.isfinite()].std()).float()
+    finite = found.flatten(1).isfinite().all(1) & reference.flatten(1).isfinite().all(1)
+    return agreed * finite

@@ -1,0 +1,64 @@
+"""Find score, bypass and keep ratios for a budget, without training."""
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.planning.search import Plan, Search
+from tosa_convert.selective.conversion import is_converted
+
+
+def plan(model: nn.Module, images: torch.Tensor, budget: float | None = None, **options) -> ConvertConfig:
+    """The best training-free conversion of a model for a budget; see :func:`find_plan` for the options."""
+    return find_plan(model, images, budget, **options).config
+
+
+def find_plan(
+    model: nn.Module,
+    images: torch.Tensor,
+    budget: float | None = None,
+    *,
+    target_drop: float | None = None,
+    labels: torch.Tensor | None = None,
+    by: str = "macs",
+    runtime: str = "eager",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Plan:
+    """Search a conversion whose cost is at most ``budget`` and whose outputs stay closest to the original's.
+
+    Args:
+        model: not converted; it is left as it is.
+        images: (B, C, H, W), a few dozen, preprocessed, of the size that the model is to be used at.
+        budget: share of the original's multiply–adds, or of its latency, in (0, 1); 0.75 if neither is given.
+        target_drop: in place of a budget: find the cheapest plan with at most this drop, see :meth:`Search.drop`.
+        labels: (B,) of the images, for ``target_drop``.
+        by: "macs" or "latency", measured here, batch 1, one thread.
+        runtime: "eager" or "onnx", for the latency.
+
+    Raises:
+        UsageError: a model that is converted already, or a budget or drop that cannot be reached.
+    """
+    if is_converted(model):
+        raise UsageError("this model is converted already; start from the original, such as original(model)")
+    if budget is not None and target_drop is not None:
+        raise UsageError("a budget and a target drop are both given; keep one of them")
+    budget = 0.75 if budget is None else budget
+    if not 0 < budget < 1:
+        raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
+    if target_drop is not None and not 0 <= target_drop < 1:
+        raise UsageError(f"target drop {target_drop} is out of range; give a share such as 0.01")
+    if images.ndim != 4 or not len(images):
+        raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
+    if by not in ("macs", "latency"):
+        raise UsageError(f"by {by!r} is not known; choose macs or latency")
+    training = model.training
+    try:
+        search = Search(model.eval(), images, labels, batch_size, progress or Progress())
+        search.settle_on_parts(budget)
+        search.price(by, runtime)
+        return search.solve(budget) if target_drop is None else search.solve_for(target_drop)
+    finally:
+        model.train(training)

@@ -1,0 +1,247 @@
+"""Methods compared: how close each stays to the original at the same budgets, and its latency."""
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tosa_convert.base.distributed import pick_device
+from tosa_convert.base.environment import machine
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.config.settings import DistillSettings
+from tosa_convert.config.validation import build
+from tosa_convert.data.images import has_labels, sample
+from tosa_convert.measure.macs import count_macs
+from tosa_convert.measure.similarity import figures, observe
+from tosa_convert.methods.method import control, published
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.api import find_plan
+from tosa_convert.planning.cost_model import time_models
+from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.training.distillation import distill
+
+PLAN = "plan"
+CLOSE_ENOUGH = 0.002
+"""Share of the MACs by which a method may stay below its budget, where it can be set so finely."""
+LOWEST_RATIO, MOST_TRIES = 0.02, 10
+
+
+def compare(
+    model: nn.Module,
+    data: str | Path | None = None,
+    *,
+    budgets: list[float],
+    methods: list[str],
+    images: int = 32,
+    labels: bool = True,
+    distill_steps: int = 0,
+    runtime: str | None = "eager",
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Convert a model by each method to each budget of multiply–adds, without training, and measure all on the
+    same images.
+
+    Args:
+        model: not converted; left as it is.
+        data: a folder of images, with class folders for top-1; None takes the built-in photos.
+        budgets: shares of the original's multiply–adds.
+        methods: named ones (see :mod:`tosa_convert.methods.method`), "plan", or "SCORE/BYPASS" such as
+            "similarity/merge", on a ramp unless a "/SCHEDULE" follows. Random selection is always added.
+        labels: False ignores sub-folder names as labels.
+        images: number of images to measure on. A plan is made on the built-in photos, never on ``data``.
+        distill_steps: steps of distillation for ToSA's selectors; with 0 each predicts the attention it reads.
+        runtime: "eager" or "onnx", for the latency; None leaves it out.
+
+    Returns:
+        {"machine", "data", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget", "macs",
+        the means of :func:`tosa_convert.measure.similarity.figures`, "top1" with labels, "ms" and "speedup".
+    """
+    if is_converted(model):
+        raise UsageError("this model is converted already; start from the original, such as original(model)")
+    progress, device = progress or Progress(), pick_device(device)
+    methods = list(dict.fromkeys([*methods, control()]))
+    for name in methods:
+        _config(name, 0.9)
+    budgets = list(dict.fromkeys(budgets))
+    if not budgets:
+        raise UsageError("no budget is given; give a list such as 0.9,0.8")
+    for budget in budgets:
+        if not 0 < budget < 1:
+            raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
+    model = model.to(device).eval()
+    samples, folder, truths = labelled_sample(model, data, images, labels)
+    whole, notes, converted, shares = count_macs(model), [], {}, {}
+    if data is None and PLAN in methods:
+        notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
+    for name in methods:
+        for budget, (found, share) in _at_budgets(model, name, budgets, whole, notes, progress).items():
+            if distill_steps and _learns(found):
+                distill(found, data, DistillSettings(steps=distill_steps), device=device)
+            converted[name, budget], shares[name, budget] = found, share
+    for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found)):
+        how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"
+        notes.append(f"{name}: its selectors are {how}")
+    seen = mean_figures(model, {"original": model, **converted}, samples, truths, progress)
+    times = {}
+    if runtime is not None:
+        labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
+        times = time_models({"original": model, **labelled_models}, runtime, progress)
+    rows = []
+    for name, budget in converted:
+        row = {"method": name, "budget": budget, "macs": shares[name, budget], **seen[name, budget]}
+        if times:
+            ms = times[f"{name} {budget}"]
+            row |= {"ms": ms, "speedup": times["original"] / ms}
+        rows.append(row)
+    return {
+        "machine": machine(device),
+        "data": folder.name,
+        "images": len(samples),
+        "labelled": truths is not None,
+        "runtime": runtime,
+        "distill_steps": distill_steps,
+        "notes": notes,
+        "original": {"macs": whole, **seen["original"], **({"ms": times["original"]} if times else {})},
+        "rows": rows,
+    }
+
+
+def _learns(model: nn.Module) -> bool:
+    return model.tosa_config.part("score").learns
+
+
+def _config(name: str, ratio: float) -> ConvertConfig | None:
+    """What a name in ``methods`` stands for."""
+    if name == PLAN:
+        return None
+    if name in published():
+        return ConvertConfig(method=name, ratio=ratio)
+    parts = dict(zip(("score", "bypass", "schedule"), name.split("/"), strict=False))
+    if len(parts) < 2 or name.count("/") > 2:
+        known = ", ".join([PLAN, *published()])
+        raise UsageError(
+            f"there is no method {name!r}; choose from {known}, or write SCORE/BYPASS or "
+            "SCORE/BYPASS/SCHEDULE, such as similarity/merge"
+        )
+    return build(ConvertConfig, {"schedule": "ramp", **parts, "ratio": ratio})
+
+
+def _light_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares its weights with the model."""
+    shared = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo=shared)
+
+
+Fitted = tuple[nn.Module, float]
+"""A converted model, and its share of the original's multiply–adds."""
+
+
+def _at_budgets(
+    model: nn.Module, name: str, budgets: list[float], whole: int, notes: list[str], progress: Progress
+) -> dict[float, Fitted]:
+    """The method at each budget that it can reach; for the others a note says why not."""
+    found = {}
+    bar = nullcontext(lambda: None) if name == PLAN else progress.track(name, len(budgets))  # a plan has its own
+    with bar as advance:
+        for budget in budgets:
+            try:
+                found[budget] = (
+                    _planned(model, budget, whole, progress) if name == PLAN else _converted(model, name, budget, whole)
+                )
+            except TosaError as error:
+                notes.append(f"{name} at {budget}: {error}")
+            advance()
+    return found
+
+
+def _planned(model: nn.Module, budget: float, whole: int, progress: Progress) -> Fitted:
+    samples = sample(None, preprocessing_of(model), 24)[0]
+    converted = convert(_light_copy(model), find_plan(model, samples, budget, progress=progress).config)
+    return converted, count_macs(converted) / whole
+
+
+def _converted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
+    """The method at the budget; the control in all layers if every second one is not enough."""
+    try:
+        return _fitted(model, name, budget, whole)
+    except UsageError:
+        if name != control():
+            raise
+        row = published()[name]
+        return _fitted(model, f"{row.score}/{row.bypass}/all", budget, whole)
+
+
+def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
+    """A converted copy that shares the model's weights, with about the highest ratio whose multiply–adds are within
+    the budget.
+
+    Raises:
+        UsageError: the method cannot reach the budget.
+    """
+    return _fitted(model, name, budget, count_macs(model))[0]
+
+
+def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
+    """Found by bisection until one is within the budget, then by regula falsi, since multiply–adds are nearly linear in
+    the ratio."""
+    low, high = LOWEST_RATIO, 1.0
+    share_low, share_high = 0.0, 1.0
+    best, reason = None, None
+    for _ in range(MOST_TRIES):
+        place = 0.5 if best is None else (budget - share_low) / (share_high - share_low)
+        ratio = round(low + (high - low) * min(max(place, 0.05), 0.95), 4)
+        try:
+            candidate = convert(_light_copy(model), _config(name, ratio))
+        except UsageError as error:  # perhaps a ratio too low for the schedule
+            low, share_low, reason = ratio, 0.0, error
+            continue
+        share = count_macs(candidate) / whole
+        if share > budget:
+            high, share_high = ratio, share
+            continue
+        low, share_low, best = ratio, share, (candidate, share)
+        if share > budget - CLOSE_ENOUGH:
+            break
+    if best is None:
+        raise reason or UsageError("it cannot reach this budget; give a higher one, or more layers")
+    return best
+
+
+def labelled_sample(model: nn.Module, data: str | Path | None, count: int, labels: bool = True):
+    """:func:`tosa_convert.data.images.sample` for a model: the images, their folder, and their labels or None."""
+    samples, folder, indices = sample(data, preprocessing_of(model), count)
+    if not labels or not has_labels(folder, model):
+        return samples, folder, None
+    return samples, folder, torch.tensor([folder.reader.samples[index][1] for index in indices])
+
+
+def mean_figures(
+    model: nn.Module,
+    others: dict,
+    samples: torch.Tensor,
+    labels: torch.Tensor | None,
+    progress: Progress | None = None,
+) -> dict:
+    """For each of the others the means of :func:`~tosa_convert.measure.similarity.figures` over the images, and
+    "top1" with labels."""
+    device = next(model.parameters()).device
+    sums: dict = {key: {} for key in others}
+    batches = samples.split(8)
+    truths = labels.split(8) if labels is not None else [None] * len(batches)
+    with (progress or Progress()).track("compare", len(batches) * len(sums)) as advance:
+        for batch, truth in zip(batches, truths, strict=True):
+            wanted = observe(model, batch.to(device))
+            for key, total in sums.items():
+                found = observe(others[key], batch.to(device))
+                values = figures(found, wanted)
+                if truth is not None:
+                    values["top1"] = (found.output.argmax(-1).cpu() == truth).float()
+                for name, value in values.items():
+                    total[name] = total.get(name, 0.0) + value.sum().item()
+                advance()
+    return {key: {name: value / len(samples) for name, value in total.items()} for key, total in sums.items()}

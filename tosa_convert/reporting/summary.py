@@ -1,0 +1,56 @@
+"""What a run comes to, in a few lines: what it saves, what it keeps, how fast it is, whether its export is checked."""
+
+from pathlib import Path
+
+from tosa_convert.base.files import read_json
+from tosa_convert.reporting.table import Table, mega, percent
+from tosa_convert.runs.metrics_log import read_metrics
+
+
+def summary_table(run: Path, cost: dict) -> Table:
+    """Of a run with the MACs ``cost``; what was not measured says so, with the command that would."""
+    latest = {line["stage"]: line for line in read_metrics(run) if "stage" in line}
+    bench = run / "bench.json"
+    rows = [
+        ["MACs saved", f"{percent(cost['saved'])} ({mega(cost['original'])} → {mega(cost['macs'])})"],
+        *_kept(latest.get("eval"), run),
+        *_speedups(read_json(bench) if bench.exists() else None, run),
+        ["ONNX check", _check(latest.get("export"), run)],
+    ]
+    return Table("Summary", ["", "value"], rows, [])
+
+
+def _not_measured(command: str, run: Path) -> str:
+    return f"not measured (tosa-convert {command} {run.name})"
+
+
+def _kept(results: dict | None, run: Path) -> list[list[str]]:
+    """Top-1 where there are labels, otherwise agreement and cosine with the original."""
+    models = results["models"] if results else {}
+    found = models.get("converted") or models.get("model") or {}
+    original = models.get("original", {})
+    if "top1" in found:
+        before = f"{percent(original['top1'], 2)} → " if "top1" in original else ""
+        return [["top-1", before + percent(found["top1"], 2)]]
+    if "agreement" in found:
+        return [["agreement with the original", f"{percent(found['agreement'], 2)}, cosine {found['cosine']:.4f}"]]
+    return [["kept of the original", _not_measured("eval", run)]]
+
+
+def _speedups(results: dict | None, run: Path) -> list[list[str]]:
+    """One line per case of a benchmark."""
+    rows = [
+        [
+            f"speed-up, {case['runtime']}, batch {case['batch_size']}, {case['size'][0]} px, {case['precision']}",
+            f"{case['models']['converted']['speedup']:.2f}×",
+        ]
+        for case in (results["cases"] if results else ())
+        if "speedup" in case["models"].get("converted", {})
+    ]
+    return rows or [["speed-up", _not_measured("bench", run)]]
+
+
+def _check(results: dict | None, run: Path) -> str:
+    if results is None:
+        return _not_measured("export", run)
+    return f"{'passed' if results['passed'] else 'FAILED'}, {percent(results['agreement'], 2)} agreement with torch"

@@ -1,0 +1,281 @@
+"""Results as tables, the same ones on the terminal and in a run's report.md."""
+
+from pathlib import Path
+
+from tosa_convert.base.files import read_json, write_text
+from tosa_convert.reporting.table import Table, mega, milliseconds, percent
+from tosa_convert.runs.metrics_log import read_metrics
+
+
+def training_table(results: dict) -> Table:
+    """What a distill or finetune stage ended with."""
+    cost = results["flops"]
+    figures = [
+        [name, percent(value) if name == "overlap" else f"{value:.4f}"]
+        for name, value in results.items()
+        if isinstance(value, float)
+    ]
+    rows = [["steps", str(results["steps"])], ["images seen", str(results["pictures"])], *figures, *_cost_rows(cost)]
+    notes = broken_notes(results["broken"])
+    if "overlap" in results:
+        notes.append("overlap: share of selected patches that the attention itself would select; by chance: the ratio")
+    notes += _cost_notes(cost)
+    return Table(f"{results['stage']} → {results['run']}", ["", "value"], rows, notes)
+
+
+def convert_table(results: dict) -> Table:
+    """What a conversion without training costs."""
+    return Table(
+        f"convert → {results['run']}", ["", "value"], _cost_rows(results["flops"]), _cost_notes(results["flops"])
+    )
+
+
+def _cost_rows(cost: dict) -> list[list[str]]:
+    return [
+        ["MACs, original", mega(cost["original"])],
+        ["MACs, converted", mega(cost["macs"])],
+        ["saved", percent(cost["saved"])],
+        ["saved excluding selector cost", percent(cost["saved_without_selectors"])],
+    ]
+
+
+def _cost_notes(cost: dict) -> list[str]:
+    if cost["selectors"] and cost["saved"] <= 0:
+        return ["the selectors cost more than they save with these options; try a lower --ratio"]
+    return []
+
+
+def flops_table(cost: dict, source: str) -> Table:
+    """Multiply–adds per layer, and in sum, original against converted."""
+    rows = [
+        [
+            str(layer["layer"]),
+            str(layer["tokens"]),
+            mega(layer["macs"]),
+            percent(layer["macs"] / cost["macs"]),
+            mega(layer["selector"]) if layer["selector"] else "",
+            mega(layer["original"]),
+        ]
+        for layer in cost["layers"]
+    ]
+    in_layers = sum(layer["macs"] for layer in cost["layers"])
+    before_layers = sum(layer["original"] for layer in cost["layers"])
+    outside = cost["macs"] - in_layers
+    rows.append(
+        ["other", "", mega(outside), percent(outside / cost["macs"]), "", mega(cost["original"] - before_layers)]
+    )
+    rows.append(
+        [
+            "all",
+            "",
+            mega(cost["macs"]),
+            "100 %",
+            mega(cost["selectors"]) if cost["selectors"] else "",
+            mega(cost["original"]),
+        ]
+    )
+    notes = []
+    if cost["macs"] != cost["original"]:
+        notes.append(
+            f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} excluding selector cost"
+        )
+    notes += _cost_notes(cost)
+    uncounted = ", ".join(
+        f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
+    )
+    notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
+    if "picture" in cost:
+        notes.append(f"plot: {cost['picture']}")
+    height, width = cost["size"]
+    columns = ["layer", "patches", "MACs", "share", "of it selector", "original"]
+    return Table(f"{source} at {height}×{width}", columns, rows, notes)
+
+
+def eval_table(results: dict) -> Table:
+    figures = list(next(iter(results["models"].values())))
+    shown = {"top1": lambda v: percent(v, 2), "agreement": lambda v: percent(v, 2), "cosine": lambda v: f"{v:.4f}"}
+    rows = [[name, *(shown[key](values[key]) for key in figures)] for name, values in results["models"].items()]
+    notes = broken_notes(results["broken"])
+    if not figures:
+        notes.append("nothing to compare: the images have no labels and the original is not available")
+    if "agreement" in figures:
+        notes.append(
+            "agreement, cosine: with the original; agreement: same top-1, or without a head, a cosine above 0.999"
+        )
+    return Table(f"{results['images']} images of {results['data']}", ["", *figures], rows, notes)
+
+
+def export_table(results: dict) -> Table:
+    rows = [
+        ["images checked", str(results["images"])],
+        ["largest difference", f"{results['difference']:.2e}"],
+        ["agreement with torch", percent(results["agreement"], 2)],
+        *([f"top-1, {name}", percent(value, 2)] for name, value in results["top1"].items()),
+        *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
+        ["check", "passed" if results["passed"] else "FAILED"],
+    ]
+    return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
+
+
+def bench_table(results: dict) -> Table:
+    """Milliseconds, measured and ideal speed-up, and peak memory, per case and model."""
+    rows, notes = [], [*results["notes"]]
+    settings, machine = results["settings"], results["machine"]
+    cases = [_conditions(case) for case in results["cases"]]
+    common, varying = {}, {}  # what all cases share is in the title, to keep the table narrow
+    for name in cases[0] if cases else ():
+        values = {conditions[name] for conditions in cases}
+        (varying if len(values) > 1 else common)[name] = values
+    for case, conditions in zip(results["cases"], cases, strict=True):
+        place = [conditions[name] for name in varying]
+        where = f"({conditions['runtime']}, batch {conditions['batch']}, {conditions['px']} px)"
+        for name, figures in case["models"].items():
+            low, high = figures["ms_quartiles"]
+            row = [*place, name, milliseconds(figures["ms"]), f"{milliseconds(low)}–{milliseconds(high)}"]
+            if "speedup" in figures:
+                row += [f"{figures['speedup']:.2f}×", f"{figures['ideal']:.2f}×", percent(figures["reached"], 0)]
+                if figures["speedup"] <= 1:
+                    notes.append(f"{name}: no gain at this size {where}")
+                elif figures["speedup_quartiles"][0] <= 1:
+                    notes.append(f"{name}: the gain is within the spread {where}; more --rounds would tell")
+            else:
+                row += ["", "", ""]
+            rows.append([*row, "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f}"])
+    notes.append(
+        f"ms per forward pass: median and quartiles of {settings['rounds']} rounds, models in turn, "
+        f"{settings['threads']} thread(s), "
+        f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
+    )
+    notes.append("ideal: speed-up expected from MACs, excluding selector cost; of ideal: share of it that is measured")
+    columns = [*varying, "model", "ms", "quartiles", "speed-up", "ideal", "of ideal"]
+    if settings["memory"]:
+        notes.append("MiB: peak memory, weights and activations")
+        columns.append("MiB")
+    else:
+        rows = [row[:-1] for row in rows]
+    shared = ", ".join(WRITTEN[name].format(*values) for name, values in common.items())
+    return Table(f"Speed against {results['reference']}{shared and f': {shared}'}", columns, rows, notes)
+
+
+WRITTEN = {"runtime": "{}", "batch": "batch {}", "px": "{} px", "type": "{}"}
+"""Conditions of a benchmark, as the title gives those that all cases share."""
+
+
+def _conditions(case: dict) -> dict[str, str]:
+    """What a case was timed under, by the name of its column."""
+    return {
+        "runtime": case["runtime"],
+        "batch": str(case["batch_size"]),
+        "px": str(case["size"][0]),
+        "type": case["precision"],
+    }
+
+
+def plan_table(results: dict) -> Table:
+    """What a plan is, what was predicted and what measured."""
+    config, plan = results["convert"], results["plan"]
+    rows = [
+        ["score × bypass", f"{config['score']} × {config['bypass']}"],
+        ["ratios by layer", ", ".join(f"{layer}: {ratio:g}" for layer, ratio in _pairs(config))],
+        [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
+        ["share of the MACs, counted", percent(results["macs"])],
+        *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
+        ["drop (top-1 or 1 − cosine)", f"{plan['drop']:.5f}"],
+        ["error, predicted", f"{plan['predicted']:.5f}"],
+        ["error, measured", f"{plan['measured']:.5f}"],
+        *([name, f"{value:.5f}"] for name, value in _fidelity(results)),
+    ]
+    notes = [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
+    notes.append(
+        f"{plan['images']} images of {results['data']}, equally weighted; error: KL divergence of the "
+        "logits of a classifier, otherwise 1 − cosine of the patch tokens plus that of the class token"
+    )
+    notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['picture']}")
+    return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
+
+
+PRICED = {"macs": "MACs", "latency": "latency"}
+FIDELITY = {"patch": "patch cos", "class": "class cos", "agreement": "agree", "top1": "top-1"}
+
+
+def _pairs(config: dict) -> list[tuple[int, float]]:
+    ratios = config["ratio"] if isinstance(config["ratio"], list) else [config["ratio"]] * len(config["layers"])
+    return list(zip(config["layers"], ratios, strict=True))
+
+
+def _fidelity(figures: dict) -> list[tuple[str, float]]:
+    return [(FIDELITY[name], figures[name]) for name in FIDELITY if name in figures]
+
+
+def compare_table(results: dict) -> Table:
+    """Methods at the same budgets."""
+    kinds = [name for name in FIDELITY if any(name in row for row in results["rows"])]
+    timed = "ms" in results["original"]
+    rows = []
+    for row in [{"method": "original", "budget": None, **results["original"], "macs": 1.0}, *results["rows"]]:
+        cells = ["" if row["budget"] is None else f"{row['budget']:g}", row["method"], f"{row['macs']:.3f}"]
+        cells += [_figure(name, row.get(name)) for name in kinds]
+        cells += [milliseconds(row["ms"]), f"{row['speedup']:.2f}×" if "speedup" in row else ""] if timed else []
+        rows.append(cells)
+    rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
+    notes = [*results["notes"]]
+    timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
+    notes.append("patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original")
+    notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
+    shown = [FIDELITY[name] for name in kinds]
+    columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]
+    return Table("Methods at the same budgets", columns, rows, notes)
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return percent(value) if name in ("agreement", "top1") else f"{value:.4f}"
+
+
+def broken_notes(names: list[str]) -> list[str]:
+    """Which images could not be read; up to five are named."""
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{len(names)} broken images skipped: {', '.join(names[:5])}{more}"]
+
+
+def show_table(results: dict) -> Table:
+    rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
+    notes = [f"images: {', '.join(results['images'])}; plot: {results['picture']}"]
+    return Table("Patches that attend", ["", "attend"], rows, notes)
+
+
+def features_table(results: dict) -> Table:
+    shapes = [[name, " × ".join(map(str, results[name]))] for name in ("patches", "classes") if results[name]]
+    rows = [["images", str(results["images"])], *shapes]
+    return Table(results["file"], ["", "shape"], rows, broken_notes(results["broken"]))
+
+
+def report_table(results: dict) -> Table:
+    return Table("Report", ["", "file"], [[results["run"], results["file"]]], [])
+
+
+def tables_of(run: Path) -> list[Table]:
+    """All tables of a run, from its ``config.json``, ``metrics.jsonl`` and ``bench.json``."""
+    results = read_json(run / "config.json").get("results")  # a run saved from Python has none
+    first = convert_table if results and results["stage"] == "convert" else training_table
+    tables = [first(results), flops_table(results["flops"], run.name)] if results else []
+    latest = {line["stage"]: line for line in read_metrics(run)}
+    if "eval" in latest:
+        tables.append(eval_table(latest["eval"]))
+    if "export" in latest:
+        tables.append(export_table(latest["export"]))
+    if (run / "bench.json").exists():
+        tables.append(bench_table(read_json(run / "bench.json")))
+    return tables
+
+
+def write_report(run: Path) -> None:
+    """``report.md`` of a run."""
+    config = read_json(run / "config.json")
+    head = (
+        f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
+    )
+    write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables_of(run))]))

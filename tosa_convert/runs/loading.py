@@ -1,0 +1,121 @@
+"""Names, checkpoints, folders and runs → a model."""
+
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+from torch import nn
+
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.files import read_json
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.loading import load_timm, load_timm_folder, load_transformers, resolve_timm_name
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.origin import origin_of
+from tosa_convert.selective.conversion import is_converted
+
+QUICKSTART = "quickstart"
+
+
+def load(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+) -> nn.Module:
+    """A model in eval mode from whatever names it.
+
+    Args:
+        source: a timm name or its beginning ("deit_tiny"), "timm:NAME", "hf:ORG/NAME", a folder
+            (transformers, timm, or a run of this tool), or "quickstart", the model in the package.
+        checkpoint: weights for a timm name, .safetensors or .pth (read with ``weights_only``).
+        img_size: pixels, one number or (height, width); None keeps the model's own.
+        num_classes: outputs of the head; None keeps the model's or the checkpoint's own, 0 removes it.
+        pretrained: False builds the model with random weights, as counting FLOPs needs no more.
+
+    Raises:
+        UsageError: an unknown or ambiguous name, options that do not fit the source.
+        TosaError: a hub that cannot be reached, a truncated or hostile checkpoint.
+    """
+    source = str(source)
+    folder = _folder(source)
+    if checkpoint is not None and (folder or source.startswith("hf:")):
+        raise UsageError("--checkpoint goes with a timm name, for example: deit_tiny --checkpoint weights.safetensors")
+    if folder and (runs.is_run(folder) or not (folder / "config.json").exists()):
+        if num_classes is not None:
+            raise UsageError(
+                f"the head of a run is fixed; leave --num-classes out, or load what {source} was made from"
+            )
+        model = runs.load_run(folder)
+    elif folder and "architecture" in read_json(folder / "config.json"):
+        model = load_timm_folder(folder, num_classes, pretrained)
+    elif folder or source.startswith("hf:"):
+        if num_classes is not None:
+            raise UsageError("--num-classes goes with timm models; give a transformers folder whose head fits")
+        model = load_transformers(str(folder or source.removeprefix("hf:")), local=bool(folder), pretrained=pretrained)
+    else:
+        model = load_timm(resolve_timm_name(source.removeprefix("timm:")), checkpoint, num_classes, pretrained)
+    # A converted run saved from Python stays without a source: its own folder does not hold the original.
+    if model.tosa_origin.source is None and not is_converted(model):
+        place = str(folder.resolve()) if folder and source != QUICKSTART else source
+        _note_origin(model, place, checkpoint, num_classes)
+    if img_size is not None:
+        set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
+    return model.eval()
+
+
+def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Make a loaded model take (H, W) pixels, and remember it for its pictures, counts and exports."""
+    adapter = adapter_of(model)
+    if not adapter.fits(size):
+        patch = adapter.patch
+        below, above = (tuple((side // p + up) * p for side, p in zip(size, patch, strict=True)) for up in (0, 1))
+        raise UsageError(
+            f"image size {size[0]}×{size[1]} is not a multiple of the patch size {patch[0]}×{patch[1]}; "
+            f"use {below[0]}×{below[1]} or {above[0]}×{above[1]}"
+        )
+    adapter.resize(size)
+    origin = origin_of(model)
+    spec = dict(origin.spec)
+    if "img_size" in adapter.spec().get("model_args", {}):
+        spec["model_args"] = {**spec["model_args"], "img_size": size}
+    model.tosa_origin = origin.model_copy(update={"spec": spec, "preprocessing": origin.preprocessing.at(size)})
+
+
+def original_of(model: nn.Module) -> nn.Module | None:
+    """The model as it was before conversion and fine-tuning, loaded again from where it came from.
+
+    None when that place is unknown or out of reach.
+    """
+    origin = getattr(model, "tosa_origin", None)
+    if origin is None or origin.source is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TosaWarning)  # said when it was loaded first
+            return load(
+                origin.source,
+                checkpoint=origin.checkpoint,
+                num_classes=origin.num_classes,
+                img_size=origin.preprocessing.size,
+            )
+    except TosaError:
+        return None
+
+
+def _folder(source: str) -> Path | None:
+    if source == QUICKSTART:
+        return Path(str(files("tosa_convert") / "assets" / "fashion_vit"))
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {source}")
+    return None
+
+
+def _note_origin(model: nn.Module, source: str, checkpoint, num_classes: int | None) -> None:
+    weights = str(Path(checkpoint).resolve()) if checkpoint else None
+    found = {"source": source, "checkpoint": weights, "num_classes": num_classes}
+    model.tosa_origin = model.tosa_origin.model_copy(update=found)

@@ -1,0 +1,72 @@
+"""A model's own block made token-selective around its forward, which is not copied.
+
+The score of a selective layer reads what it needs: the queries and keys of the layer before, through a tap on its
+projections, or the tokens as they arrive. The layer itself becomes a generated subclass of its own class: it chooses
+the tokens, and its bypass runs the block's own forward on them and says what the others get. All tokens leave the
+layer, in order. Layers after which tokens are gone are in :mod:`tosa_convert.selective.reducing_block`.
+"""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from tosa_convert.methods.matching import features_of
+from tosa_convert.methods.score import Reads, View
+from tosa_convert.models.grafting import answered, grafted_class
+from tosa_convert.selective.per_head_attention import attend_per_head
+from tosa_convert.selective.selection import may_run_again
+
+
+@functools.cache
+def selective_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a block that runs ``base.forward`` on the chosen tokens only.
+
+    The base is held here rather than found through the instance's class, which wrappers such as FSDP replace.
+    """
+
+    def forward(self, tokens, *args, **kwargs):
+        selection, adapter = self.selection, self.adapter
+        if not selection.active:
+            return base.forward(self, tokens, *args, **kwargs)
+        args, kwargs = adapter.given(args, kwargs)
+        adapter.check_arguments(selection.layer, args, kwargs)
+        if not selection.selects:
+            return base.forward(self, tokens, *args, **kwargs)
+        choice, normed = _choose(self, tokens)
+        if selection.per_head:
+            attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
+            with answered(adapter.attention(self), attend):
+                return base.forward(self, tokens, *args, **kwargs)
+
+        def run(some, sizes=None, normed=None):
+            norm = None if normed is None else adapter.norm(self)
+            with nullcontext() if norm is None else answered(norm, lambda *given, **named: normed):
+                return adapter.call(self, base.forward, some, args, kwargs, choice.attended, sizes)
+
+        return selection.bypass.apply(run, tokens, normed, choice)
+
+    return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
+
+
+def _choose(block: nn.Module, tokens: torch.Tensor):
+    """The choice of a block for the tokens that enter it, and these after its first norm if anyone asks for them."""
+    selection, state = block.selection, block.selection.current.state
+    arrival = selection.arrive(state, tokens, kept=may_run_again(block))
+    view = View(selection.steps, tokens.shape[1] - selection.prefix, state.grid)
+    normed = None
+    if selection.bypass.partners or selection.reads is Reads.TOKENS:
+        normed = block.adapter.normed(block, tokens)
+    if selection.reads is Reads.TOKENS:
+        view = view._replace(tokens=tokens.detach(), normed=normed.detach())
+    choice = selection.choose(block.selector, state, arrival, view)
+    if block.matcher is not None:
+        choice = block.matcher(features_of(tokens.detach(), normed.detach()), choice)
+        state.choices[selection.layer] = choice
+    return choice, normed
+
+
+def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+    """A block's method: let its score read queries and keys, (B, H, N, D)."""
+    self.selection.listen(self.selector, queries, keys)

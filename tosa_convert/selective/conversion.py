@@ -1,0 +1,200 @@
+"""The surgery: chosen blocks of a model become token-selective, in place."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.conversion import KINDS, ConvertConfig, over
+from tosa_convert.config.validation import build
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.parts import Part
+from tosa_convert.methods.score import Reads, Score, Site
+from tosa_convert.models.adapter import Adapter, adapter_of
+from tosa_convert.models.grafting import steer, ungraft
+from tosa_convert.models.hooks import remove_hooks
+from tosa_convert.selective.block import selective_class
+from tosa_convert.selective.fitness import check_fit
+from tosa_convert.selective.forward_state import CurrentForward
+from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
+from tosa_convert.selective.selection import Matcher, Selection, selective_blocks
+
+
+def convert(model: nn.Module, config: ConvertConfig | None = None, **options: Any) -> nn.Module:
+    """Make chosen layers of a Vision Transformer token-selective (ToSA, arXiv 2406.08816), in place.
+
+    Args:
+        model: a timm or transformers ViT. Its class, forward loop, hidden states and state-dict
+            keys stay; each selective block gains ``selector.*`` parameters.
+        config: the options, or None to give them as keywords.
+        **options: fields of :class:`ConvertConfig`, over those of ``config``. ``score``, ``bypass`` and ``schedule``
+            may be objects of your own as well as names: see :class:`~tosa_convert.methods.score.Score`.
+
+    Returns:
+        The same model. It takes images (B, channels, H, W) of any size the original takes. With the bypasses
+        identity, borrow and merge all tokens leave every layer, in order; with the others they are fewer
+        inside, and intermediate features with them.
+
+    Raises:
+        UsageError: impossible layers or ratios, or a model that is converted already.
+        UnsupportedModelError: a model without plain global attention over tokens.
+    """
+    own, options = _take_objects(options)
+    config = make_config(config, options)
+    if is_converted(model):
+        raise UsageError("this model is converted already; start from original(model) to convert it anew")
+    adapter = adapter_of(model)
+    try:
+        plan = config.plan(depth=len(adapter.blocks))
+        stages = config.stages(depth=len(adapter.blocks))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    check_fit(adapter, config)
+    _Surgeon(adapter, config, own).operate(stages)
+    layers, ratios = map(list, zip(*plan, strict=True))
+    ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
+    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
+    return model
+
+
+def _take_objects(options: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:
+    """The scores, bypasses and schedules among the options that are objects, and the options with their names."""
+    own = {}
+    for kind, base in KINDS.items():
+        given = options.get(kind)
+        if isinstance(given, type) and issubclass(given, base):
+            given = given()
+        if isinstance(given, Part):
+            if not isinstance(given, base):
+                raise UsageError(f"{kind} is a {given.kind}: {type(given).__name__}; give it as {given.kind}=")
+            own[kind] = given
+    named = {kind: part.name() for kind, part in own.items()}
+    theirs = {name: value for part in own.values() for name, value in part.options.model_dump().items()}
+    return own, {**options, **theirs, **named}
+
+
+def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
+    """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place.
+
+    Raises:
+        UsageError: tokens are gone after its layers, which fixes who takes how many away.
+    """
+    if model.tosa_config.reduces:
+        raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) anew")
+    for block in selective_blocks(model):
+        block.selection.ratio = ratios.get(block.selection.layer, block.selection.ratio)
+    kept = {block.selection.layer: block.selection.ratio for block in selective_blocks(model)}
+    model.tosa_config = model.tosa_config.model_copy(update={"layers": list(kept), "ratio": list(kept.values())})
+    return model
+
+
+def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
+    """``config`` with ``options`` over it, validated; every mistake is named in one message."""
+    return build(ConvertConfig, over(config.model_dump(exclude_unset=True) if config else {}, options))
+
+
+def is_converted(model: nn.Module) -> bool:
+    return getattr(model, "tosa_config", None) is not None
+
+
+class _Surgeon:
+    """One conversion: what all of its layers share."""
+
+    def __init__(self, adapter: Adapter, config: ConvertConfig, own: dict[str, Part]):
+        self.adapter, self.config, self.current = adapter, config, CurrentForward()
+        self.score: Score = own.get("score") or config.make(Score)
+        self.bypass: Bypass = own.get("bypass") or config.make(Bypass)
+
+    def operate(self, stages: list[tuple[int, float]]) -> None:
+        """Convert the layers of these numbers, with these ratios."""
+        adapter, before, previous = self.adapter, 1.0, None
+        if self.config.reduces:
+            _guard_maps(adapter.model, self.config.bypass)
+        for layer, ratio in stages:
+            selection = self._selection(layer, ratio)
+            if self.config.reduces:
+                selection.reduces, before = ratio < before, ratio
+            elif previous is not None and previous.layer == layer - 1 and selection.reads_before:
+                selection.previous = previous
+            previous = selection
+            self._convert(adapter.blocks[layer - 1], selection)
+        adapter.patch_projection.register_forward_hook(self.current.begin)
+        adapter.prepare()
+
+    def _selection(self, layer: int, ratio: float) -> Selection:
+        acts, score = self.config.acts, type(self.score)
+        return Selection(
+            layer,
+            ratio,
+            self.adapter.prefix,
+            self.bypass,
+            self.current,
+            reads=score.reads_at(acts),
+            reads_before=score.reads_before(acts),
+            last=layer == len(self.adapter.blocks),
+        )
+
+    def _convert(self, block: nn.Module, selection: Selection) -> None:
+        adapter = self.adapter
+        self._add_score(block, selection)
+        for module, method in self._steered(block):
+            steer(module, method)
+        kind = reducing_class if self.config.reduces else selective_class
+        block.__class__ = kind(type(block))
+        block.selection, block.adapter = selection, adapter
+        if selection.reads is Reads.QUERIES_KEYS:
+            read = adapter.blocks[selection.layer - 2] if selection.reads_before else block
+            self.current.taps.append(adapter.tap(read, block.listen))
+        if block.matcher is not None and self.config.reduces:
+            self.current.taps.append(adapter.tap(block, block.listen_for_partners))
+
+    def _add_score(self, block: nn.Module, selection: Selection) -> None:
+        weight, adapter = next(block.parameters()), self.adapter
+        site = Site(selection.layer, adapter.heads, adapter.prefix, adapter.width, self.config.acts, self.config.seed)
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's only: a GPU's stays as it is.
+            torch.default_generator.manual_seed(self.config.seed * 1009 + selection.layer)
+            score = copy.deepcopy(self.score)
+            score.setup(site)
+        block.selector = score.to(weight.device, weight.dtype).train(block.training)
+        partners_needed = self.bypass.partners and not score.finds_partners
+        block.matcher = Matcher(adapter.prefix) if partners_needed else None
+
+    def _steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
+        """What is answered for in this block, see :func:`tosa_convert.models.grafting.answered`."""
+        adapter, bypass = self.adapter, self.bypass
+        found = list(adapter.steered(block))
+        if bypass.gives_normed and (norm := adapter.norm(block)) is not None:
+            found.append((norm, "forward"))
+        if bypass.per_head:
+            found.append((adapter.attention(block), "forward"))
+        if self.config.reduces:
+            found += [(adapter.attention(block), "forward"), (adapter.mlp(block), "forward")]
+        return found
+
+
+def _guard_maps(model: nn.Module, bypass: str) -> None:
+    for name in MAKERS:
+        if hasattr(model, name):
+            setattr(model, name, MapGuard(getattr(model, name), bypass))
+
+
+def original(model: nn.Module) -> nn.Module:
+    """An unconverted twin of a converted model: the same weights, copied, and no state shared.
+
+    After fine-tuning the twin has the fine-tuned weights.
+    """
+    twin = copy.deepcopy(model)
+    for block in selective_blocks(twin):
+        for part in ("selection", "adapter", "selector", "matcher"):
+            delattr(block, part)
+    for module in twin.modules():
+        ungraft(module)
+        remove_hooks(module)
+    for name in MAKERS:
+        twin.__dict__.pop(name, None)
+    if is_converted(twin):
+        del twin.tosa_config
+    return twin

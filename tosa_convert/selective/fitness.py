@@ -1,0 +1,56 @@
+"""What a conversion needs of a model, asked before anything is changed."""
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.selective.reducing_block import check_halves
+
+
+def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
+    """Refuse what this model has not got the parts for.
+
+    Raises:
+        UsageError: score or bypass look for something that is not there.
+        UnsupportedModelError: its blocks cannot be run in halves.
+    """
+    bypass: Bypass = config.make(Bypass)
+    if config.part("score").needs_class_token and not adapter.class_token:
+        raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
+    if not bypass.puts_back and not adapter.classifies_by_class_token:
+        raise UsageError(
+            f"bypass {config.bypass} removes patch tokens and never puts them back: it is for models that classify by "
+            "their class token"
+        )
+    if bypass.per_head:
+        _check_heads(adapter)
+    if config.reduces:
+        _check_reduction(adapter, config)
+
+
+def _check_heads(adapter: Adapter) -> None:
+    if not adapter.own_heads:
+        raise UsageError("selection per_head needs heads that attend on their own, which this model's do not")
+    attention = adapter.attention(adapter.blocks[0])
+    width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
+    if width % adapter.heads:
+        raise UsageError("selection per_head needs a width that the number of heads divides; use shared")
+
+
+def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
+    if adapter.gives_maps:
+        raise UsageError(
+            f"bypass {config.bypass} leaves fewer tokens after a layer, and this model gives feature maps, which need "
+            "every token; use identity, borrow or merge"
+        )
+    if not adapter.halves:
+        raise UsageError(
+            f"bypass {config.bypass} takes tokens away between attention and MLP, which are not modules of their own "
+            "in this model; use identity, borrow or merge"
+        )
+    if adapter.relative:
+        raise UsageError(
+            f"bypass {config.bypass} leaves fewer tokens after a layer, and this model's attention looks at positions "
+            "that are not taken along there yet; use identity, borrow or merge"
+        )
+    check_halves(adapter, adapter.blocks[0])

@@ -1,0 +1,113 @@
+"""What one forward pass hands on from layer to layer beside its tokens."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.base.per_thread import PerThread
+from tosa_convert.methods.bypass import Groups
+from tosa_convert.methods.token_ops import Choice
+from tosa_convert.models.hooks import Hook, Tap
+
+
+class ForwardState:
+    """One per forward pass, begun anew at the patch embedding. Layers are counted from 1.
+
+    Attributes:
+        grid: rows and columns of the patches, None where the model does not tell.
+        readings: layer → what its score has read, until the layer takes it.
+        features: layer → (B, N, D), by which partners are found, until the layer takes it.
+        scores: layer → (B, N).
+        choices: layer → what it chose.
+        groups: layer → where the tokens are after it, once some were merged.
+    """
+
+    def __init__(self, grid: tuple[int, int] | None):
+        self.grid = grid
+        self.readings: dict[int, Any] = {}
+        self.features: dict[int, torch.Tensor] = {}
+        self.scores: dict[int, torch.Tensor] = {}
+        self.choices: dict[int, Choice] = {}
+        self.groups: dict[int, Groups | None] = {}
+
+    @property
+    def patches(self) -> int:
+        """Of the image, those that are gone by now included."""
+        if self.grid is None:
+            raise TosaError("the grid of patches is not known; run the model from its images on")
+        return self.grid[0] * self.grid[1]
+
+
+class CurrentForward(Hook):
+    """The state of the forward pass that is under way, for each thread its own. One per converted model."""
+
+    def __init__(self):
+        self._state = PerThread()
+        self.taps: list[Tap] = []
+
+    def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        """A forward hook on the patch projection: (B, D, rows, columns) tells the grid, or it comes with the tokens as
+        (tokens, (rows, columns))."""
+        grid = output[1] if isinstance(output, tuple) else output.shape[-2:]
+        # In a trace, such as fvcore's, which is of one size, sizes are tensors.
+        whole = tuple(int(side) if isinstance(side, torch.Tensor) else side for side in grid or ())
+        self._state.set(ForwardState(whole or None))
+        for tap in self.taps:
+            tap.follow()
+
+    @property
+    def state(self) -> ForwardState:
+        state = self._state.get()
+        if state is None:
+            raise TosaError(
+                "this thread has not begun a forward pass: run the model from its images on, and convert it "
+                "anew if its patch embedding was replaced"
+            )
+        return state
+
+    def forget(self) -> None:
+        """Let go of what the last forward pass left."""
+        self._state.set(None)
+
+    @property
+    def last(self) -> ForwardState | None:
+        """What the last forward pass of this thread left."""
+        return self._state.get()
+
+
+class Arrival(NamedTuple):
+    """What a layer takes from the layers before it, beside its tokens."""
+
+    reading: Any
+    groups: Groups | None
+    scores: torch.Tensor | None
+    attended: torch.Tensor | None
+
+
+class Recollection:
+    """What a layer took when certain tokens entered it.
+
+    Gradient checkpointing runs a layer again for the backward pass, on the tokens it was given, when other forward
+    passes may have begun since; the memory that holds those tokens tells which pass it was. Nothing is kept longer
+    than the tokens are.
+    """
+
+    def __init__(self):
+        self._known: dict[int, tuple[StorageWeakRef, int, Arrival]] = {}
+
+    def keep(self, tokens: torch.Tensor, arrival: Arrival) -> None:
+        for key in [key for key, (storage, _, _) in list(self._known.items()) if storage.expired()]:
+            self._known.pop(key, None)
+        storage = StorageWeakRef(tokens.untyped_storage())
+        self._known[storage.cdata] = (storage, tokens._version, arrival)
+
+    def find(self, tokens: torch.Tensor) -> Arrival | None:
+        key = StorageWeakRef(tokens.untyped_storage()).cdata
+        _, version, arrival = self._known.get(key, (None, None, None))
+        return arrival if version == tokens._version else None
+
+    def __reduce__(self):
+        return Recollection, ()

@@ -1,0 +1,185 @@
+"""How one selective layer chooses its tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.matching import match
+from tosa_convert.methods.score import Reads, Score, View
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
+from tosa_convert.selective.forward_state import Arrival, CurrentForward, ForwardState, Recollection
+
+
+class Matcher(nn.Module):
+    """Finds a partner for each skipped token of a choice that has none. A module, so that its work can be counted."""
+
+    def __init__(self, prefix: int):
+        super().__init__()
+        self.prefix = prefix
+
+    @torch.no_grad()
+    def forward(self, features: torch.Tensor, choice: Choice) -> Choice:
+        return match(features, self.prefix, choice)
+
+
+@dataclass
+class Selection:
+    """What is fixed about the choice of one selective layer; what changes is in the forward's state.
+
+    Attributes:
+        layer: from 1.
+        ratio: share of the patch tokens that attend, or that are left after the layer.
+        prefix: tokens in front of the patches.
+        bypass: what the other tokens get.
+        reads: what the score looks at.
+        reads_before: whether in the layer before.
+        previous: the selection of the layer that is read, if that one skips tokens itself; their scores are then
+            those they had there.
+        reduces: whether tokens are gone after this layer; False as well where a layer only lives with what is left.
+        last: whether it is the model's last layer.
+    """
+
+    layer: int
+    ratio: float
+    prefix: int
+    bypass: Bypass
+    current: CurrentForward
+    reads: Reads
+    reads_before: bool
+    previous: "Selection | None" = None
+    reduces: bool = True
+    last: bool = False
+    active: bool = True
+    recollection: Recollection = field(default_factory=Recollection)
+
+    @property
+    def steps(self) -> int:
+        return ratio_steps(self.ratio)
+
+    @property
+    def per_head(self) -> bool:
+        return self.bypass.per_head
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.active and self.reduces and (self.per_head or self.steps < RATIO_STEPS)
+
+    def keep(self, patches: int) -> int:
+        """How many of so many patch tokens attend."""
+        return keep_count(patches, self.steps)
+
+    def listen(self, score: Score, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let the score read queries and keys, (B, H, N, D); no more of them is kept than it needs."""
+        if self.selects:
+            with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
+                self.current.state.readings[self.layer] = score(queries, keys)
+
+    def arrive(self, state: ForwardState, tokens: torch.Tensor, kept: bool) -> Arrival:
+        """What the layers before hand on to this one, with the tokens that enter it.
+
+        Args:
+            kept: whether it is to be found again when the layer is run once more on these tokens.
+        """
+        known = self.recollection.find(tokens) if kept else None
+        if known is not None:
+            return known
+        before = self.previous if self.previous is not None and self.previous.selects else None
+        arrival = Arrival(
+            reading=state.readings.pop(self.layer, None) if self.reads_before else None,
+            groups=state.groups.get(self.layer - 1),
+            scores=None if before is None else state.scores[before.layer],
+            attended=None if before is None else state.choices[before.layer].attended,
+        )
+        if kept:
+            self.recollection.keep(tokens, arrival)
+        return arrival
+
+    def choose(self, score: Score, state: ForwardState, arrival: Arrival, view: View) -> Choice:
+        """Who attends; noted in the state.
+
+        Raises:
+            TosaError: the layer that the score reads has not run in this forward pass.
+        """
+        if self.reads is Reads.QUERIES_KEYS:
+            reading = arrival.reading if self.reads_before else state.readings.pop(self.layer, None)
+            if reading is None:
+                where = "the layer before it" if self.reads_before else "its attention"
+                raise TosaError(
+                    f"layer {self.layer} is selective, but nothing was read of {where} in this forward pass; run the "
+                    "model from its images on, and convert it anew if that layer was replaced"
+                )
+            view = view._replace(reading=reading)
+        with torch.no_grad():
+            found = score(view)
+            if not score.chooses:
+                found = self._best(found, state, arrival, view.patches)
+        state.choices[self.layer] = found
+        return found
+
+    def _best(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival, patches: int) -> Choice:
+        if scores.ndim == 3:
+            scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
+        if arrival.scores is not None:
+            scores = put(arrival.scores, arrival.attended, scores)
+        state.scores[self.layer] = scores
+        return choose_best(scores, self.prefix, self.keep(patches))
+
+    def entering(self, arrival: Arrival, tokens: torch.Tensor) -> Groups:
+        """How the tokens stand when they reach this layer; on their own as long as no layer merged any."""
+        if arrival.groups is not None:
+            return arrival.groups
+        batch, count, _ = tokens.shape
+        return Groups(tokens.new_ones(batch, count), torch.arange(count, device=tokens.device).expand(batch, count))
+
+
+def may_run_again(block: nn.Module) -> bool:
+    """Whether gradient checkpointing could run this call of a block once more."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled():
+        return False
+    return block.training or torch.is_grad_enabled()
+
+
+def selective_blocks(model: nn.Module) -> list[nn.Module]:
+    """The selective blocks of a converted model, in order of their layers; empty for an ordinary model."""
+    found = [module for module in model.modules() if isinstance(getattr(module, "selection", None), Selection)]
+    return sorted(found, key=lambda block: block.selection.layer)
+
+
+@contextmanager
+def all_tokens(model: nn.Module) -> Iterator[None]:
+    """Within this block the model runs every layer on every token, as before its conversion; nothing is read."""
+    selections = [block.selection for block in selective_blocks(model)]
+    before = [selection.active for selection in selections]
+    for selection in selections:
+        selection.active = False
+    try:
+        yield
+    finally:
+        for selection, active in zip(selections, before, strict=True):
+            selection.active = active
+
+
+def last_choices(model: nn.Module) -> dict[int, Choice]:
+    """What was chosen in the last forward pass of this thread, by layer."""
+    blocks = selective_blocks(model)
+    state = blocks[0].selection.current.last if blocks else None
+    return {} if state is None else {layer: state.choices[layer] for layer in sorted(state.choices)}
+
+
+def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Which tokens attended in the last forward pass of this thread: layer → positions, (B, prefix + K), or
+    (B·H, prefix + K) where each head has its own; prefix tokens first. With a bypass between attention and MLP: which
+    of the tokens that entered the layer were left after it, none where all were."""
+    return {layer: choice.attended for layer, choice in last_choices(model).items()}
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what the last forward pass of this thread left."""
+    for block in selective_blocks(model):
+        block.selection.current.forget()

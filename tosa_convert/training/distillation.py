@@ -1,0 +1,102 @@
+"""Stage 1: the selectors learn from the model itself; no labels, and the backbone does not move."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.settings import DistillSettings
+from tosa_convert.data.images import Images
+from tosa_convert.methods.parts import every
+from tosa_convert.methods.score import Score
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.conversion import is_converted
+from tosa_convert.selective.selection import all_tokens, selective_blocks
+from tosa_convert.training.engine import Stage, make_accelerator, train
+
+
+def distill(
+    model: nn.Module,
+    data: str | Path | None = None,
+    settings: DistillSettings | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Train the selectors of a converted model to predict the next layer's attention maps.
+
+    ToSA (arXiv 2406.08816), section 3: Σ_heads KL between the predicted map and the real map of the
+    selective layer, averaged over images and query rows. All selectors learn in the same forward pass.
+
+    Args:
+        model: converted with a score that learns, such as "attention"; trained in place.
+        data: a folder of images, labels not needed; None takes the built-in photos.
+        out: run directory for metrics and checkpoints.
+        resume: go on from the checkpoint in ``out``.
+
+    Returns:
+        Figures of the last step: "loss" (nats per query row, summed over heads and layers) and
+        "overlap" (share of the selected patches that the real column sums would select, both over the
+        query rows of that step).
+    """
+    check_distillable(model)
+    settings = settings or DistillSettings()
+    accelerator = make_accelerator(device, settings)
+    images = Images(data, preprocessing_of(model), settings.augment, seed)
+    home = next(model.parameters()).device
+    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    stage = Stage("distill", SelectorDistillation(model, kl=settings.kl), settings, seed, out, resume)
+    try:
+        return train(stage, images, accelerator, progress or Progress())
+    finally:
+        for parameter, was in frozen.items():
+            parameter.requires_grad_(was)
+        stage.objective.close()
+        model.to(home).eval()
+
+
+def check_distillable(model: nn.Module) -> None:
+    if not is_converted(model):
+        raise UsageError("there are no selectors to distill: convert the model first")
+    config = model.tosa_config
+    if not config.part("score").learns:
+        learn = " or ".join(repr(name) for name, part in every(Score).items() if part.learns)
+        raise UsageError(f"score {config.score!r} has nothing to learn; distill is for score {learn}")
+
+
+class SelectorDistillation(nn.Module):
+    """The objective of stage 1 over a whole model. Only its selectors require gradients."""
+
+    def __init__(self, model: nn.Module, **settings: str):
+        super().__init__()
+        self.model = model
+        adapter, blocks = adapter_of(model), selective_blocks(model)
+        self.lessons = [block.selector.lesson(block.selection.keep, **settings) for block in blocks]
+        self.taps = []
+        model.requires_grad_(False)
+        for block, lesson in zip(blocks, self.lessons, strict=True):
+            block.selector.requires_grad_(True)
+            read = adapter.blocks[block.selection.layer - 2] if block.selection.reads_before else block
+            self.taps += [adapter.tap(read, lesson.listen), adapter.tap(block, lesson.learn)]
+
+    def close(self) -> None:
+        for tap in self.taps:
+            tap.remove()
+
+    def train(self, mode: bool = True) -> "SelectorDistillation":
+        """The backbone is a fixed teacher: it stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """(B, C, H, W) → {"loss", summed over layers, and other figures, averaged}, scalars."""
+        with torch.no_grad(), all_tokens(self.model):
+            run(self.model, images)
+        figures = [lesson.take() for lesson in self.lessons]
+        loss = torch.stack([each.pop("loss") for each in figures]).sum()
+        return {"loss": loss, **{name: torch.stack([each[name] for each in figures]).mean() for name in figures[0]}}

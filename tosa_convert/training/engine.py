@@ -1,0 +1,262 @@
+"""One training engine for every stage, on accelerate: any device, mixed precision, several processes.
+
+What a step does depends on the seed and the step number alone: the pictures it draws, how they
+are augmented, the dropout. So a training that was interrupted goes on to the same result.
+"""
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch import nn
+
+from tosa_convert.base import distributed as processes
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError
+from tosa_convert.base.files import read_json, write_json
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.settings import TrainSettings
+from tosa_convert.data.images import Images, seed_everything, training_loader
+from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
+
+CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
+
+
+@dataclass
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: "distill" or "finetune"; it labels metrics and checkpoints.
+        objective: module; ``forward(images, labels)`` gives {"loss": scalar, other figures}. Its
+            trainable parameters are what the stage trains.
+        settings: of the optimiser and the loop.
+        seed: of everything random.
+        out: run directory for metrics and checkpoints; None keeps nothing.
+        resume: go on from the checkpoint in ``out``, if there is one.
+    """
+
+    name: str
+    objective: nn.Module
+    settings: TrainSettings
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+
+
+def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
+    """Where and how training runs; under torchrun, one per process."""
+    on_cpu = processes.pick_device(device) == "cpu"
+    if on_cpu and settings.precision == "fp16":
+        raise UsageError("precision fp16 needs a GPU; use bf16 or no on the CPU")
+    # accelerate keeps the device, precision and accumulation of the first stage for the whole program otherwise.
+    AcceleratorState._reset_state(reset_partial_state=not processes.several())
+    GradientState._reset_state()
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=settings.precision,
+        # The loader is read ahead, so its end must not count as the end of a group of batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulate, sync_with_dataloader=False),
+        # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Progress) -> dict:
+    """Run a stage to its end.
+
+    Returns:
+        The figures of its last step, averaged over processes, with the number of steps and pictures
+        seen, and the names of pictures that could not be read.
+
+    Raises:
+        UsageError: weights in half precision, which small steps would not change.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in stage.objective.parameters()):
+        raise UsageError(
+            "the weights are float16, and training in it ends in nan; use model.float(), and precision bf16 for speed"
+        )
+    settings, world = stage.settings, accelerator.num_processes
+    if stage.out:
+        stage.out.mkdir(parents=True, exist_ok=True)
+    steps = settings.total_steps(len(images), world)
+    optimizer = torch.optim.AdamW(_parameter_groups(stage.objective, settings.weight_decay), lr=settings.lr)
+    per_step = settings.batch_size * settings.accumulate * world
+    objective, optimizer = accelerator.prepare(stage.objective, optimizer)
+    objective.train()
+    schedule = _warmup_cosine(steps, settings.warmup)
+    first = min(_resume(stage, accelerator), steps) if stage.resume else 0
+    loader = training_loader(images, settings.batch_size, first * per_step, steps * per_step, settings.workers)
+    loader = accelerator.prepare(loader)
+    recorder = _Recorder(stage, accelerator)
+    stop = _CtrlC(enabled=stage.out is not None and world == 1)
+    with stop, progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
+        for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
+            seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
+            lr = settings.lr * schedule(step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for batch in passes:
+                with accelerator.accumulate(objective):
+                    figures = objective(batch["images"], batch["labels"])
+                    accelerator.backward(figures["loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(objective.parameters(), settings.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                recorder.broken.update(batch["broken"])
+            recorder.note(step, figures, lr, pictures=step * per_step, final=step == steps)
+            recorder.checkpoint_when_due(step, final=step == steps)
+            if stop.requested and step < steps:
+                recorder.checkpoint(step)
+                raise InterruptedTrainingError(
+                    f"interrupted at step {step} of {steps}; go on with the same command and --out {stage.out} --resume"
+                )
+            advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
+    accelerator.wait_for_everyone()
+    broken = sorted(set(gather_object(sorted(recorder.broken))))
+    return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": broken}
+
+
+def _grouped(loader, size: int) -> Iterator[list[dict]]:
+    """Batches in groups of one optimiser step."""
+    group = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def _parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    others = [p for p in trainable if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rising = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    return factor
+
+
+def _resume(stage: Stage, accelerator: Accelerator) -> int:
+    """Load the stage's newest whole checkpoint; the number of steps that are done."""
+    whole = {}
+    for folder in (stage.out / CHECKPOINT, stage.out / f"{CHECKPOINT}.part"):
+        if (folder / STEP_FILE).exists():  # written last
+            noted = read_json(folder / STEP_FILE)
+            if noted.get("stage") == stage.name:
+                whole[noted["step"]] = folder
+    step, folder = max(whole.items(), default=(0, None))
+    if accelerator.is_main_process:
+        cut_metrics(stage.out, stage.name, step)
+    if folder is None:
+        return 0
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:
+        raise TosaError(
+            f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out"
+        ) from error
+    return step
+
+
+class _CtrlC:
+    """Notes the first Ctrl-C, so that the step in hand is finished and kept; a second one stops at once."""
+
+    def __init__(self, enabled: bool):
+        self.requested = False
+        self.enabled = enabled and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self.before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *error) -> None:
+        if self.enabled:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before)
+
+
+def _settle(fresh: Path, kept: Path) -> None:
+    """A whole fresh checkpoint takes the place of the kept one; half a one goes."""
+    if (fresh / STEP_FILE).exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        fresh.rename(kept)
+    else:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+class _Recorder:
+    """Writes metrics and checkpoints as training goes."""
+
+    def __init__(self, stage: Stage, accelerator: Accelerator):
+        self.stage, self.accelerator = stage, accelerator
+        self.broken: set[str] = set()
+        self.last: dict[str, float] = {}
+        self.started = self.saved = time.monotonic()
+
+    def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, pictures: int, final: bool) -> None:
+        if step % self.stage.settings.log_every and not final:
+            return
+        means = self.accelerator.reduce({key: value.detach().float() for key, value in figures.items()}, "mean")
+        self.last = {key: value.item() for key, value in means.items()}
+        if not math.isfinite(self.last["loss"]):
+            raise TosaError(f"the loss became {self.last['loss']} at step {step}; try a smaller --lr")
+        if self.stage.out and self.accelerator.is_main_process:
+            seconds = time.monotonic() - self.started
+            line = {key: round(value, 6) for key, value in self.last.items()}
+            append_metrics(
+                self.stage.out,
+                **{
+                    "stage": self.stage.name,
+                    "step": step,
+                    **line,
+                    "lr": lr,
+                    "pictures": pictures,
+                    "seconds": round(seconds, 1),
+                },
+            )
+
+    def checkpoint_when_due(self, step: int, final: bool) -> None:
+        """Every few minutes, all processes together; the old checkpoint goes only when the new one is whole."""
+        if self.stage.out is None or final:
+            return
+        due = time.monotonic() - self.saved > 60 * self.stage.settings.checkpoint_minutes
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(due), device=self.accelerator.device)
+            due = self.accelerator.reduce(flag, "sum").item() > 0
+        if due:
+            self.checkpoint(step)
+
+    def checkpoint(self, step: int) -> None:
+        """Write the state behind a step, all processes together."""
+        fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
+        if self.accelerator.is_main_process:
+            _settle(fresh, kept)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(fresh / STEP_FILE, {"stage": self.stage.name, "step": step})
+            _settle(fresh, kept)
+        self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()

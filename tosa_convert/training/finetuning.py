@@ -1,0 +1,108 @@
+"""Stage 2: the model learns to work with its layers selective; the selectors do not move."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.settings import FinetuneSettings
+from tosa_convert.data.images import Images
+from tosa_convert.models.adapter import run
+from tosa_convert.models.outputs import outputs_of
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.conversion import is_converted, original
+from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.training.engine import Stage, make_accelerator, train
+from tosa_convert.training.loss import Situation, every_loss
+from tosa_convert.training.losses.labels import Labels
+
+
+def finetune(
+    model: nn.Module,
+    data: str | Path | None = None,
+    settings: FinetuneSettings | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Fine-tune a converted model with its layers selective (ToSA, arXiv 2406.08816, section 3, stage 2).
+
+    The loss is a weighted sum of cross-entropy with the labels, KL to the logits of the model as it
+    was unconverted, the distance to its last tokens, and for IdleViT its token cut loss; see
+    :class:`FinetuneSettings`. Only the first needs labels.
+
+    Args:
+        model: converted; trained in place.
+        data: a folder of images, one sub-folder per class where labels are used; None takes the
+            built-in photos.
+        out: run directory for metrics and checkpoints.
+        resume: go on from the checkpoint in ``out``; give the model as it was at the start.
+
+    Returns:
+        Figures of the last step: "loss" and each of its parts, unweighted.
+    """
+    if not is_converted(model):
+        raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
+    settings = settings or FinetuneSettings()
+    images = Images(data, preprocessing_of(model), settings.augment, seed)
+    weights = loss_weights(settings, images, model)
+    accelerator = make_accelerator(device, settings)
+    home = next(model.parameters()).device
+    objective = SelectiveFinetuning(model, weights, settings)
+    try:
+        objective.teacher[0].to(accelerator.device)
+        return train(
+            Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress()
+        )
+    finally:
+        for block in selective_blocks(model):
+            block.selector.requires_grad_(True)
+        objective.close()
+        model.to(home).eval()
+
+
+def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -> dict[str, float]:
+    """The weight of each part of the loss, with what the settings leave open filled in from the data.
+
+    Raises:
+        UsageError: labels wanted but there are none, or they are not the model's classes.
+    """
+    situation = Situation(settings, images, model, outputs_of(model))
+    situation = situation._replace(labels=Labels.weight(situation))
+    weights = {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
+    weights = {Labels.name(): situation.labels, **weights}
+    if not any(weights.values()):
+        raise UsageError("labels, logits and features all weigh 0: there is nothing to learn from")
+    return weights
+
+
+class SelectiveFinetuning(nn.Module):
+    """The objective of stage 2. The teacher is the unconverted twin of the model at the start."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, float], settings: FinetuneSettings):
+        super().__init__()
+        self.model, self.weights = model, weights
+        teacher = original(model).eval().requires_grad_(False)
+        self.teacher = (teacher,)  # in a tuple, so that it is neither trained nor checkpointed nor wrapped
+        for block in selective_blocks(model):
+            block.selector.requires_grad_(False)
+        wanted = [kind for kind in every_loss() if weights[kind.name()]]
+        self.losses = [kind(model, teacher, settings) for kind in wanted]
+
+    def close(self) -> None:
+        for loss in self.losses:
+            loss.close()
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
+        found, wanted = run(self.model, images), {}
+        if any(loss.taught for loss in self.losses):
+            with torch.no_grad():
+                wanted = run(self.teacher[0], images)
+        parts = {loss.name(): loss.of(found, wanted, labels) for loss in self.losses}
+        return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}

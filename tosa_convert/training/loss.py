@@ -1,0 +1,93 @@
+"""The parts of the fine-tuning loss. One file each in :mod:`tosa_convert.training.losses`, named as in
+:class:`~tosa_convert.config.settings.FinetuneSettings`, which holds their weights."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from tosa_convert.base import discovery
+from tosa_convert.config.settings import FinetuneSettings
+from tosa_convert.data.images import Images
+from tosa_convert.methods.method import published
+
+FOLDER = "training/losses"
+
+
+class Situation(NamedTuple):
+    """What decides which losses there are.
+
+    Attributes:
+        model: converted.
+        outputs: of its head, 0 without one.
+        labels: the weight of the cross-entropy with the labels, which the others depend on; None until it is known.
+    """
+
+    settings: FinetuneSettings
+    images: Images
+    model: nn.Module
+    outputs: int
+    labels: float | None = None
+
+
+class Loss(ABC):
+    """One part of the loss, of a model that is being fine-tuned.
+
+    Attributes:
+        taught: whether it compares with what the original model gives.
+    """
+
+    taught: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, settings: FinetuneSettings):
+        self.settings = settings
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rsplit(".", 1)[-1]
+
+    @classmethod
+    def weight(cls, situation: Situation) -> float:
+        """The weight that was asked for, or the one that suits.
+
+        Raises:
+            UsageError: it was asked for and cannot be had here.
+        """
+        asked = getattr(situation.settings, cls.name(), None)
+        weight = cls.default(situation) if asked is None else asked
+        if weight:
+            cls.check(situation)
+        return weight
+
+    @classmethod
+    def default(cls, situation: Situation) -> float:
+        """The weight if none is asked for: that of the published method."""
+        method = published().get(situation.model.tosa_config.method)
+        return 0.0 if method is None else method.losses.get(cls.name(), 0.0)
+
+    @classmethod
+    def check(cls, situation: Situation) -> None:
+        """Refuse what this loss is not for."""
+        return None
+
+    @abstractmethod
+    def of(self, found: dict, wanted: dict, labels: torch.Tensor) -> torch.Tensor:
+        """A scalar, of the forward pass that was just run.
+
+        Args:
+            found: what the model gave, see :meth:`tosa_convert.models.adapter.Adapter.outputs`.
+            wanted: what the original gives, if :attr:`taught`.
+            labels: (B,).
+        """
+
+    def close(self) -> None:
+        """Take off what was put on the model."""
+        return None
+
+
+def every_loss() -> list[type[Loss]]:
+    """Those of the folder."""
+    modules = [discovery.module(FOLDER, name) for name in discovery.names(FOLDER)]
+    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return [kind for kind in kinds if issubclass(kind, Loss) and kind.__module__.startswith(__package__ + ".losses.")]

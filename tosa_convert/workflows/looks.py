@@ -1,0 +1,73 @@
+"""What shows a model, on files: the work of the commands flops, show, features and report."""
+
+from pathlib import Path
+
+from torch import nn
+
+from tosa_convert.base.distributed import pick_device
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import built_in_scenes
+from tosa_convert.export.features import write_features
+from tosa_convert.measure.macs import flops
+from tosa_convert.reporting.token_maps import look_at_files
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.loading import load
+from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.workflows.pipeline import refuse_options_of_a_run
+
+
+def flops_stage(source: str, options: dict, plot: Path | None, *, img_size=None, device=None) -> dict:
+    """Multiply–adds of a run or a model, converted first if there are ``options``; and a plot of them."""
+    device = pick_device(device)
+    model = _loaded_or_converted(source, options, img_size=img_size, pretrained=False).to(device)
+    cost = flops(model).to_dict()
+    if plot is not None:
+        from tosa_convert.reporting.plots import cost_plot
+
+        title = f"{Path(source.split(':')[-1]).name}: {cost['saved']:.1%} of the MACs saved"
+        cost["picture"] = str(cost_plot(cost, title, plot))
+    return cost
+
+
+def show_stage(
+    source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None, device=None
+) -> dict:
+    """Which patches attend: each image, or each built-in scene, with one panel per selective layer."""
+    from tosa_convert.reporting.plots import views_plot
+
+    device = pick_device(device)
+    model = _loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
+    looks = look_at_files(model, files or built_in_scenes())
+    if not looks.views[0]:
+        raise UsageError(f"{source} skips no tokens: all its ratios are 1")
+    views_plot(looks, out)
+    shares = {view.layer: float(view.attended.mean()) for view in looks.views[0]}
+    return {"picture": str(out), "images": looks.names, "attended": shares}
+
+
+def features_stage(
+    source: str, data: str | None, out: Path, *, checkpoint=None, img_size=None, progress=None, **options
+) -> dict:
+    """Patch and class-token features of a folder of images, in one file."""
+    model = load(source, checkpoint=checkpoint, img_size=img_size)
+    return {"source": source, **write_features(model, data, out, progress=progress, **options)}
+
+
+def report_stage(source: str, out: Path | None, *, device=None, progress: Progress | None = None) -> dict:
+    """All that is known of a run in one HTML file; its plots are drawn again."""
+    from tosa_convert.reporting.html import write_html
+
+    folder = Path(source)
+    if not runs.is_run(folder):
+        raise UsageError(f"{source} is not a run; name the folder of a run")
+    file = out or folder / "report.html"
+    write_html(folder, load(source).to(pick_device(device)), file, progress or Progress())
+    return {"run": source, "file": str(file)}
+
+
+def _loaded_or_converted(source: str, options: dict, **how) -> nn.Module:
+    """A run's model, or a model converted with the options that were given; ``how`` it is loaded."""
+    model = load(source, **how)
+    refuse_options_of_a_run(is_converted(model), options)
+    return convert(model, **options) if options else model

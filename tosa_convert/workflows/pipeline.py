@@ -1,0 +1,255 @@
+"""The stages of the work on files: each takes a recipe or a run, and writes a run directory."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from tosa_convert.base import distributed as processes
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.files import check_writable, read_json, write_json, write_text
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.recipe import Recipe, read_recipe
+from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
+from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.evaluation import evaluate, is_control, random_control
+from tosa_convert.measure.macs import flops
+from tosa_convert.models.outputs import outputs_of
+from tosa_convert.reporting.tables import write_report
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.loading import load, original_of
+from tosa_convert.runs.metrics_log import append_metrics
+from tosa_convert.selective.conversion import convert, is_converted, original
+from tosa_convert.training.distillation import check_distillable, distill
+from tosa_convert.training.engine import CHECKPOINT
+from tosa_convert.training.finetuning import finetune
+
+
+def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
+    """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
+    model = _converted(recipe)
+    check_distillable(model)
+    return _train_stage("distill", model, recipe, out, resume, device, progress)
+
+
+def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> dict:
+    """Load and convert, for what needs no training; a run in ``out``."""
+    if processes.is_main() and not (resume and runs.is_run(out)):
+        model = _converted(recipe)
+        runs.prepare(out, resume)
+        resolved = recipe.model_copy(update={"convert": model.tosa_config})
+        write_text(out / "recipe.yaml", resolved.to_yaml())
+        results = {"stage": "convert", "run": str(out), "flops": flops(model).to_dict()}
+        _keep(model, out, results)
+    processes.join(device)
+    return read_json(out / "config.json")["results"]
+
+
+def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
+    """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
+    model = load(source, img_size=recipe.img_size) if runs.is_run(source) else _converted(recipe)
+    if not is_converted(model):
+        convert(model, recipe.convert)
+    return _train_stage("finetune", model, recipe, out, resume, device, progress)
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable) -> dict:
+    """Every stage that the recipe has, each into a folder of ``out`` named after it.
+
+    Trained runs are evaluated on ``data: eval``. ``report(stage, results)`` is called after each
+    stage. With ``resume`` finished stages are not run again.
+    """
+    stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
+    if stages in ([], ["export"]):
+        if recipe.convert.part("score").learns:
+            raise UsageError(
+                f"the recipe trains nothing, and score {recipe.convert.score} has to be trained; add distill: or "
+                "finetune:"
+            )
+        stages = ["convert", *stages]
+    if processes.is_main():
+        runs.prepare(out, resume)
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+    results, options = {}, {"resume": resume, "device": device, "progress": progress}
+    run = None
+    for name in stages:
+        if name == "convert":
+            run, results[name] = out / name, convert_stage(recipe, out / name, resume=resume, device=device)
+        elif name == "distill":
+            run, results[name] = out / name, distill_stage(recipe, out / name, **options)
+        elif name == "finetune":
+            source = str(run or recipe.model)
+            run, results[name] = out / name, finetune_stage(source, recipe, out / name, **options)
+        elif processes.is_main():
+            results[name] = export_stage(run, recipe.export, recipe.data.eval or recipe.data.train, progress=progress)
+        if processes.is_main():
+            report(name, results[name])
+            if name != "export" and recipe.data.eval is not None:
+                results[f"eval {name}"] = eval_stage(
+                    str(run),
+                    recipe.data.eval,
+                    device=device,
+                    progress=progress,
+                    **({} if name == "convert" else _reading(getattr(recipe, name))),
+                )
+                report("eval", results[f"eval {name}"])
+        processes.join(device)
+    return results
+
+
+def eval_stage(source: str, data: str | None, *, img_size=None, control=True, seed=0, progress=None, **options) -> dict:
+    """A model, or a run's model with its original and the random-selection control."""
+    model = load(source, img_size=img_size)
+    models: dict[str, nn.Module] = {"converted" if is_converted(model) else "model": model}
+    before = _original(model)
+    if before is not None:
+        models = {"original": before, **models}
+    if control and is_converted(model) and not is_control(model):
+        models["random selection"] = random_control(model, seed)
+    reference = "original" if before is not None else None
+    results = evaluate(models, data, reference=reference, progress=progress, **options)
+    if runs.is_run(source):
+        append_metrics(Path(source), stage="eval", **results)
+        write_report(Path(source))
+    return results
+
+
+def export_stage(
+    source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, progress=None
+) -> dict:
+    """ONNX and its check, in the run unless ``out`` says otherwise."""
+    model = load(source, img_size=img_size)
+    folder = Path(out) if out else Path(source)
+    try:
+        check = export_onnx(model, folder, data, settings, original=_original(model), progress=progress)
+    except FailedCheckError as error:
+        _note_export(Path(source), out, {"file": str(folder / FAILED), **error.check.to_dict()})
+        raise
+    results = {"file": str(folder / FILE), **check.to_dict()}
+    _note_export(Path(source), out, results)
+    return results
+
+
+def bench_stage(
+    source: str,
+    options: dict,
+    against: list[str],
+    settings: BenchSettings,
+    *,
+    out=None,
+    device=None,
+    progress=None,
+) -> dict:
+    """A run, or a model converted with ``options``, timed in turn with its original and ``against``.
+
+    Writes ``bench.json`` and ``bench.png`` to the run unless ``out`` says otherwise. Weights are not
+    needed: a model that is not a run gets random ones.
+    """
+    from tosa_convert.reporting.plots import speedup_plot  # matplotlib, which no other stage needs
+
+    model = load(source, pretrained=False)
+    refuse_options_of_a_run(is_converted(model), options)
+    if not is_converted(model):
+        convert(model, **options)
+    models = {"original": original(model), "converted": model}
+    for name in against:
+        if name in models:
+            raise UsageError(f"--against {name}: this name is timed already; name each model once")
+        models[name] = load(name, pretrained=False)
+    folder = Path(out) if out else Path(source)
+    check_writable(folder)
+    results = {"source": source, "convert": model.tosa_config.model_dump()}
+    results |= bench(models, settings, device=device, progress=progress)
+    if results["cases"]:
+        speedup_plot(results, folder / "bench.png")
+    write_json(folder / "bench.json", results)
+    if out is None:
+        write_report(folder)
+    return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
+
+
+def refuse_options_of_a_run(converted: bool, options: dict) -> None:
+    if converted and options:
+        raise UsageError("the conversion options of a run are fixed; leave them out, or name the original model")
+
+
+def _keep(model: nn.Module, out: Path, results: dict) -> None:
+    """A finished run, with its report, that later commands find."""
+    runs.save(model, out, stage=results["stage"], results=results)
+    write_report(out)
+    runs.remember(out)
+
+
+def _reading(settings) -> dict:
+    return {"batch_size": settings.batch_size, "workers": settings.workers}
+
+
+def _note_export(source: Path, out: Path | None, results: dict) -> None:
+    """Keep the result of an export in its run's metrics and report, whether it passed or not."""
+    if out is None and runs.is_run(source):
+        append_metrics(source, stage="export", **results)
+        write_report(source)
+
+
+def _original(model: nn.Module) -> nn.Module | None:
+    """What a converted model is measured against, if it can be had and its head is the same."""
+    before = original_of(model) if is_converted(model) else None
+    return before if before is not None and outputs_of(before) == outputs_of(model) else None
+
+
+def _converted(recipe: Recipe) -> nn.Module:
+    model = load(recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes)
+    return convert(model, recipe.convert)
+
+
+def _check_same_job(recipe: Recipe, path: Path) -> None:
+    """A run is resumed with the settings it was started with, or its result would belong to neither job."""
+    if not path.exists():
+        return
+    ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
+    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if changed:
+        raise UsageError(
+            f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
+            "command, or start a new run with another --out"
+        )
+
+
+def _flatten(content: dict, before: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in content.items():
+        name = f"{before}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
+    settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
+    verb = {"distill": distill, "finetune": finetune}[name]
+    resolved = recipe.model_copy(update={"convert": model.tosa_config})
+    if resume:
+        _check_same_job(resolved, out / "recipe.yaml")
+    processes.join(device)
+    if resume and runs.is_run(out):
+        return read_json(out / "config.json")["results"]
+    if processes.is_main():
+        runs.prepare(out, resume)
+        write_text(out / "recipe.yaml", resolved.to_yaml())
+    processes.join(device)
+    options = {"seed": recipe.seed, "device": device, "progress": progress}
+    try:
+        figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
+    except TosaError:
+        if processes.is_main():
+            runs.discard(out)  # nothing was done yet
+        raise
+    results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
+    if processes.is_main():
+        _keep(model, out, results)
+        for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
+            shutil.rmtree(out / leftover, ignore_errors=True)
+    processes.join(device)
+    return results

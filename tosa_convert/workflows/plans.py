@@ -1,0 +1,99 @@
+"""Plans and comparisons on files: what the commands plan and compare write to a folder."""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+from tosa_convert.base import distributed as processes
+from tosa_convert.base.environment import machine
+from tosa_convert.base.files import write_json, write_text
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.recipe import Recipe
+from tosa_convert.config.settings import ExportSettings
+from tosa_convert.measure.macs import flops
+from tosa_convert.planning.api import find_plan
+from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
+from tosa_convert.planning.cost_model import time_models
+from tosa_convert.reporting.table import percent
+from tosa_convert.reporting.tables import compare_table
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.loading import load
+from tosa_convert.selective.conversion import convert
+
+
+def plan_stage(
+    source: str,
+    *,
+    data: str | None,
+    images: int,
+    labels: bool,
+    budget: float | None,
+    target_drop: float | None,
+    by: str,
+    runtime: str,
+    checkpoint: str | None = None,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    out: Path,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """A plan for a model: ``plan.yaml``, a recipe; ``plan.json``; and ``plan.png``, tokens per layer, in ``out``."""
+    from tosa_convert.reporting.plots import tokens_plot
+
+    device = processes.pick_device(device)
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    runs.prepare(out)
+    model.to(device)
+    pixels, folder, truths = labelled_sample(model, data, images, labels)
+    options = {"by": by, "runtime": runtime, "labels": truths, "target_drop": target_drop, "progress": progress}
+    plan = find_plan(model, pixels, budget, **options)
+    converted = convert(copy.deepcopy(model), plan.config)
+    cost = flops(converted)
+    latency = None
+    if by == "latency":
+        times = time_models({"original": model, "plan": converted}, runtime, progress or Progress())
+        latency = times["plan"] / times["original"]
+    recipe = Recipe(
+        model=source,
+        checkpoint=checkpoint and str(checkpoint),
+        img_size=img_size,
+        num_classes=num_classes,
+        convert=plan.config,
+        export=ExportSettings(),
+    )
+    results = {
+        "source": source,
+        "data": folder.name,
+        "convert": plan.config.model_dump(),
+        "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
+        "macs": cost.macs / cost.original,
+        "latency": latency,
+        **mean_figures(model, {"plan": converted}, pixels, truths)["plan"],
+        "recipe": str(out / "plan.yaml"),
+        "picture": str(out / "plan.png"),
+        "machine": machine(device),
+    }
+    head = (
+        f"# {plan.config.score} × {plan.config.bypass} at {percent(cost.macs / cost.original)} of the MACs, found by\n"
+    )
+    head += f"# `tosa-convert plan` without training.\n#\n#   tosa-convert run {out / 'plan.yaml'}\n\n"
+    write_text(out / "plan.yaml", head + recipe.to_yaml())
+    tokens_plot(
+        cost.to_dict(), f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png"
+    )
+    write_json(out / "plan.json", results)
+    return results
+
+
+def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, **options) -> dict:
+    """A comparison of methods; ``compare.json``, ``compare.md`` and ``compare.png`` in ``out``."""
+    from tosa_convert.reporting.plots import pareto_plot
+
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    runs.prepare(out)
+    results = {"source": source, **compare(model, **options)}
+    results["picture"] = str(pareto_plot(results, out / "compare.png"))
+    write_json(out / "compare.json", results)
+    write_text(out / "compare.md", compare_table(results).markdown())
+    return results
