@@ -18,6 +18,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs import flops
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.grafting import steer
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 
@@ -146,6 +147,8 @@ def test_a_token_of_size_two_counts_as_two_tokens(name, images):
     model = built(name)
     adapter, caught = adapter_of(model), {}
     block = adapter.blocks[2]
+    for module, method in adapter.steered(block):
+        steer(module, method)
     handle = block.register_forward_pre_hook(
         lambda _, args, kwargs: caught.update(args=args, kwargs=kwargs), with_kwargs=True
     )

@@ -349,7 +349,7 @@ def test_what_a_model_has_not_got_is_refused():
     with pytest.raises(TosaError, match="adds to the tokens by itself"):
         convert(post_norm, method="tome")
     model = convert(FAMILIES["timm vit"](), score="similarity", bypass="merge")
-    with pytest.raises(TosaError, match="run the model from its pictures on"):
+    with pytest.raises(TosaError, match="run the model from its images on"):
         model.blocks[1](torch.randn(1, 17, 48))
 
 
