@@ -65,6 +65,7 @@ def bench(
     models: dict[str, nn.Module],
     settings: BenchSettings | None = None,
     *,
+    files: dict[str, Path] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -74,6 +75,7 @@ def bench(
         models: name → model; the first is the reference, usually the original. They are moved to the
             device, set to the image sizes and precisions, and left there.
         settings: what is timed.
+        files: name → ONNX file of the model at its own image size, timed in place of a fresh export.
         device: "cpu" or "cuda"; None takes a GPU if there is one.
 
     Returns:
@@ -106,9 +108,12 @@ def bench(
                     set_image_size(model, size)
             macs = {name: _macs(model) for name, model in models.items()}
             with tempfile.TemporaryDirectory() as scratch:
+                graphs = {name: Path(scratch) / f"{index}.onnx" for index, name in enumerate(models)}
+                if settings.sizes is None:
+                    graphs |= files or {}
                 for case in kinds:
                     try:
-                        timings, peaks = _run(case, models, size, settings, Path(scratch), advance, notes)
+                        timings, peaks = _run(case, models, size, settings, graphs, advance, notes)
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
                         continue
@@ -178,7 +183,7 @@ def _run(
     models: dict,
     size: tuple[int, int],
     settings: BenchSettings,
-    scratch: Path,
+    files: dict[str, Path],
     advance: Callable,
     notes: list[str],
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
@@ -186,7 +191,6 @@ def _run(
     kind = runtimes.TYPES[case.precision]
     shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
     images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
-    files = {name: scratch / f"{index}.onnx" for index, name in enumerate(models)}
     contestants = {}
     with pinned(settings.threads):
         for name, model in models.items():

@@ -145,7 +145,7 @@ def bench_stage(
     """A run, or a model converted with ``options``, timed in turn with its original and ``against``.
 
     Writes ``bench.json`` and ``bench.png`` to the run unless ``out`` says otherwise. Weights are not
-    needed: a model that is not a run gets random ones.
+    needed: a model that is not a run gets random ones. Of a run that was exported its own ``model.onnx`` is timed.
     """
     from tosa_convert.reporting.plots import speedup_plot  # matplotlib, which no other stage needs
 
@@ -161,7 +161,9 @@ def bench_stage(
     folder = Path(out) if out else Path(source)
     check_writable(folder)
     results = {"source": source, "convert": model.tosa_config.model_dump()}
-    results |= bench(models, settings, device=device, progress=progress)
+    places = {"converted": source, **{name: name for name in against}}
+    files = {name: Path(place) / FILE for name, place in places.items() if (Path(place) / FILE).exists()}
+    results |= bench(models, settings, files=files, device=device, progress=progress)
     if results["cases"]:
         speedup_plot(results, folder / "bench.png")
     write_json(folder / "bench.json", results)

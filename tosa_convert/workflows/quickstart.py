@@ -50,7 +50,7 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
     testing = ["--data", test, *everywhere]
     converted = f"{planned}/convert"
     return [
-        ["plan", "quickstart", "--budget", BUDGET, "--data", train, "--images", "48", "--out", plan],
+        ["plan", "quickstart", "--budget", BUDGET, "--data", train, "--out", plan],
         ["run", f"{plan}/plan.yaml", "--out", planned],
         ["eval", converted, *testing],
         ["distill", "quickstart", *selective, "--steps", "60", *training, "--out", distilled],
@@ -60,7 +60,7 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
         ["eval", finetuned, "--no-control", *testing],
         ["eval", random, "--no-control", *testing],
         ["export", finetuned, "--onnx", "--data", test],
-        ["bench", converted, "--against", finetuned, "--against", random, "--runtime", "onnx", "--no-memory"],
+        ["bench", converted, "--against", finetuned, "--runtime", "onnx", "--no-memory"],
     ]
 
 
@@ -96,7 +96,7 @@ def _collect(out: Path) -> dict:
     costs["plan"] = read_json(planned / "config.json")["results"]["flops"]
     macs = {"original": costs["plan"]["original"], **{name: cost["macs"] for name, cost in costs.items()}}
     timed = read_json(planned / "bench.json")["cases"][0]["models"]
-    names = {"plan": "converted", "finetuned": str(out / "finetuned"), "random": str(out / "random")}
+    names = {"plan": "converted", "finetuned": str(out / "finetuned")}
     checks = {name: _last(run, "export") for name, run in (("plan", planned), ("finetuned", out / "finetuned"))}
     return {
         "status": "finished",
@@ -128,8 +128,8 @@ def _table(results: dict) -> Table:
     def row(label: str, accuracy: str, model: str | None = None) -> list[str]:
         if model is None:
             return [label, percent(top1[accuracy]), "", ""]
-        share = percent(macs[model] / macs["original"])
-        return [label, percent(top1[accuracy]), f"{mega(macs[model])} ({share})", f"{speedup[model]:.2f}×"]
+        cost = f"{mega(macs[model])} ({percent(macs[model] / macs['original'])})"
+        return [label, percent(top1[accuracy]), cost, f"{speedup[model]:.2f}×" if model in speedup else ""]
 
     rows = [
         ["original", percent(top1["original"]), mega(macs["original"]), ""],
