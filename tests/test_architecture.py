@@ -19,6 +19,7 @@ ROOMS = [
     "config",
     "models",
     "data",
+    "tasks",
     "selective",
     "runs",
     "export",

@@ -2,11 +2,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
+from families import SMALL as FAMILY
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import TosaError, UsageError, convert, evaluate, load, random_control
 from tosa_convert.data.images import Images, built_in_photos, loader, training_loader
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.tasks.classification import Classification
 
 SMALL = Preprocessing(size=(32, 32))
 
@@ -132,22 +135,25 @@ def test_the_random_control_is_another_model_at_the_same_ratio():
     assert torch.equal(theirs[0], theirs[1])
 
 
-def test_doubtful_labels_are_refused(tmp_path):
-    from tosa_convert.data.images import check_classes
+def has_labels(folder, classes: list[str]) -> bool:
+    """Of a model with these two classes."""
+    model = VisionTransformer(**{**FAMILY, "num_classes": 2})
+    model.pretrained_cfg = {"label_names": classes}
+    return Classification().has_labels(Images(folder, SMALL), model)
 
+
+def test_doubtful_labels_are_refused(tmp_path):
     write_pictures(tmp_path / "both/train", 4, ["a", "b"])
     write_pictures(tmp_path / "both/val", 4, ["a", "b"])
     write_pictures(tmp_path / "stray", 4, ["a", "b"])
     write_pictures(tmp_path / "stray", 1)
     for folder, words in (("both", "same name"), ("stray", "next to the class folders")):
         with pytest.raises(UsageError, match=words):
-            check_classes(Images(tmp_path / folder, SMALL), 2, [])
+            has_labels(tmp_path / folder, [])
 
 
 def test_folders_named_like_the_classes_must_be_in_their_order(tmp_path):
-    from tosa_convert.data.images import check_classes
-
     write_pictures(tmp_path, 4, ["boot", "shirt"])
-    check_classes(Images(tmp_path, SMALL), 2, ["boot", "shirt"])
+    assert has_labels(tmp_path, ["boot", "shirt"])
     with pytest.raises(UsageError, match="another order"):
-        check_classes(Images(tmp_path, SMALL), 2, ["shirt", "boot"])
+        has_labels(tmp_path, ["shirt", "boot"])

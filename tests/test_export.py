@@ -87,7 +87,7 @@ def test_random_selection_exports_too(pictures, tmp_path):
 def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
     model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
     check = export_onnx(model, tmp_path, labelled, original=load("quickstart"))
-    assert set(check.top1) == {"original", "torch", "onnx"}
+    assert set(check.metrics["top1"]) == {"original", "torch", "onnx"}
     facts = json.loads((tmp_path / "preprocessing.json").read_text())
     assert facts["status"] == "passed"
     assert facts["input"]["shape"] == ["batch", 1, 28, 28]

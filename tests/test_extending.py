@@ -1,34 +1,48 @@
 """A user's own score, bypass, schedule and model family are as good as ours; each recipe of docs/ARCHITECTURE.md."""
 
+import copy
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import lively
-from families import FAMILIES
+from families import FAMILIES, SMALL
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tosa_convert import (
     Bypass,
     DistillSettings,
+    FinetuneSettings,
     Schedule,
     Score,
     UsageError,
+    compare,
     convert,
     distill,
+    evaluate,
     export_onnx,
+    finetune,
     flops,
     load,
     random_control,
     save,
 )
+from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import Images, sample
 from tosa_convert.methods.score import Reads
 from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
 from tosa_convert.models import adapter as adapters
 from tosa_convert.models.adapter import run
 from tosa_convert.models.families.timm_vit import TimmVit
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.search import Search
+from tosa_convert.reporting.tables import compare_table
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
+from tosa_convert.tasks.task import Metric, Task
+from tosa_convert.training.finetuning import loss_weights
 
 
 class Distinct(Score):
@@ -139,7 +153,7 @@ def test_a_bypass_and_a_schedule_of_ones_own():
 
 
 def test_a_model_family_in_a_file_of_its_own(monkeypatch):
-    class Odd(type(FAMILIES["timm vit"]())):
+    class Odd(VisionTransformer):
         """A model that only its own adapter knows."""
 
     class OddAdapter(TimmVit):
@@ -153,6 +167,67 @@ def test_a_model_family_in_a_file_of_its_own(monkeypatch):
     model.__class__ = Odd
     converted = convert(model, layers=[2, 4], ratio=0.5)
     assert type(selective_blocks(converted)[0].adapter) is OddAdapter
+
+
+class Dial(VisionTransformer):
+    """A model with one output, which is no class."""
+
+
+class Reading(Images):
+    """The label is the number that an image is named after."""
+
+    def label(self, index):
+        return float(Path(self.reader.filename(index)).stem)
+
+
+class Regression(Task):
+    """One number per image."""
+
+    metrics = {"mae": Metric("mean error", higher_is_better=False)}  # noqa: RUF012
+
+    @classmethod
+    def suits(cls, model):
+        return isinstance(model, Dial)
+
+    def read(self, *given):
+        return Reading(*given)
+
+    def has_labels(self, images, model):
+        return True
+
+    def measure(self, output, labels):
+        return {"mae": (output[:, 0] - labels).abs()}
+
+    def loss(self, output, labels, settings):
+        return (output[:, 0] - labels).square().mean()
+
+
+def test_a_task_in_a_file_of_its_own(pictures, tmp_path):
+    """It is measured, learnt, exported, compared and planned for, where classification would be."""
+    model = lively(Dial(**{**SMALL, "num_classes": 1}))
+    converted = convert(copy.deepcopy(model), score="norm", bypass="merge", schedule="all", ratio=0.6)
+    read = sample(pictures, preprocessing_of(model), 8, Reading)
+    assert read[2].tolist() == list(range(8))
+    with torch.no_grad():
+        errors = [(each(read[0])[:, 0] - read[2]).abs().mean().item() for each in (model, converted)]
+    found = evaluate({"original": model, "converted": converted}, pictures, reference="original")["models"]
+    assert [figures["mae"] for figures in found.values()] == pytest.approx(errors, rel=1e-5)
+    check = export_onnx(converted, tmp_path / "onnx", pictures, original=model)
+    assert check.metrics["mae"]["onnx"] == pytest.approx(errors[1], rel=1e-4)
+    assert check.to_dict()["mae"]["original"] == pytest.approx(errors[0], rel=1e-4)
+    compared = compare(model, pictures, budgets=[0.9], methods=["norm/merge"], images=8, runtime=None)
+    assert compared["original"]["mae"] == pytest.approx(errors[0], rel=1e-5)
+    assert "mean error" in compare_table(compared).columns
+    search = Search(model, read[0], read[2], 4, Progress())
+    search._build("norm", "merge")
+    drop = search.drop(dict.fromkeys(search.layers, 0.5))
+    with torch.no_grad():
+        after = (search.probe(read[0])[:, 0] - read[2]).abs().mean().item()
+    assert drop == pytest.approx(after - errors[0], abs=1e-4)
+    settings = FinetuneSettings(steps=30, batch_size=8, augment="none", lr=0.003)
+    assert loss_weights(settings, Reading(pictures, preprocessing_of(model)), converted)["labels"] == 1
+    finetune(converted, pictures, settings)
+    assert evaluate(converted, pictures)["models"]["model"]["mae"] < errors[1]
 
 
 def test_a_run_whose_score_is_not_imported_says_so(tmp_path, monkeypatch):

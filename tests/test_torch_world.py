@@ -2,6 +2,7 @@
 part of a larger model."""
 
 import copy
+import io
 
 import numpy as np
 import onnxruntime
@@ -12,7 +13,7 @@ from conftest import lively
 from families import FAMILIES, HF_SMALL
 from torch import nn
 
-from tosa_convert import convert
+from tosa_convert import TosaError, convert
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import chosen_tokens
 
@@ -75,6 +76,14 @@ def test_torch_onnx_export_needs_nothing_of_ours(family, parts):
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     feed = {each.name: np.ascontiguousarray(others[each.name].numpy()) for each in session.get_inputs()}
     assert close(torch.from_numpy(session.run(None, feed)[0]), wanted)
+
+
+@pytest.mark.parametrize(("family", "parts"), FEW)
+def test_the_torchscript_exporter_is_refused_by_name(family, parts):
+    """It fixes the batch size in the file, and ToMe's choices come out wrong; optimum calls it."""
+    model = Whole(made(family, parts)[0])
+    with pytest.raises(TosaError, match=r"dynamo=False.* optimum .* use dynamo=True"):
+        torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False)
 
 
 @pytest.mark.parametrize(("family", "parts"), CASES)

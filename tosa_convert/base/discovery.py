@@ -13,6 +13,11 @@ def names(folder: str) -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules([str(PACKAGE / folder)]))
 
 
+def subclasses(kind: type) -> list[type]:
+    """All that have been defined so far, of ours and of others."""
+    return [each for direct in kind.__subclasses__() for each in (direct, *subclasses(direct))]
+
+
 def module(folder: str, name: str) -> ModuleType:
     """One of them, imported."""
     return importlib.import_module(f"tosa_convert.{folder.replace('/', '.')}.{name}")

@@ -1,7 +1,7 @@
 """Images → batches, through timm's folder reader and transforms; broken images are left out and reported."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,14 +10,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError
-from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.provenance import class_names
 
 BUILT_IN = "built-in photos"
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -81,14 +78,18 @@ class Images(Dataset):
                 return image, label, self.reader.filename(index) if offset else None
         raise TosaError(f"none of the images in {self.name} can be read; the last one was {broken}")
 
+    def label(self, index: int) -> int | torch.Tensor:
+        """That of one image; −1 where there are none."""
+        return self.reader.samples[index][1] if self.labelled else -1
+
     def _read(self, index: int):
         try:
-            stream, label = self.reader[index]
+            stream, _ = self.reader[index]
             with stream, Image.open(stream) as opened:
                 image = self.transform(opened.convert(self.preprocessing.mode))
         except UNREADABLE:
             return None, None, self.reader.filename(index)
-        return image, label if self.labelled else -1, None
+        return image, self.label(index), None
 
 
 def _reader(path: Path) -> ReaderImageFolder:
@@ -139,31 +140,32 @@ def _gist(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it is not an image, or is damaged"
 
 
-def sample(source: str | Path | None, preprocessing: Preprocessing, count: int) -> tuple[torch.Tensor, "Images", list]:
+def sample(
+    source: str | Path | None, preprocessing: Preprocessing, count: int, read: Callable[..., "Images"] = Images
+) -> tuple[torch.Tensor, "Images", torch.Tensor]:
     """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
     crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
     deep field of stars do not carry over to other images.
 
     Returns:
-        (B, C, H, W); the folder; and the indices in it.
+        (B, C, H, W); the folder; and the labels, −1 where there are none.
 
     Raises:
         TosaError: none of them can be read.
     """
-    images = Images(source, preprocessing)
+    images = read(source, preprocessing)
     if len(images) >= count and source is not None:
         indices = [place * len(images) // count for place in range(count)]
-        items = [(images[index], index) for index in indices]
-        found = [(item[0], index) for item, index in items if item[0] is not None]
+        items = [images[index] for index in indices]
     else:
-        crops = Images(source, preprocessing, augment="crop")
+        crops = read(source, preprocessing, augment="crop")
         indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
-        draws = [(draw, indices[draw % len(indices)]) for draw in range(count)]
-        items = [(crops[draw], draw[1]) for draw in draws]
-        found = [(image, index) for (image, _, broken), index in items if not broken]  # another one in its place
-    if not found:
+        drawn = [crops[draw, indices[draw % len(indices)]] for draw in range(count)]
+        items = [item for item in drawn if item[2] is None]  # without another one in the place of a broken one
+    batch = collate(items)
+    if not len(batch["images"]):
         raise TosaError(f"none of the images in {images.name} can be read")
-    return torch.stack([image for image, _ in found]), images, [index for _, index in found]
+    return batch["images"], images, batch["labels"]
 
 
 def _name(images: Images, index: int) -> str:
@@ -202,9 +204,14 @@ def collate(items: list) -> dict:
     good = [(image, label) for image, label, _ in items if image is not None]
     return {
         "images": torch.stack([image for image, _ in good]) if good else torch.empty(0),
-        "labels": torch.tensor([label for _, label in good]),
+        "labels": stacked([label for _, label in good]),
         "broken": [name for *_, name in items if name],
     }
+
+
+def stacked(labels: list[int | torch.Tensor]) -> torch.Tensor:
+    """Those of a batch: (B,) of numbers, (B, …) of tensors."""
+    return torch.stack([torch.as_tensor(label) for label in labels]) if labels else torch.empty(0, dtype=torch.long)
 
 
 def training_loader(images: Images, batch_size: int, first: int, last: int, workers: int) -> DataLoader:
@@ -216,33 +223,3 @@ def training_loader(images: Images, batch_size: int, first: int, last: int, work
 def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
     """Batches of every image once, in order."""
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
-
-
-def has_labels(images: Images, model: nn.Module) -> bool:
-    """Whether the folders are the model's classes, so that top-1 can be counted.
-
-    Raises:
-        UsageError: they look like classes, but not like this model's.
-    """
-    if not outputs_of(model) or not (images.labelled or images.ambiguous):
-        return False
-    check_classes(images, outputs_of(model), class_names(model))
-    return True
-
-
-def check_classes(images: Images, outputs: int, names: list[str]) -> None:
-    """Labels are of use only if the folders are the model's classes, in its order."""
-    if images.ambiguous:
-        raise UsageError(
-            f"{images.name}: {images.ambiguous}; give a folder that contains the class folders and nothing else"
-        )
-    if len(images.classes) != outputs:
-        raise UsageError(
-            f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the data "
-            "the model was trained on, or a model with as many classes"
-        )
-    if set(names) == set(images.classes) and names != images.classes:
-        raise UsageError(
-            f"the class folders of {images.name} have the model's class names, but folders sort in another order than "
-            "its labels; put the label number in front of each folder's name, such as 0-name"
-        )

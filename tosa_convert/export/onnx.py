@@ -10,18 +10,19 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnxscript import rewriter
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import atomic, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.data.images import Images, has_labels
 from tosa_convert.export.verification import CHOSEN, Check, check_file, other_size
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
 from tosa_convert.selective.selection import chosen_tokens, forget
+from tosa_convert.tasks.task import task_of
 
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
 SIDES = ("height", "width")
@@ -56,13 +57,14 @@ def export_onnx(
     folder, settings = Path(folder), settings or ExportSettings()
     model = _plain(model)
     original = _plain(original) if original is not None else None
-    images = Images(data, preprocessing_of(model))
-    labelled = settings.labels and has_labels(images, model)
+    task = task_of(model)
+    images = task.read(data, preprocessing_of(model))
+    labelled = settings.labels and task.has_labels(images, model)
     if settings.any_size:
         _refuse_one_size(model)
     with atomic(folder / FILE) as fresh:
         write_graph(model, fresh, settings.opset, settings.any_size)
-        check = check_file(model, fresh, images, labelled, settings, original, progress or Progress())
+        check = check_file(model, fresh, images, task if labelled else None, settings, original, progress or Progress())
         if not check.passed:
             (folder / FILE).unlink(missing_ok=True)
             os.replace(fresh, folder / FAILED)
@@ -120,7 +122,7 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     with torch.no_grad():
         names = list(graph(example))
     try:
-        with _silence(), torch.no_grad(), adapter.exporting():
+        with _silence(), _quick_rules(), torch.no_grad(), adapter.exporting():
             program = torch.onnx.export(
                 graph,
                 (example,),
@@ -179,6 +181,23 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
         "check": check.to_dict(),
     }
     write_json(folder / FACTS, facts)
+
+
+@contextlib.contextmanager
+def _quick_rules():
+    """The exporter's optimiser without its rule "slices that make up a split".
+
+    The rule compares each slice with every node of the graph, which takes nine tenths of an export, and finds nothing
+    in a graph that gathers tokens. An onnxscript that keeps its rules elsewhere exports as well, only slower.
+    """
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if rules is not None:
+        rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        yield
+    finally:
+        if rules is not None:
+            rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import agreement, predict
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.selection import chosen_tokens
+from tosa_convert.tasks.task import Task
 
 CHOSEN = "chosen_"
 """How the chosen tokens of a layer are called in the graph."""
@@ -33,7 +34,7 @@ class Check:
         difference: largest absolute difference of an output.
         agreement: share of pictures with the same top-1 (models without a head: of close tokens).
         selected: per selective layer, share of the chosen tokens that both chose.
-        top1: with labels, of "original", "torch" and "onnx".
+        metrics: with labels, each of the task's (such as "top1") of "original", "torch" and "onnx".
         sizes: the picture sizes (H, W) that were checked.
         threshold: the agreement that was asked for.
     """
@@ -43,7 +44,7 @@ class Check:
     difference: float = 0.0
     agreement: float = 0.0
     selected: dict[int, float] = field(default_factory=dict)
-    top1: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     threshold: float = 0.99
 
@@ -52,7 +53,8 @@ class Check:
         return self.images > 0 and self.agreement >= self.threshold and math.isfinite(self.difference)
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "passed": self.passed}
+        plain = asdict(self)
+        return {**plain, **plain.pop("metrics"), "passed": self.passed}
 
 
 def other_size(model: nn.Module) -> tuple[int, int]:
@@ -66,16 +68,20 @@ def check_file(
     model: nn.Module,
     path: Path,
     images: Images,
-    labelled: bool,
+    task: Task | None,
     settings: ExportSettings,
     original: nn.Module | None,
     progress: Progress,
 ) -> Check:
-    """Run the file and the model it was made of on the same pictures."""
+    """Run the file and the model it was made of on the same images.
+
+    Args:
+        task: what is measured with their labels; None where there are none.
+    """
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     graph, chosen_names = _with_chosen(path)
     inspected = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) if chosen_names else None
-    check, agreed, right = Check(threshold=settings.threshold), 0.0, {"original": 0, "torch": 0, "onnx": 0}
+    check, agreed = Check(threshold=settings.threshold), 0.0
     shared = dict.fromkeys(chosen_names, 0.0)
     # Spread over the folder, so that every class is seen.
     images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
@@ -93,12 +99,14 @@ def check_file(
                 check.difference = max([check.difference, *map(_largest, found, wanted.values())])
                 kind, main = next(iter(wanted.items()))
                 agreed += agreement(kind, found[0], main).sum().item()
-                if labelled:
+                if task is not None:
                     outputs = {"torch": main, "onnx": found[0]}
                     if original is not None:
                         outputs["original"] = predict(original, batch["images"])[1]
                     for name, value in outputs.items():
-                        right[name] += (value.argmax(-1) == batch["labels"]).sum().item()
+                        for metric, values in task.measure(value, batch["labels"]).items():
+                            sums = check.metrics.setdefault(metric, {})
+                            sums[name] = sums.get(name, 0.0) + values.sum().item()
                 if inspected:
                     for name, value in zip(chosen_names, inspected.run(chosen_names, feed), strict=True):
                         shared[name] += _shared_tokens(value, positions[name].numpy(), len(batch["images"]))
@@ -110,9 +118,9 @@ def check_file(
     if settings.any_size:
         _check_other_sizes(model, session, check)
     check.selected = {int(name.removeprefix(CHOSEN)): total / check.images for name, total in shared.items()}
-    if labelled:
-        seen = ("torch", "onnx") if original is None else ("original", "torch", "onnx")
-        check.top1 = {name: right[name] / check.images for name in seen}
+    check.metrics = {
+        metric: {name: total / check.images for name, total in sums.items()} for metric, sums in check.metrics.items()
+    }
     return check
 
 

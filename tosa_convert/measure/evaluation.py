@@ -1,4 +1,4 @@
-"""How well a converted model does its work: top-1 where there are labels, closeness to the original everywhere."""
+"""How well a converted model does its task where there are labels, and how close it is to the original everywhere."""
 
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig, over
 from tosa_convert.config.validation import build
-from tosa_convert.data.images import Images, has_labels, loader
+from tosa_convert.data.images import loader
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import control, published
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.outputs import agreement, predict
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import convert, original
+from tosa_convert.tasks.task import Task, task_of
 
 
 def evaluate(
@@ -41,20 +42,22 @@ def evaluate(
         device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
-        {"images", "broken", "models": {name: figures}}. Figures: "top1" with labels; with a
-        reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`) and "cosine" (mean over images of
-        logits, or tokens).
+        {"images", "broken", "models": {name: figures}}. Figures: with labels the metrics of the model's task,
+        such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`) and "cosine"
+        (mean over images of logits, or tokens).
     """
     models = {"model": models} if isinstance(models, nn.Module) else models
     first = next(iter(models.values()))
-    images = Images(data, preprocessing_of(first))
+    task = task_of(first)
+    images = task.read(data, preprocessing_of(first))
     if reference is not None and reference not in models:
         raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
-    labelled = labels and has_labels(images, first)
+    labelled = labels and task.has_labels(images, first)
     device = pick_device(device)
     for model in models.values():
         model.to(device).eval()
-    sums = {name: dict.fromkeys(("top1", "agreement", "cosine"), 0.0) for name in models}
+    kept = [*(task.metrics if labelled else ()), *(("agreement", "cosine") if reference else ())]
+    sums = {name: dict.fromkeys(kept, 0.0) for name in models}
     seen, broken = 0, []
     batches = loader(images, batch_size, workers)
     with (progress or Progress()).track("eval", len(batches), unit="images", per_step=batch_size) as advance:
@@ -66,24 +69,25 @@ def evaluate(
                 found = {name: predict(model, inputs) for name, model in models.items()}
                 against = found[reference][1] if reference else None
                 for name, (kind, prediction) in found.items():
-                    _add(sums[name], kind, prediction, truth, against)
+                    for key, values in _figures(task, kind, prediction, truth, against).items():
+                        sums[name][key] += values.sum().item()
             seen += count
             advance()
     if not seen:
         raise TosaError(f"not one of the {len(images)} pictures in {images.name} can be read")
-    kept = [*(["top1"] if labelled else []), *(["agreement", "cosine"] if reference else [])]
-    figures = {name: {key: sums[name][key] / seen for key in kept} for name in models}
+    figures = {name: {key: total / seen for key, total in totals.items()} for name, totals in sums.items()}
     return {"data": images.name, "images": seen, "broken": broken, "models": figures}
 
 
-def _add(
-    sums: dict, kind: str, found: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None
-) -> None:
-    if labels is not None:
-        sums["top1"] += (found.argmax(-1) == labels).sum().item()
+def _figures(
+    task: Task, kind: str, found: torch.Tensor, labels: torch.Tensor | None, reference: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Name → values per image."""
+    figures = {} if labels is None else task.measure(found, labels)
     if reference is not None:
-        sums["agreement"] += agreement(kind, found, reference).sum().item()
-        sums["cosine"] += F.cosine_similarity(found, reference, dim=-1).reshape(len(found), -1).mean(1).sum().item()
+        figures["agreement"] = agreement(kind, found, reference)
+        figures["cosine"] = F.cosine_similarity(found, reference, dim=-1).reshape(len(found), -1).mean(1)
+    return figures
 
 
 def is_control(model: nn.Module) -> bool:

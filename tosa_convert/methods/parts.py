@@ -54,7 +54,7 @@ def find(kind: type[Part], name: str) -> type[Part]:
     if name in ours:
         module = discovery.module(kind.folder, name)
         return next(part for part in vars(module).values() if _is_a(part, kind) and part.name() == name)
-    for part in _subclasses(kind):
+    for part in discovery.subclasses(kind):
         if part.name() == name:
             return part
     if ":" in name:
@@ -75,7 +75,3 @@ def every(kind: type[Part]) -> dict[str, type[Part]]:
 
 def _is_a(part: Any, kind: type[Part]) -> bool:
     return isinstance(part, type) and issubclass(part, kind)
-
-
-def _subclasses(kind: type) -> list[type]:
-    return [each for direct in kind.__subclasses__() for each in (direct, *_subclasses(direct))]

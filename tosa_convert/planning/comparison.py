@@ -14,7 +14,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.config.validation import build
-from tosa_convert.data.images import has_labels, sample
+from tosa_convert.data.images import sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.methods.method import control, published
@@ -22,6 +22,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.api import find_plan
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.tasks.task import task_of
 from tosa_convert.training.distillation import distill
 
 PLAN = "plan"
@@ -59,7 +60,8 @@ def compare(
 
     Returns:
         {"machine", "data", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget", "macs",
-        the means of :func:`tosa_convert.measure.similarity.figures`, "top1" with labels, "ms" and "speedup".
+        the means of :func:`tosa_convert.measure.similarity.figures`, with labels the metrics of the model's task, such
+        as "top1", "ms" and "speedup".
     """
     if is_converted(model):
         raise UsageError("this model is converted already; start from the original, such as original(model)")
@@ -214,10 +216,9 @@ def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
 
 def labelled_sample(model: nn.Module, data: str | Path | None, count: int, labels: bool = True):
     """:func:`tosa_convert.data.images.sample` for a model: the images, their folder, and their labels or None."""
-    samples, folder, indices = sample(data, preprocessing_of(model), count)
-    if not labels or not has_labels(folder, model):
-        return samples, folder, None
-    return samples, folder, torch.tensor([folder.reader.samples[index][1] for index in indices])
+    task = task_of(model)
+    samples, folder, truths = sample(data, preprocessing_of(model), count, task.read)
+    return samples, folder, truths if labels and task.has_labels(folder, model) else None
 
 
 def mean_figures(
@@ -228,8 +229,8 @@ def mean_figures(
     progress: Progress | None = None,
 ) -> dict:
     """For each of the others the means of :func:`~tosa_convert.measure.similarity.figures` over the images, and
-    "top1" with labels."""
-    device = next(model.parameters()).device
+    with labels the metrics of the model's task."""
+    device, task = next(model.parameters()).device, task_of(model)
     sums: dict = {key: {} for key in others}
     batches = samples.split(8)
     truths = labels.split(8) if labels is not None else [None] * len(batches)
@@ -240,7 +241,7 @@ def mean_figures(
                 found = observe(others[key], batch.to(device))
                 values = figures(found, wanted)
                 if truth is not None:
-                    values["top1"] = (found.output.argmax(-1).cpu() == truth).float()
+                    values |= task.measure(found.output.cpu(), truth)
                 for name, value in values.items():
                     total[name] = total.get(name, 0.0) + value.sum().item()
                 advance()

@@ -32,6 +32,7 @@ from tosa_convert.planning.allocation import FINE, Ratios, allocate, bent_ramp, 
 from tosa_convert.planning.cost_model import Prices, price
 from tosa_convert.planning.sensitivity import Judged, curves
 from tosa_convert.selective.conversion import convert, set_ratios
+from tosa_convert.tasks.task import task_of
 
 BENDS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
 """Exponents of the ramps that are tried; 0 is all layers alike."""
@@ -79,7 +80,7 @@ class Search:
     def __init__(
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, batch_size: int, progress: Progress
     ):
-        self.model, self.progress = model, progress
+        self.model, self.progress, self.task = model, progress, task_of(model)
         self.labels = None if labels is None else torch.cat([labels[::2], labels[1::2]])
         device = next(model.parameters()).device
         halves = [half.to(device).split(batch_size) for half in (images[::2], images[1::2]) if len(half)]
@@ -148,13 +149,14 @@ class Search:
         return [observe(self.probe, batch) for batch in self.batches[: 1 if first_only else None]]
 
     def drop(self, ratios: Ratios) -> float:
-        """What these ratios lose: with labels top-1, of another classifier the share of images whose top-1 changes,
-        otherwise 1 − cosine of patch tokens or of the class token, whichever is more."""
+        """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of a
+        classifier the share of images whose top-1 changes, otherwise 1 − cosine of patch tokens or of the class token,
+        whichever is more."""
         found = self._observe(ratios)
         if self.labels is not None:
-            before, after = (torch.cat([each.output for each in outputs]) for outputs in (self.wanted, found))
-            right = [(each.argmax(-1).cpu() == self.labels).float().mean().item() for each in (before, after)]
-            return right[0] - right[1]
+            outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
+            main, metric = next(iter(self.task.metrics.items()))
+            return metric.loss(*(self.task.measure(each, self.labels)[main].mean().item() for each in outputs))
         compared = [figures(*pair) for pair in zip(found, self.wanted, strict=True)]
         names = ("agreement",) if "agreement" in compared[0] else ("patch", "class")
         means = [torch.cat([each[name] for each in compared]).mean().item() for name in names if name in compared[0]]

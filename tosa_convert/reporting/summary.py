@@ -4,7 +4,9 @@ from pathlib import Path
 
 from tosa_convert.base.files import read_json
 from tosa_convert.reporting.table import Table, mega, percent
+from tosa_convert.reporting.tables import figure
 from tosa_convert.runs.metrics_log import read_metrics
+from tosa_convert.tasks.task import every_metric
 
 
 def summary_table(run: Path, cost: dict) -> Table:
@@ -25,16 +27,21 @@ def _not_measured(command: str, run: Path) -> str:
 
 
 def _kept(results: dict | None, run: Path) -> list[list[str]]:
-    """Top-1 where there are labels, otherwise agreement and cosine with the original."""
+    """The metrics of the task where there are labels, otherwise agreement and cosine with the original."""
     models = results["models"] if results else {}
     found = models.get("converted") or models.get("model") or {}
     original = models.get("original", {})
-    if "top1" in found:
-        before = f"{percent(original['top1'], 2)} → " if "top1" in original else ""
-        return [["top-1", before + percent(found["top1"], 2)]]
+    measured = [(name, metric.title) for name, metric in every_metric().items() if name in found]
+    if measured:
+        return [[title, _change(name, original, found)] for name, title in measured]
     if "agreement" in found:
         return [["agreement with the original", f"{percent(found['agreement'], 2)}, cosine {found['cosine']:.4f}"]]
     return [["kept of the original", _not_measured("eval", run)]]
+
+
+def _change(name: str, original: dict, found: dict) -> str:
+    before = f"{figure(name, original[name], 2)} → " if name in original else ""
+    return before + figure(name, found[name], 2)
 
 
 def _speedups(results: dict | None, run: Path) -> list[list[str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from tosa_convert.base.files import read_json, write_text
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
+from tosa_convert.tasks.task import every_metric
 
 
 def training_table(results: dict) -> Table:
@@ -93,8 +94,7 @@ def flops_table(cost: dict, source: str) -> Table:
 
 def eval_table(results: dict) -> Table:
     figures = list(next(iter(results["models"].values())))
-    shown = {"top1": lambda v: percent(v, 2), "agreement": lambda v: percent(v, 2), "cosine": lambda v: f"{v:.4f}"}
-    rows = [[name, *(shown[key](values[key]) for key in figures)] for name, values in results["models"].items()]
+    rows = [[name, *(figure(key, values[key], 2) for key in figures)] for name, values in results["models"].items()]
     notes = broken_notes(results["broken"])
     if not figures:
         notes.append("nothing to compare: the images have no labels and the original is not available")
@@ -110,7 +110,11 @@ def export_table(results: dict) -> Table:
         ["images checked", str(results["images"])],
         ["largest difference", f"{results['difference']:.2e}"],
         ["agreement with torch", percent(results["agreement"], 2)],
-        *([f"top-1, {name}", percent(value, 2)] for name, value in results["top1"].items()),
+        *(
+            [f"{metric.title}, {name}", figure(key, value, 2)]
+            for key, metric in every_metric().items()
+            for name, value in results.get(key, {}).items()
+        ),
         *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
         ["check", "passed" if results["passed"] else "FAILED"],
     ]
@@ -195,7 +199,7 @@ def plan_table(results: dict) -> Table:
 
 
 PRICED = {"macs": "MACs", "latency": "latency"}
-FIDELITY = {"patch": "patch cos", "class": "class cos", "agreement": "agree", "top1": "top-1"}
+FIDELITY = {"patch": "patch cos", "class": "class cos", "agreement": "agree"}
 
 
 def _pairs(config: dict) -> list[tuple[int, float]]:
@@ -204,17 +208,22 @@ def _pairs(config: dict) -> list[tuple[int, float]]:
 
 
 def _fidelity(figures: dict) -> list[tuple[str, float]]:
-    return [(FIDELITY[name], figures[name]) for name in FIDELITY if name in figures]
+    return [(title, figures[name]) for name, title in _titles().items() if name in figures]
+
+
+def _titles() -> dict[str, str]:
+    """Of all that is measured of a model: how close it is to the original, and how well it does its task."""
+    return FIDELITY | {name: metric.title for name, metric in every_metric().items()}
 
 
 def compare_table(results: dict) -> Table:
     """Methods at the same budgets."""
-    kinds = [name for name in FIDELITY if any(name in row for row in results["rows"])]
+    kinds = [name for name in _titles() if any(name in row for row in results["rows"])]
     timed = "ms" in results["original"]
     rows = []
     for row in [{"method": "original", "budget": None, **results["original"], "macs": 1.0}, *results["rows"]]:
         cells = ["" if row["budget"] is None else f"{row['budget']:g}", row["method"], f"{row['macs']:.3f}"]
-        cells += [_figure(name, row.get(name)) for name in kinds]
+        cells += [figure(name, row[name]) if name in row else "–" for name in kinds]
         cells += [milliseconds(row["ms"]), f"{row['speedup']:.2f}×" if "speedup" in row else ""] if timed else []
         rows.append(cells)
     rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
@@ -222,15 +231,15 @@ def compare_table(results: dict) -> Table:
     timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
     notes.append("patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original")
     notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
-    shown = [FIDELITY[name] for name in kinds]
+    shown = [_titles()[name] for name in kinds]
     columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]
     return Table("Methods at the same budgets", columns, rows, notes)
 
 
-def _figure(name: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return percent(value) if name in ("agreement", "top1") else f"{value:.4f}"
+def figure(name: str, value: float, digits: int = 1) -> str:
+    """A value of something that is measured of a model, as a share or with four decimals."""
+    metric = every_metric().get(name)
+    return percent(value, digits) if name == "agreement" or (metric and metric.percent) else f"{value:.4f}"
 
 
 def broken_notes(names: list[str]) -> list[str]:

@@ -50,7 +50,16 @@ class CurrentForward(Hook):
 
     def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         """A forward hook on the patch projection: (B, D, rows, columns) tells the grid, or it comes with the tokens as
-        (tokens, (rows, columns))."""
+        (tokens, (rows, columns)).
+
+        Raises:
+            TosaError: the TorchScript exporter is at work, which silently fixes batch size and choices in its file.
+        """
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise TosaError(
+                "torch.onnx.export(dynamo=False), which optimum calls, cannot export a token-selective model; use "
+                "dynamo=True, or tosa-convert export, which also checks the file"
+            )
         grid = output[1] if isinstance(output, tuple) else output.shape[-2:]
         # In a trace, such as fvcore's, which is of one size, sizes are tensors.
         whole = tuple(int(side) if isinstance(side, torch.Tensor) else side for side in grid or ())

@@ -14,6 +14,7 @@ from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted, original
 from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.loss import Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
@@ -32,7 +33,7 @@ def finetune(
 ) -> dict:
     """Fine-tune a converted model with its layers selective (ToSA, arXiv 2406.08816, section 3, stage 2).
 
-    The loss is a weighted sum of cross-entropy with the labels, KL to the logits of the model as it
+    The loss is a weighted sum of the task's loss on labels (cross-entropy), KL to the logits of the model as it
     was unconverted, the distance to its last tokens, and for IdleViT its token cut loss; see
     :class:`FinetuneSettings`. Only the first needs labels.
 
@@ -49,7 +50,7 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    images = Images(data, preprocessing_of(model), settings.augment, seed)
+    images = task_of(model).read(data, preprocessing_of(model), settings.augment, seed)
     weights = loss_weights(settings, images, model)
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device
@@ -72,7 +73,7 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
     Raises:
         UsageError: labels wanted but there are none, or they are not the model's classes.
     """
-    situation = Situation(settings, images, model, outputs_of(model))
+    situation = Situation(settings, images, model, outputs_of(model), task_of(model))
     situation = situation._replace(labels=Labels.weight(situation))
     weights = {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
     weights = {Labels.name(): situation.labels, **weights}

@@ -11,6 +11,7 @@ from tosa_convert.base import discovery
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Images
 from tosa_convert.methods.method import published
+from tosa_convert.tasks.task import Task
 
 FOLDER = "training/losses"
 
@@ -20,14 +21,16 @@ class Situation(NamedTuple):
 
     Attributes:
         model: converted.
-        outputs: of its head, 0 without one.
-        labels: the weight of the cross-entropy with the labels, which the others depend on; None until it is known.
+        outputs: classes of its head, 0 without a classifier's.
+        task: what it is for.
+        labels: the weight of the loss on labels, which the others depend on; None until it is known.
     """
 
     settings: FinetuneSettings
     images: Images
     model: nn.Module
     outputs: int
+    task: Task
     labels: float | None = None
 
 

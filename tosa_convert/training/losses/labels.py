@@ -1,33 +1,32 @@
-"""Cross-entropy with the labels."""
-
-import torch.nn.functional as F
+"""The loss of the model's task on labels, such as cross-entropy."""
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.images import check_classes
-from tosa_convert.models.provenance import class_names
+from tosa_convert.tasks.task import task_of
 from tosa_convert.training.loss import Loss
 
 
 class Labels(Loss):
     """Wanted wherever there are labels."""
 
+    def __init__(self, model, teacher, settings):
+        super().__init__(model, teacher, settings)
+        self.task = task_of(model)
+
     @classmethod
     def default(cls, situation):
-        if situation.outputs and situation.images.ambiguous:
-            raise UsageError(
-                f"{situation.images.name}: {situation.images.ambiguous}; tidy the folder, or fine-tune without labels "
-                "(--labels 0)"
-            )
-        return float(situation.images.labelled and situation.outputs > 0)
+        try:
+            return float(situation.task.has_labels(situation.images, situation.model))
+        except UsageError as error:
+            raise UsageError(f"{error}; or fine-tune without labels (--labels 0)") from None
 
     @classmethod
     def check(cls, situation):
-        images = situation.images
-        if not images.labelled:
-            raise UsageError(f"{images.name} has no labels; sort it into class folders, or fine-tune with labels: 0")
-        if not situation.outputs:
+        if not situation.task.metrics:
             raise UsageError("the model has no head to train with labels; fine-tune with labels: 0")
-        check_classes(images, situation.outputs, class_names(situation.model))
+        if not situation.task.has_labels(situation.images, situation.model):
+            raise UsageError(
+                f"{situation.images.name} has no labels; sort it into class folders, or fine-tune with labels: 0"
+            )
 
     def of(self, found, wanted, labels):
-        return F.cross_entropy(found["logits"], labels, label_smoothing=self.settings.label_smoothing)
+        return self.task.loss(next(iter(found.values())), labels, self.settings)
