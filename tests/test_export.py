@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import onnx
@@ -14,7 +15,8 @@ from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_
 from tosa_convert.export import onnx as onnx_export
 from tosa_convert.export.onnx import _Graph, write_graph
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
-from tosa_convert.models.adapter import run
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.families.timm_eva import TimmEva
 from tosa_convert.models.outputs import agreement
 from tosa_convert.models.provenance import preprocessing_of
 
@@ -217,49 +219,45 @@ def test_one_graph_serves_every_image_size():
 
 
 def test_a_file_for_any_size_is_checked_at_several(pictures, tmp_path):
-    model = lively(FAMILIES["hf Dinov2Model"]())
-    converted = convert(model, score="similarity", bypass="merge", layers={3: 0.5})
+    """Of a model, too, that was not made with timm's dynamic_img_size, which it does not keep."""
+    converted = convert(load("quickstart"), score="similarity", bypass="merge", layers={3: 0.5})
     check = export_onnx(converted, tmp_path, pictures, ExportSettings(any_size=True))
-    assert check.sizes == [(32, 32), (48, 40), (24, 32)]
+    assert check.sizes == [(28, 28), (36, 32), (24, 28)]
     assert check.difference < 1e-4
     assert json.loads((tmp_path / "preprocessing.json").read_text())["input"]["shape"][2:] == ["height", "width"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    images = torch.randn(2, 3, 56, 24)
-    with torch.no_grad():
-        wanted = run(converted, images)["tokens"]
+    images = torch.randn(2, 1, 56, 24)
+    with torch.no_grad(), adapter_of(converted).any_size():
+        wanted = converted(images)
     assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
+    assert not converted.dynamic_img_size
+    assert converted(torch.randn(1, 1, 28, 28)).shape == (1, 10)
 
 
 def test_a_model_of_one_size_gives_no_file_for_any(pictures, tmp_path):
-    with pytest.raises(UsageError, match="takes pictures of 28×28 only"):
-        export_onnx(load("quickstart"), tmp_path, pictures, ExportSettings(any_size=True))
+    with pytest.raises(UsageError, match="takes images of 32×32 only"):
+        export_onnx(lively(FAMILIES["timm cait"]()), tmp_path, pictures, ExportSettings(any_size=True))
     assert not (tmp_path / "model.onnx").exists()
+
+
+ONE_SIZE = ("timm beit", "timm beit shared", "timm relpos", "timm relpos shared", "timm relpos post-norm", "timm cait",
+            "hf Aimv2VisionModel")  # fmt: skip
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_exports_for_any_batch_and_many_for_any_size(name, tmp_path):
-    """Agrees with torch at batches, and where the family is for it at sizes, that it was not exported with."""
+def test_every_family_exports_for_any_batch_and_for_any_size_that_it_takes(name, tmp_path):
+    """Agrees with torch at batches and sizes that it was not exported with."""
     converted = convert(lively(FAMILIES[name]()), score="similarity", bypass="merge", layers={3: 0.5})
-    size = preprocessing_of(converted).size  # NaFlex has none of its own
+    adapter, size = adapter_of(converted), preprocessing_of(converted).size  # NaFlex has none of its own
     _agrees(converted, tmp_path, False, [(1, 3, *size), (5, 3, *size)])
-    if name in ANY_SIZE:
-        _agrees(converted, tmp_path, True, [(5, 3, 32, 32), (2, 3, 64, 48), (1, 3, 48, 80)])
-
-
-ANY_SIZE = (
-    "timm vit",
-    "timm deit distilled",
-    "timm dinov2 registers",
-    "timm eva02",
-    "timm naflex",
-    "timm naflex rope",
-    "hf ViTModel",
-    "hf Dinov2Model",
-    "hf DINOv3ViTModel",
-    "hf CLIPVisionModel",
-    "hf Dinov2Backbone",
-)
+    if name in ONE_SIZE:
+        with pytest.raises(UsageError, match="only, so its file cannot take any size"):
+            export_onnx(converted, tmp_path, settings=ExportSettings(any_size=True))
+        return
+    others = [(64, 64), (48, 48)] if adapter.square else [(64, 48), (48, 80)]
+    with adapter.any_size():
+        _agrees(converted, tmp_path, True, [(5, 3, 32, 32), *((2, 3, *other) for other in others)])
 
 
 def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) -> None:
@@ -273,10 +271,10 @@ def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) ->
             assert np.allclose(ours, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item())), shape
 
 
-@pytest.mark.parametrize("name", ["timm dinov3", "hf DepthAnything"])
-def test_positions_that_are_fixed_in_the_file_are_found_out(name, pictures, tmp_path):
+def test_positions_that_are_fixed_in_the_file_are_found_out(pictures, tmp_path, monkeypatch):
     """The exporter notes the positions of the size that it sees, without a word; the check must tell."""
-    model = convert(lively(FAMILIES[name]()), layers=[2], ratio=0.5)
+    monkeypatch.setattr(TimmEva, "exporting", lambda self: nullcontext())
+    model = convert(lively(FAMILIES["timm dinov3"]()), layers=[2], ratio=0.5)
     with pytest.raises(TosaError, match="--any-size"):
         export_onnx(model, tmp_path, pictures, ExportSettings(any_size=True))
     assert not (tmp_path / "model.onnx").exists()

@@ -26,8 +26,10 @@ PARTS = {
     "random": {"method": "random", "ratio": 0.5},
     "tome": {"method": "tome", "ratio": 0.7},
     "evit": {"method": "evit", "ratio": 0.7},
+    "idle": {"method": "idle", "ratio": 0.7},
+    "norm drop": {"score": "norm", "bypass": "drop", "schedule": "stages", "ratio": 0.7},
 }
-EVERYWHERE = [name for name in PARTS if name not in ("tome", "evit")]
+EVERYWHERE = [name for name in PARTS if name not in ("tome", "evit", "norm drop")]
 CASES = [
     *(("timm vit", parts) for parts in PARTS),
     *(("hf ViT classifier", parts) for parts in PARTS),
@@ -42,7 +44,15 @@ FEW = [
     ("hf ViT classifier", "evit"),
     ("hf Dinov2 registers", "norm borrow"),
 ]
-"""For what takes seconds each; `pytest -m long` runs all."""
+MOST = [
+    *(("timm vit", parts) for parts in PARTS),
+    ("hf ViT classifier", "evit"),
+    ("timm eva02", "tosa"),
+    ("hf Dinov2 registers", "norm borrow"),
+    ("hf BeitModel", "similarity merge"),
+    ("timm cait", "similarity merge"),
+]
+"""Every score and bypass, and every family, once; `pytest -m long` runs all cases."""
 IMAGES, OTHERS = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
 
 
@@ -86,7 +96,7 @@ def test_the_torchscript_exporter_is_refused_by_name(family, parts):
         torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False)
 
 
-@pytest.mark.parametrize(("family", "parts"), CASES)
+@pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_torch_export(family, parts):
     model, inputs, others = made(family, parts)
     with torch.no_grad():
@@ -107,7 +117,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize(("family", "parts"), CASES)
+@pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_jit_trace_with_its_check(family, parts):
     model = Whole(made(family, parts)[0]).eval()
     with torch.no_grad():
@@ -116,7 +126,7 @@ def test_jit_trace_with_its_check(family, parts):
         assert close(traced(OTHERS), wanted)
 
 
-@pytest.mark.parametrize(("family", "parts"), CASES)
+@pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_one_graph_for_torch_compile(family, parts):
     """The eager backend needs no compiler."""
     model, inputs, others = made(family, parts)
@@ -127,7 +137,7 @@ def test_one_graph_for_torch_compile(family, parts):
         assert close(first(compiled(**others)), first(model(**others)))
 
 
-@pytest.mark.parametrize(("family", "parts"), CASES)
+@pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_dynamic_quantisation(family, parts):
     model, inputs, others = made(family, parts)
     with torch.no_grad():
@@ -140,7 +150,7 @@ def test_dynamic_quantisation(family, parts):
             assert torch.cosine_similarity(found.flatten(), right.flatten(), dim=0) > 0.8
 
 
-@pytest.mark.parametrize(("family", "parts"), CASES)
+@pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_torchao(family, parts):
     quantization = pytest.importorskip("torchao.quantization")
     model, inputs, _ = made(family, parts)

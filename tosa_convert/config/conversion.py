@@ -121,8 +121,8 @@ class ConvertConfig(BaseModel):
     @model_validator(mode="after")
     def _each_part_has_its_own_options(self) -> "ConvertConfig":
         """Those given are checked, those left out get their defaults."""
-        extra, known = dict(self.__pydantic_extra__ or {}), {}
-        for kind in KINDS:
+        extra, known = dict(self.__pydantic_extra__ or {}), dict[str, Any]()
+        for kind in KINDS.values():
             fields = self.part(kind).Options.model_fields
             given = {name: extra.pop(name) for name in fields if name in extra}
             try:
@@ -133,12 +133,12 @@ class ConvertConfig(BaseModel):
         if extra:
             unknown = unknown_options(self.model_dump())
             raise ValueError("; ".join(f"{name}: {message}" for name, message in unknown.items()))
-        self.__pydantic_extra__.update(known)
+        self.__pydantic_extra__ = {**(self.__pydantic_extra__ or {}), **known}
         return self
 
     @model_validator(mode="after")
     def _fit_together(self) -> "ConvertConfig":
-        score, bypass = self.part("score"), self.make(Bypass)
+        score, bypass = self.part(Score), self.make(Bypass)
         if bypass.needs_weights and not score.weighs:
             fits = [name for name, part in parts.every(Score).items() if part.weighs]
             raise ValueError(
@@ -151,13 +151,13 @@ class ConvertConfig(BaseModel):
             self._check_reading(self.layers)
         return self
 
-    def part(self, kind: str) -> type[parts.Part]:
-        """The class of its "score", "bypass" or "schedule"."""
-        return parts.find(KINDS[kind], getattr(self, kind))
+    def part(self, kind: type[parts.P]) -> type[parts.P]:
+        """The class of its Score, Bypass or Schedule."""
+        return parts.find(kind, getattr(self, kind.kind))
 
-    def make(self, kind: type[parts.Part]) -> Any:
+    def make(self, kind: type[parts.P]) -> parts.P:
         """Its score, bypass or schedule, with the options that it has."""
-        part = self.part(kind.kind)
+        part = self.part(kind)
         return part(
             **{
                 name: value
@@ -170,7 +170,7 @@ class ConvertConfig(BaseModel):
     def acts(self) -> Acts:
         """Where its bypass acts: around a block, or between its attention and MLP, so that later layers have fewer
         tokens."""
-        return self.part("bypass").acts
+        return self.part(Bypass).acts
 
     @property
     def reduces(self) -> bool:
@@ -180,13 +180,13 @@ class ConvertConfig(BaseModel):
     @property
     def reads_before(self) -> bool:
         """Whether the score is read in the layer before the selective one."""
-        return self.part("score").reads_before(self.acts)
+        return self.part(Score).reads_before(self.acts)
 
     def _check_reading(self, layers: list[int]) -> None:
         """Where a layer is read, there must be one; ToSA's selector was taught by an ordinary one."""
         if self.reads_before and min(layers) == 1:
             raise ValueError("layer 1 cannot be selective: there is no layer before it to read; start at 2")
-        if self.part("score").ordinary_before or self.make(Bypass).per_head:
+        if self.part(Score).ordinary_before or self.make(Bypass).per_head:
             for lower, upper in itertools.pairwise(sorted(layers)):
                 if lower + 1 == upper:
                     raise ValueError(
@@ -201,7 +201,7 @@ class ConvertConfig(BaseModel):
             ValueError: a layer beyond the depth, as many ratios as there are not layers, or ratios
                 that this bypass cannot do.
         """
-        schedule: Schedule = self.make(Schedule)
+        schedule = self.make(Schedule)
         layers = schedule.layers(depth, 2 if self.reads_before else 1) if self.layers is None else self.layers
         if not layers:
             raise ValueError(f"schedule {self.schedule} finds no layer in a model of {depth}; name layers yourself")
@@ -227,7 +227,7 @@ class ConvertConfig(BaseModel):
         for (_, before), (layer, ratio) in itertools.pairwise([(0, 1.0), *plan]):
             if ratio > before:
                 raise ValueError(f"layer {layer}: with bypass {self.bypass} tokens do not come back; ratios only fall")
-            if self.part("score").finds_partners and ratio < before * SMALLEST_RATIO_STEP:
+            if self.part(Score).finds_partners and ratio < before * SMALLEST_RATIO_STEP:
                 raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens at once")
         known, left = dict(plan), 1.0
         return [(layer, left := known.get(layer, left)) for layer in range(plan[0][0], depth + 1)]
@@ -235,7 +235,7 @@ class ConvertConfig(BaseModel):
 
 def unknown_options(values: dict) -> dict[str, str]:
     """The options among a configuration's values that neither it nor its parts have → what to do about each."""
-    row = published().get(values.get("method"))
+    row = published().get(str(values.get("method")))
     named = {
         **{kind: ConvertConfig.model_fields[kind].default for kind in KINDS},
         **values,

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -17,7 +18,7 @@ from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import atomic, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.export.verification import CHOSEN, Check, check_file, other_size
+from tosa_convert.export.verification import CHOSEN, Check, check_file, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
@@ -62,7 +63,8 @@ def export_onnx(
     labelled = settings.labels and task.has_labels(images, model)
     if settings.any_size:
         _refuse_one_size(model)
-    with atomic(folder / FILE) as fresh:
+    sizes = adapter_of(model).any_size() if settings.any_size else contextlib.nullcontext()
+    with sizes, atomic(folder / FILE) as fresh:
         write_graph(model, fresh, settings.opset, settings.any_size)
         check = check_file(model, fresh, images, task if labelled else None, settings, original, progress or Progress())
         if not check.passed:
@@ -112,10 +114,11 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     preprocessing, adapter = preprocessing_of(model), adapter_of(model)
     size, shape = preprocessing.size, {0: torch.export.Dim("batch")}
     if any_size:
-        size = other_size(model)  # of no model's own, or its position embedding would be taken as it is
-        sides = (
+        size = other_sizes(model)[0]  # of no model's own, or its position embedding would be taken as it is
+        sides = [
             torch.export.Dim(name, min=2, max=4096 // patch) for name, patch in zip(SIDES, adapter.patch, strict=True)
-        )
+        ]
+        sides = sides[:1] * 2 if adapter.square else sides
         shape |= {axis: patch * side for axis, patch, side in zip((2, 3), adapter.patch, sides, strict=True)}
     example = torch.randn(2, preprocessing.channels, *size)
     graph = _Graph(model)
@@ -154,12 +157,12 @@ def _hide_chosen(proto: onnx.ModelProto) -> None:
 def _refuse_one_size(model: nn.Module) -> None:
     preprocessing = preprocessing_of(model)
     try:
-        run(model, torch.zeros(1, preprocessing.channels, *other_size(model)))
+        with adapter_of(model).any_size():
+            run(model, torch.zeros(1, preprocessing.channels, *other_sizes(model)[0]))
     except Exception:
         height, width = preprocessing.size
         raise UsageError(
-            f"this model takes pictures of {height}×{width} only, so its file cannot take any size; leave "
-            "--any-size out (of timm's ViTs those made with dynamic_img_size=True take any)"
+            f"this model takes images of {height}×{width} only, so its file cannot take any size; leave --any-size out"
         ) from None
 
 
@@ -184,7 +187,7 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
 
 
 @contextlib.contextmanager
-def _quick_rules():
+def _quick_rules() -> Iterator[None]:
     """The exporter's optimiser without its rule "slices that make up a split".
 
     The rule compares each slice with every node of the graph, which takes nine tenths of an export, and finds nothing
@@ -201,7 +204,7 @@ def _quick_rules():
 
 
 @contextlib.contextmanager
-def _silence():
+def _silence() -> Iterator[None]:
     """The exporter prints its steps and warns about its own internals."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

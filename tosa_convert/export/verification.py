@@ -57,11 +57,14 @@ class Check:
         return {**plain, **plain.pop("metrics"), "passed": self.passed}
 
 
-def other_size(model: nn.Module) -> tuple[int, int]:
-    """A picture size (H, W) that is not the model's own: two rows of patches more, and one column."""
-    height, width = preprocessing_of(model).size
-    down, across = adapter_of(model).patch
-    return height + 2 * down, width + across
+def other_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Image sizes (H, W) that are not the model's own: a larger one, and one with a quarter fewer rows of patches."""
+    (height, width), adapter = preprocessing_of(model).size, adapter_of(model)
+    down, across = adapter.patch
+    fewer = down * (height // down // 4)
+    if adapter.square:
+        return [(height + 2 * down,) * 2, (height - fewer,) * 2]
+    return [(height + 2 * down, width + across), (height - fewer, width)]
 
 
 def check_file(
@@ -138,9 +141,7 @@ def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> lis
 @torch.inference_mode()
 def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, check: Check) -> None:
     """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
-    height, width = check.sizes[0]
-    down, across = adapter_of(model).patch
-    for size in (other_size(model), (height - down * (height // down // 4), width)):
+    for size in other_sizes(model):
         images = Images(None, preprocessing_of(model).at(size))
         agreed = []
         for index in range(len(images)):

@@ -95,7 +95,7 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
             )
         )
     return Cost(
-        size=tuple(size),
+        size=(size[0], size[1]),
         patches=patches,
         macs=counted[""],
         original=before[""],

@@ -144,8 +144,8 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
         distances.append(distance)
         parents.append(parent)
     closest = ordered(torch.cat(distances, dim=1)).indices + coarsest
-    surplus = patches - kept
-    attended, skipped = torch.cat([always, closest[:, surplus:]], dim=1), closest[:, :surplus]
+    skipped, finest = closest.split([patches - kept, kept - coarsest], dim=1)  # slices would lose symbolic lengths
+    attended = torch.cat([always, finest], dim=1)
     partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
     places = order + prefix
     return Choice(

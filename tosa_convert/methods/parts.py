@@ -5,7 +5,7 @@ is known as soon as that class has been imported; nothing is imported because a 
 """
 
 import difflib
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,7 +44,10 @@ class Part:
         return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def find(kind: type[Part], name: str) -> type[Part]:
+P = TypeVar("P", bound=Part)
+
+
+def find(kind: type[P], name: str) -> type[P]:
     """The part of a kind that is called so.
 
     Raises:
@@ -68,7 +71,7 @@ def near(name: str, known: list[str]) -> str:
     return f"did you mean {found[0]!r}?" if found else ""
 
 
-def every(kind: type[Part]) -> dict[str, type[Part]]:
+def every(kind: type[P]) -> dict[str, type[P]]:
     """Those of ours, by name."""
     return {name: find(kind, name) for name in discovery.names(kind.folder)}
 

@@ -38,6 +38,7 @@ class Adapter(ABC):
         gives_maps: whether what it gives are maps of the patches behind several layers: every token is needed for them.
         halves: whether a block's attention and MLP are modules of their own, one behind the other, as bypasses need
             that take tokens away between them.
+        square: whether images of other sizes than the model's own have to be square.
     """
 
     library: str
@@ -50,6 +51,7 @@ class Adapter(ABC):
     own_heads: bool = True
     gives_maps: bool = False
     halves: bool = True
+    square: bool = False
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -205,6 +207,10 @@ class Adapter(ABC):
 
     def exporting(self) -> AbstractContextManager:
         """Within this block the model is fit to be exported."""
+        return nullcontext()
+
+    def any_size(self) -> AbstractContextManager:
+        """Within this block the model takes images of any size that is cut into whole patches, if it can be made to."""
         return nullcontext()
 
     @property

@@ -1,5 +1,7 @@
 """Find score, bypass and keep ratios for a budget, without training."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from tosa_convert.planning.search import Plan, Search
 from tosa_convert.selective.conversion import is_converted
 
 
-def plan(model: nn.Module, images: torch.Tensor, budget: float | None = None, **options) -> ConvertConfig:
+def plan(model: nn.Module, images: torch.Tensor, budget: float | None = None, **options: Any) -> ConvertConfig:
     """The best training-free conversion of a model for a budget; see :func:`find_plan` for the options."""
     return find_plan(model, images, budget, **options).config
 

@@ -14,10 +14,11 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.config.validation import build
-from tosa_convert.data.images import sample
+from tosa_convert.data.images import Images, sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.methods.method import control, published
+from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.api import find_plan
 from tosa_convert.planning.cost_model import time_models
@@ -114,7 +115,7 @@ def compare(
 
 
 def _learns(model: nn.Module) -> bool:
-    return model.tosa_config.part("score").learns
+    return model.tosa_config.part(Score).learns
 
 
 def _config(name: str, ratio: float) -> ConvertConfig | None:
@@ -214,7 +215,9 @@ def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
     return best
 
 
-def labelled_sample(model: nn.Module, data: str | Path | None, count: int, labels: bool = True):
+def labelled_sample(
+    model: nn.Module, data: str | Path | None, count: int, labels: bool = True
+) -> tuple[torch.Tensor, Images, torch.Tensor | None]:
     """:func:`tosa_convert.data.images.sample` for a model: the images, their folder, and their labels or None."""
     task = task_of(model)
     samples, folder, truths = sample(data, preprocessing_of(model), count, task.read)

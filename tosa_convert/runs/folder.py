@@ -10,6 +10,7 @@ import os
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,7 +29,7 @@ HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
 """Which runs were made from which folder; see :func:`remember`."""
 
 
-def save(model: nn.Module, folder: str | Path, **extra) -> Path:
+def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
     """Write a model, converted or not, so that ``load(folder)`` gives it back.
 
     Each file appears whole or not at all, and ``config.json`` last.
@@ -89,7 +90,7 @@ def load_run(folder: str | Path) -> nn.Module:
         )
     conversion = _conversion(config)
     try:
-        model = build(Origin(**config["origin"]))
+        model: Any = build(Origin(**config["origin"]))
         if conversion is not None:
             convert(model, conversion)
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

@@ -3,6 +3,7 @@
 import warnings
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -62,11 +63,11 @@ def load(
         place = str(folder.resolve()) if folder and source != QUICKSTART else source
         _note_origin(model, place, checkpoint, num_classes)
     if img_size is not None:
-        set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
+        set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
     return model.eval()
 
 
-def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+def set_image_size(model: Any, size: tuple[int, int]) -> None:
     """Make a loaded model take (H, W) pixels, and remember it for its pictures, counts and exports."""
     adapter = adapter_of(model)
     if not adapter.fits(size):
@@ -115,7 +116,7 @@ def _folder(source: str) -> Path | None:
     return None
 
 
-def _note_origin(model: nn.Module, source: str, checkpoint, num_classes: int | None) -> None:
+def _note_origin(model: Any, source: str, checkpoint: str | Path | None, num_classes: int | None) -> None:
     weights = str(Path(checkpoint).resolve()) if checkpoint else None
     found = {"source": source, "checkpoint": weights, "num_classes": num_classes}
     model.tosa_origin = model.tosa_origin.model_copy(update=found)

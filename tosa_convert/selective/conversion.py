@@ -1,7 +1,8 @@
 """The surgery: chosen blocks of a model become token-selective, in place."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,8 +56,13 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
-    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
+    _note(model, config, layers, ratio)
     return model
+
+
+def _note(model: Any, config: ConvertConfig, layers: list[int], ratio: float | list[float]) -> None:
+    """Let a model know how it is converted."""
+    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
 
 
 def _take_objects(options: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:
@@ -83,10 +89,11 @@ def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
     """
     if model.tosa_config.reduces:
         raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) anew")
-    for block in selective_blocks(model):
-        block.selection.ratio = ratios.get(block.selection.layer, block.selection.ratio)
-    kept = {block.selection.layer: block.selection.ratio for block in selective_blocks(model)}
-    model.tosa_config = model.tosa_config.model_copy(update={"layers": list(kept), "ratio": list(kept.values())})
+    selections: list[Selection] = [block.selection for block in selective_blocks(model)]
+    for selection in selections:
+        selection.ratio = ratios.get(selection.layer, selection.ratio)
+    config: Any = model.tosa_config
+    _note(model, config, [each.layer for each in selections], [each.ratio for each in selections])
     return model
 
 
@@ -104,8 +111,8 @@ class _Surgeon:
 
     def __init__(self, adapter: Adapter, config: ConvertConfig, own: dict[str, Part]):
         self.adapter, self.config, self.current = adapter, config, CurrentForward()
-        self.score: Score = own.get("score") or config.make(Score)
-        self.bypass: Bypass = own.get("bypass") or config.make(Bypass)
+        self.score = cast(Score, own.get("score")) or config.make(Score)
+        self.bypass = cast(Bypass, own.get("bypass")) or config.make(Bypass)
 
     def operate(self, stages: list[tuple[int, float]]) -> None:
         """Convert the layers of these numbers, with these ratios."""
@@ -136,12 +143,12 @@ class _Surgeon:
             last=layer == len(self.adapter.blocks),
         )
 
-    def _convert(self, block: nn.Module, selection: Selection) -> None:
+    def _convert(self, block: Any, selection: Selection) -> None:
         adapter = self.adapter
         self._add_score(block, selection)
         for module, method in self._steered(block):
             steer(module, method)
-        kind = reducing_class if self.config.reduces else selective_class
+        kind: Callable[[type], type] = reducing_class if self.config.reduces else selective_class
         block.__class__ = kind(type(block))
         block.selection, block.adapter = selection, adapter
         if selection.reads is Reads.QUERIES_KEYS:
@@ -150,7 +157,7 @@ class _Surgeon:
         if block.matcher is not None and self.config.reduces:
             self.current.taps.append(adapter.tap(block, block.listen_for_partners))
 
-    def _add_score(self, block: nn.Module, selection: Selection) -> None:
+    def _add_score(self, block: Any, selection: Selection) -> None:
         weight, adapter = next(block.parameters()), self.adapter
         site = Site(selection.layer, adapter.heads, adapter.prefix, adapter.width, self.config.acts, self.config.seed)
         with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.reducing_block import check_halves
 
@@ -14,8 +15,8 @@ def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
         UsageError: score or bypass look for something that is not there.
         UnsupportedModelError: its blocks cannot be run in halves.
     """
-    bypass: Bypass = config.make(Bypass)
-    if config.part("score").needs_class_token and not adapter.class_token:
+    bypass = config.make(Bypass)
+    if config.part(Score).needs_class_token and not adapter.class_token:
         raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
     if not bypass.puts_back and not adapter.classifies_by_class_token:
         raise UsageError(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -145,7 +146,7 @@ def may_run_again(block: nn.Module) -> bool:
     return block.training or torch.is_grad_enabled()
 
 
-def selective_blocks(model: nn.Module) -> list[nn.Module]:
+def selective_blocks(model: nn.Module) -> list[Any]:
     """The selective blocks of a converted model, in order of their layers; empty for an ordinary model."""
     found = [module for module in model.modules() if isinstance(getattr(module, "selection", None), Selection)]
     return sorted(found, key=lambda block: block.selection.layer)

@@ -5,6 +5,7 @@ known as soon as its class has been imported, and is asked before ours.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Task:
         return False
 
     def read(
-        self, source: str | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
+        self, source: str | Path | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
     ) -> Images:
         """The images of a folder, with their labels; see :class:`Images` for the arguments."""
         return Images(source, preprocessing, augment, seed)

@@ -65,7 +65,7 @@ def check_distillable(model: nn.Module) -> None:
     if not is_converted(model):
         raise UsageError("there are no selectors to distill: convert the model first")
     config = model.tosa_config
-    if not config.part("score").learns:
+    if not config.part(Score).learns:
         learn = " or ".join(repr(name) for name, part in every(Score).items() if part.learns)
         raise UsageError(f"score {config.score!r} has nothing to learn; distill is for score {learn}")
 

@@ -74,9 +74,10 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
         UsageError: labels wanted but there are none, or they are not the model's classes.
     """
     situation = Situation(settings, images, model, outputs_of(model), task_of(model))
-    situation = situation._replace(labels=Labels.weight(situation))
-    weights = {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
-    weights = {Labels.name(): situation.labels, **weights}
+    labels = Labels.weight(situation)
+    situation = situation._replace(labels=labels)
+    weights = {Labels.name(): labels}
+    weights |= {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
     if not any(weights.values()):
         raise UsageError("labels, logits and features all weigh 0: there is nothing to learn from")
     return weights
@@ -106,4 +107,5 @@ class SelectiveFinetuning(nn.Module):
             with torch.no_grad():
                 wanted = run(self.teacher[0], images)
         parts = {loss.name(): loss.of(found, wanted, labels) for loss in self.losses}
-        return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        return {"loss": total, **parts}

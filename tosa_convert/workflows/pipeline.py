@@ -16,6 +16,7 @@ from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
 from tosa_convert.measure.macs import flops
+from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.reporting.tables import write_report
 from tosa_convert.runs import folder as runs
@@ -63,7 +64,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     """
     stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
     if stages in ([], ["export"]):
-        if recipe.convert.part("score").learns:
+        if recipe.convert.part(Score).learns:
             raise UsageError(
                 f"the recipe trains nothing, and score {recipe.convert.score} has to be trained; add distill: or "
                 "finetune:"

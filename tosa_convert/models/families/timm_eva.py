@@ -1,5 +1,7 @@
 """timm: EVA-02, DINOv3, PE, ViTs with rotary positions."""
 
+from contextlib import contextmanager
+
 import torch
 from timm.layers import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -10,6 +12,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.rotary import RotaryTap, positions_at
+from tosa_convert.models.symbolic import OpenRanges, open_numbers
 
 TIMM = ("eva",)
 
@@ -32,6 +35,12 @@ class TimmEva(TimmVit):
 
     def tap(self, block, receive, detach=True):
         return _NormTap(self, block, receive, detach)
+
+    @contextmanager
+    def exporting(self):
+        """DINOv3's positions depend on the size of the grid."""
+        with open_numbers(["timm.layers.pos_embed_sincos"]), OpenRanges():
+            yield
 
     def check_arguments(self, layer, args, kwargs):
         super().check_arguments(layer, args, {name: value for name, value in kwargs.items() if name != "rope"})

@@ -1,10 +1,12 @@
 """timm: ViT, DeiT (distilled too), DeiT-III, DINOv2 (with registers too), CLIP and SigLIP towers, FlexiViT, AIMv2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import Attention
+from timm.layers import Attention, Format
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
@@ -120,6 +122,20 @@ class TimmVit(Adapter):
                 "embedding is not resampled; leave the image size out"
             )
         self.model.set_input_size(img_size=size)
+
+    @contextmanager
+    def any_size(self) -> Iterator[None]:
+        """As with timm's ``dynamic_img_size=True``, where the class offers it."""
+        if getattr(self.model, "dynamic_img_size", True):
+            yield
+            return
+        embedding = self.model.patch_embed
+        taken = {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC}
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(self.model, "dynamic_img_size", True))
+            for name, value in taken.items():
+                stack.enter_context(mock.patch.object(embedding, name, value))
+            yield
 
     @property
     def patch(self) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 Its depth or segmentation head stays.
 """
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +25,7 @@ def find(model: nn.Module) -> Adapter | None:
 class TransformersDpt(TransformersVit):
     bias_name = None  # its attention takes no mask
     halves = False  # the MLP's last module adds the tokens itself
+    square = True  # its neck takes the root of the number of tokens
 
     def _prefix_tokens(self, block: nn.Module) -> int:
         return 1
@@ -42,6 +46,18 @@ class TransformersDpt(TransformersVit):
     def patch_projection(self) -> nn.Module:
         embeddings = next(module for module in self.model.modules() if hasattr(module, "position_embeddings"))
         return getattr(embeddings, "patch_embeddings", embeddings).projection
+
+    @contextmanager
+    def exporting(self):
+        """The neck is told the grid, since the root of a symbolic number would become a constant."""
+        neck = next(module for module in self.model.modules() if hasattr(module, "readout_projects"))
+        gather, grid = neck.forward, []
+        handle = self.patch_projection.register_forward_hook(lambda _, __, output: grid.append(output.shape[-2:]))
+        try:
+            with super().exporting(), mock.patch.object(neck, "forward", lambda states, *_: gather(states, *grid[-1])):
+                yield
+        finally:
+            handle.remove()
 
     def steered(self, block):
         return [(self.attention(block), "forward")]

@@ -1,5 +1,8 @@
 """transformers: ViT-MAE encoder, its masking turned off."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from torch import nn
 
@@ -43,9 +46,18 @@ class TransformersMae(TransformersVit):
     def inputs(self, images):
         return {**super().inputs(images), "noise": _sorted_noise(images, self.patch)}
 
+    @property
+    def _embeddings(self) -> nn.Module:
+        return next(module for module in self.model.modules() if hasattr(module, "random_masking"))
+
+    @contextmanager
+    def exporting(self):
+        """The masking of no token in order, which the graph need not work out."""
+        with super().exporting(), mock.patch.object(self._embeddings, "random_masking", _nothing_masked):
+            yield
+
     def prepare(self):
-        embeddings = next(module for module in self.model.modules() if hasattr(module, "random_masking"))
-        embeddings.register_forward_pre_hook(_InOrder(self.patch), with_kwargs=True)
+        self._embeddings.register_forward_pre_hook(_InOrder(self.patch), with_kwargs=True)
 
 
 class _InOrder(Hook):
@@ -56,6 +68,11 @@ class _InOrder(Hook):
         if len(args) > 1 or kwargs.get("noise") is not None:
             return None
         return args, {**kwargs, "noise": _sorted_noise(args[0] if args else kwargs["pixel_values"], self.patch)}
+
+
+def _nothing_masked(tokens: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, N, C) and (B, N) → the tokens, the mask, and the order of the tokens."""
+    return tokens, torch.zeros_like(noise), torch.arange(noise.shape[1], device=noise.device).expand(noise.shape)
 
 
 def _sorted_noise(images: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:

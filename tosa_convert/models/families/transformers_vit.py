@@ -15,6 +15,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.symbolic import open_numbers
 
 PREFIX_TOKENS = {
     "ViTLayer": lambda config: 1,
@@ -215,7 +216,9 @@ class TransformersVit(Adapter):
         sys.modules["transformers"].AttentionInterface.register(UNMASKED, sdpa)
         config._attn_implementation = UNMASKED
         try:
-            yield
+            code = {type(module).__module__ for module in self.model.modules()}
+            with open_numbers(name for name in code if name.startswith("transformers.models.")):
+                yield
         finally:
             config._attn_implementation = before
 

@@ -4,6 +4,7 @@ the selected ones come to hold what belongs together."""
 import torch
 
 from tosa_convert.base.errors import UsageError
+from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import Selection, selective_blocks
 from tosa_convert.training.loss import Loss
@@ -21,7 +22,7 @@ class TokenCut(Loss):
     @classmethod
     def check(cls, situation):
         config = situation.model.tosa_config
-        if not config.part("score").weighs or config.reduces:
+        if not config.part(Score).weighs or config.reduces:
             raise UsageError(
                 "the token cut loss is for score class_attention with all tokens kept, as in IdleViT; set cut to 0"
             )
