@@ -26,15 +26,15 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = {"checkpoint": arguments.weights} if arguments.weights else {"pretrained": False}
     model = load("vit_small_patch14_dinov2", img_size=224, **chosen)
-    pictures = sample(None, preprocessing_of(model), 24)[0]
+    images = sample(None, preprocessing_of(model), 24)[0]
     seconds = {}
     for budget in BUDGETS:
         began = time.perf_counter()
-        find_plan(model, pictures, budget)
+        find_plan(model, images, budget)
         seconds[str(budget)] = time.perf_counter() - began
         print(f"budget {budget}: {seconds[str(budget)]:.0f} s", flush=True)
     weights = "real" if arguments.weights else "random"
-    record.write(arguments.out, {"seconds": seconds, "images": len(pictures), "weights": weights})
+    record.write(arguments.out, {"seconds": seconds, "images": len(images), "weights": weights})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ the same short fine-tuning.
 
     python benchmarks/quickstart_methods.py --out benchmarks/results/quickstart_methods.json
 
-Fine-tuning is half the quickstart's, 75 steps of 64 pictures, learning rate 1e-4. ToSA's selectors are distilled for
+Fine-tuning is half the quickstart's, 75 steps of 64 images, learning rate 1e-4. ToSA's selectors are distilled for
 60 steps first, as there. Takes ten minutes on two cores.
 """
 
@@ -70,8 +70,8 @@ def measure(model, name: str, budget: float, train: str, test: str) -> dict:
 
 
 def planned(model, budget: float, train: str):
-    pictures = sample(train, preprocessing_of(model), 48)[0]
-    return convert(copy.deepcopy(model), find_plan(model, pictures, budget).config)
+    images = sample(train, preprocessing_of(model), 48)[0]
+    return convert(copy.deepcopy(model), find_plan(model, images, budget).config)
 
 
 if __name__ == "__main__":

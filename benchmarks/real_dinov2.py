@@ -110,7 +110,7 @@ def transformers_model(state: dict[str, torch.Tensor]) -> transformers.Dinov2Mod
 
 
 def features_of_graph(proto: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
-    """The ONNX file's own tokens behind the last LayerNorm, (1, 257, 384)."""
+    """The ONNX file's own tokens after the last LayerNorm, (1, 257, 384)."""
     node = next(node for node in proto.graph.node if "backbone.layernorm.bias" in node.input)
     inspected = onnx.ModelProto()
     inspected.CopyFrom(proto)

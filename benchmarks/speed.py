@@ -1,9 +1,9 @@
-"""What conversion gains in the clock: original, default rows and rows="all", in one interleaved run.
+"""The latency that conversion saves: original, default rows and rows="all", in one interleaved run.
 
     python benchmarks/speed.py --out benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --device cuda --out benchmarks/results/speed_gpu.json
 
-Random weights, since the clock does not see them. On the CPU: one thread, ONNX Runtime and torch
+Random weights, which latency does not depend on. On the CPU: one thread, ONNX Runtime and torch
 eager (``--compile`` adds torch.compile). On a GPU: bf16 and fused attention, batch 64 and 256.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/training_cost.py --out benchmarks/results/training_cost.json
 
-ViT-S/14, five selectors, ratio 0.8, random weights (the clock does not see them), all cores. One
+ViT-S/14, five selectors, ratio 0.8, random weights (latency does not depend on them), all cores. One
 interleaved run per table: a plain forward pass against one distillation step (forward, loss,
 backward, optimiser), and one fine-tuning step of the original against the converted model's. Peak
 memory: each in processes of its own, what loading and one step add to a process that has imported

@@ -1,4 +1,4 @@
-"""Small random-weight instances of the real classes, small pictures, and no network."""
+"""Small random-weight instances of the real classes, small photos, and no network."""
 
 import os
 import tempfile
@@ -40,7 +40,7 @@ def family(request) -> nn.Module:
 
 @pytest.fixture
 def vit() -> nn.Module:
-    """A small timm ViT that knows its pictures and can be saved."""
+    """A small timm ViT that knows its photos and can be saved."""
     from tosa_convert import load
 
     model = load("quickstart")
@@ -53,8 +53,8 @@ def images() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def write_pictures(folder, count: int, classes: list[str] | None = None, size: int = 32) -> None:
-    """Random pictures, spread over class folders if there are any."""
+def write_images(folder, count: int, classes: list[str] | None = None, size: int = 32) -> None:
+    """Random photos, spread over class folders if there are any."""
     random = np.random.default_rng(0)
     for index in range(count):
         place = folder / classes[index % len(classes)] if classes else folder
@@ -64,16 +64,16 @@ def write_pictures(folder, count: int, classes: list[str] | None = None, size: i
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A flat folder of eight pictures."""
-    write_pictures(tmp_path / "pictures", 8)
-    return tmp_path / "pictures"
+def photos(tmp_path):
+    """A flat folder of eight photos."""
+    write_images(tmp_path / "photos", 8)
+    return tmp_path / "photos"
 
 
 @pytest.fixture
 def labelled(tmp_path):
-    """Twenty pictures in the ten class folders of the quickstart's model."""
-    write_pictures(tmp_path / "labelled", 20, [f"{label}-class" for label in range(10)])
+    """Twenty photos in the ten class folders of the quickstart's model."""
+    write_images(tmp_path / "labelled", 20, [f"{label}-class" for label in range(10)])
     return tmp_path / "labelled"
 
 

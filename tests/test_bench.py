@@ -153,7 +153,7 @@ def test_impossible_settings_are_refused(settings, message):
         bench({"model": load("quickstart")}, BenchSettings(**settings), device="cpu")
 
 
-def test_the_command_leaves_figures_and_a_picture(quick_run, tmp_path, capsys):
+def test_the_command_leaves_figures_and_a_plot(quick_run, tmp_path, capsys):
     arguments = ["--runtime", "eager", "--rounds", "2", "--no-memory", "--against", "quickstart", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         main(["bench", str(quick_run), *arguments, "--out", str(tmp_path / "bench"), "--json"])

@@ -37,7 +37,7 @@ def built(name: str):
     return lively(FAMILIES[name]())
 
 
-def pictures(size=(32, 32)) -> torch.Tensor:
+def photos(size=(32, 32)) -> torch.Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
@@ -68,7 +68,7 @@ def test_so_it_does_with_partners_of_a_matcher_and_at_other_sizes(family, score,
 def compare_with_loops(model, score: str, bypass: str, size: tuple[int, int]) -> None:
     """Groups are averaged and weighed token by token, the block is the original's."""
     adapter_of(model).resize(size)
-    images = pictures(size)
+    images = photos(size)
     ratio = 0.3 if score == "similarity" else 0.6
     converted = convert(copy.deepcopy(model), layers=[2, 3, 4, 6], ratio=ratio, score=score, bypass=bypass)
     found = run(converted, images)
@@ -145,7 +145,7 @@ def _groups(choice, image: int) -> dict[int, list[int]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_between_the_halves_it_equals_the_originals_with_loops(name, bypass):
     """Or it says which property of the family it is not for."""
-    model, images = built(name), pictures()
+    model, images = built(name), photos()
     options = {"score": SCORE.get(bypass, "similarity"), "bypass": bypass, "layers": {2: 0.7, 4: 0.5}}
     try:
         converted = convert(copy.deepcopy(model), **options)

@@ -10,7 +10,7 @@ import time
 import onnxruntime
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import write_images
 from families import FAMILIES
 
 from tosa_convert import load
@@ -36,13 +36,13 @@ def tosa(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf DepthAnything", "hf DPT"])
-def test_a_depth_model_goes_the_whole_way_with_its_head(tosa, pictures, name, tmp_path):
+def test_a_depth_model_goes_the_whole_way_with_its_head(tosa, photos, name, tmp_path):
     torch.manual_seed(0)
     FAMILIES[name]().save_pretrained(tmp_path / "model")
-    code, out, err = tosa("distill", "model", *QUICK, "--data", pictures, "--out", "run")
+    code, out, err = tosa("distill", "model", *QUICK, "--data", photos, "--out", "run")
     assert code == 0, err
     assert "neck" in "".join(load("run").state_dict()), "the depth head stays"
-    code, out, err = tosa("export", "run", "--data", pictures, "--json")
+    code, out, err = tosa("export", "run", "--data", photos, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["passed"]
@@ -220,7 +220,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(command, code, words, tosa, 
 
 
 def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tmp_path):
-    write_pictures(tmp_path / "three", 3, ["a", "b", "c"])
+    write_images(tmp_path / "three", 3, ["a", "b", "c"])
     (tmp_path / "empty").mkdir()
     code, _, err = tosa("finetune", quick_run, "--data", "three")
     assert (code, "3 class folders but the model has 10" in err) == (2, True)
@@ -230,9 +230,9 @@ def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tm
     assert (code, "contains no images" in err) == (2, True)
 
 
-def test_broken_pictures_are_named_in_the_result(tosa, pictures):
-    (pictures / "bad.png").write_bytes(b"no")
-    _, out, _ = tosa("distill", "quickstart", *QUICK[:4], "--steps", "3", "--batch-size", "4", "--data", pictures)
+def test_broken_images_are_named_in_the_result(tosa, photos):
+    (photos / "bad.png").write_bytes(b"no")
+    _, out, _ = tosa("distill", "quickstart", *QUICK[:4], "--steps", "3", "--batch-size", "4", "--data", photos)
     assert "1 broken images skipped: bad.png" in out
 
 

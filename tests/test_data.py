@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import write_images
 from families import SMALL as FAMILY
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -19,14 +19,14 @@ def breaks(folder, name):
 
 
 def test_folders_with_classes_have_labels_in_order(tmp_path):
-    write_pictures(tmp_path, 6, ["10-late", "2-early"])
+    write_images(tmp_path, 6, ["10-late", "2-early"])
     images = Images(tmp_path, SMALL)
     assert images.classes == ["2-early", "10-late"]
     assert {label for _, label, _ in (images[i] for i in range(6))} == {0, 1}
 
 
-def test_flat_folders_have_none(pictures):
-    images = Images(pictures, SMALL)
+def test_flat_folders_have_none(photos):
+    images = Images(photos, SMALL)
     assert not images.labelled
     assert len(images) == 8
 
@@ -45,40 +45,40 @@ def test_pixels_are_scaled_and_normalised(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "RGB"])
-def test_any_kind_of_picture_becomes_what_the_model_takes(mode, tmp_path):
+def test_any_kind_of_image_becomes_what_the_model_takes(mode, tmp_path):
     Image.new(mode, (40, 30)).save(tmp_path / "a.png")
     for channels in (1, 3):
         preprocessing = Preprocessing(size=(32, 32), channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
         assert Images(tmp_path, preprocessing)[0][0].shape == (channels, 32, 32)
 
 
-def test_broken_pictures_are_skipped_counted_and_listed(pictures):
-    breaks(pictures, "bad.png")
-    whole = next(pictures.glob("0*.png")).read_bytes()
-    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
-    batches = list(loader(Images(pictures, SMALL), batch_size=4))
+def test_broken_images_are_skipped_counted_and_listed(photos):
+    breaks(photos, "bad.png")
+    whole = next(photos.glob("0*.png")).read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    batches = list(loader(Images(photos, SMALL), batch_size=4))
     assert sum(len(batch["images"]) for batch in batches) == 8
     assert sorted(name for batch in batches for name in batch["broken"]) == ["bad.png", "cut.png"]
 
 
-def test_training_batches_stay_full_when_pictures_are_broken(pictures):
-    breaks(pictures, "bad.png")
-    batches = list(training_loader(Images(pictures, SMALL, "crop"), 5, first=0, last=45, workers=0))
+def test_training_batches_stay_full_when_images_are_broken(photos):
+    breaks(photos, "bad.png")
+    batches = list(training_loader(Images(photos, SMALL, "crop"), 5, first=0, last=45, workers=0))
     assert all(len(batch["images"]) == 5 for batch in batches)
     assert {name for batch in batches for name in batch["broken"]} == {"bad.png"}
 
 
-def test_a_draw_looks_the_same_whenever_it_is_made(pictures):
-    images = Images(pictures, SMALL, "crop", seed=3)
+def test_a_draw_looks_the_same_whenever_it_is_made(photos):
+    images = Images(photos, SMALL, "crop", seed=3)
     first = images[7, 2][0]
     assert torch.equal(images[7, 2][0], first)
     assert not torch.equal(images[8, 2][0], first)
 
 
-def test_augmentation_can_be_turned_off(pictures):
-    plain = Images(pictures, SMALL)[2][0]
-    assert torch.equal(Images(pictures, SMALL, "none")[7, 2][0], plain)
-    flipped = [Images(pictures, SMALL, "flip")[position, 2][0] for position in range(12)]
+def test_augmentation_can_be_turned_off(photos):
+    plain = Images(photos, SMALL)[2][0]
+    assert torch.equal(Images(photos, SMALL, "none")[7, 2][0], plain)
+    flipped = [Images(photos, SMALL, "flip")[position, 2][0] for position in range(12)]
     assert {torch.equal(image, plain) for image in flipped} == {True, False}
     assert all(torch.equal(image, plain) or torch.equal(image, plain.flip(-1)) for image in flipped)
 
@@ -117,7 +117,7 @@ def test_evaluation_counts_top1_and_agreement(labelled):
 
 
 def test_evaluation_refuses_other_classes(tmp_path):
-    write_pictures(tmp_path, 4, ["a", "b"])
+    write_images(tmp_path, 4, ["a", "b"])
     with pytest.raises(UsageError, match="2 class folders but the model has 10 outputs"):
         evaluate(load("quickstart"), tmp_path)
 
@@ -143,17 +143,17 @@ def has_labels(folder, classes: list[str]) -> bool:
 
 
 def test_doubtful_labels_are_refused(tmp_path):
-    write_pictures(tmp_path / "both/train", 4, ["a", "b"])
-    write_pictures(tmp_path / "both/val", 4, ["a", "b"])
-    write_pictures(tmp_path / "stray", 4, ["a", "b"])
-    write_pictures(tmp_path / "stray", 1)
+    write_images(tmp_path / "both/train", 4, ["a", "b"])
+    write_images(tmp_path / "both/val", 4, ["a", "b"])
+    write_images(tmp_path / "stray", 4, ["a", "b"])
+    write_images(tmp_path / "stray", 1)
     for folder, words in (("both", "same name"), ("stray", "next to the class folders")):
         with pytest.raises(UsageError, match=words):
             has_labels(tmp_path / folder, [])
 
 
 def test_folders_named_like_the_classes_must_be_in_their_order(tmp_path):
-    write_pictures(tmp_path, 4, ["boot", "shirt"])
+    write_images(tmp_path, 4, ["boot", "shirt"])
     assert has_labels(tmp_path, ["boot", "shirt"])
     with pytest.raises(UsageError, match="another order"):
         has_labels(tmp_path, ["shirt", "boot"])

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import lively, write_pictures
+from conftest import lively, write_images
 from families import FAMILIES
 from timm.models.vision_transformer import VisionTransformer
 
@@ -23,9 +23,9 @@ from tosa_convert.models.provenance import preprocessing_of
 
 @pytest.mark.parametrize("selection", ["shared", "per_head"])
 @pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
-def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, tmp_path):
+def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp_path):
     model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, selection=selection)
-    check = export_onnx(model, tmp_path, pictures)
+    check = export_onnx(model, tmp_path, photos)
     assert check.passed
     assert check.images == 8
     assert check.difference < 1e-4
@@ -52,9 +52,9 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, pictures, t
     ],
     ids=str,
 )
-def test_every_bypass_exports_with_any_batch(name, options, pictures, tmp_path):
+def test_every_bypass_exports_with_any_batch(name, options, photos, tmp_path):
     model = convert(lively(FAMILIES[name]()), **options)
-    check = export_onnx(model, tmp_path, pictures)
+    check = export_onnx(model, tmp_path, photos)
     assert check.difference < 1e-4
     assert set(check.selected.values()) == {1.0}
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
@@ -66,24 +66,24 @@ def test_every_bypass_exports_with_any_batch(name, options, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("bypass", ["identity", "borrow", "merge", "persist", "fuse"])
-def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, pictures, tmp_path):
+def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, photos, tmp_path):
     """0.99 of 16 patches are 16."""
     score = "class_attention" if bypass == "fuse" else "similarity"
     model = convert(lively(FAMILIES["timm vit"]()), score=score, bypass=bypass, layers=[2], ratio=0.99)
-    assert export_onnx(model, tmp_path, pictures).difference < 1e-4
+    assert export_onnx(model, tmp_path, photos).difference < 1e-4
 
 
-def test_ties_are_broken_alike(pictures, tmp_path):
+def test_ties_are_broken_alike(photos, tmp_path):
     """With constant scores every token ties: torch and ONNX Runtime must still choose the same ones."""
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     selector = model.blocks[1].selector
     selector.score = lambda view: (view.reading * 0).sum(2).transpose(0, 1)
-    assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0}
+    assert export_onnx(model, tmp_path, photos).selected == {2: 1.0}
 
 
-def test_random_selection_exports_too(pictures, tmp_path):
+def test_random_selection_exports_too(photos, tmp_path):
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 4], ratio=0.3, score="random")
-    assert export_onnx(model, tmp_path, pictures).selected == {2: 1.0, 4: 1.0}
+    assert export_onnx(model, tmp_path, photos).selected == {2: 1.0, 4: 1.0}
 
 
 def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
@@ -97,7 +97,7 @@ def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
     assert len(facts["classes"]) == 10
 
 
-def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
+def test_a_wrong_file_fails_and_is_marked(photos, tmp_path, monkeypatch):
     """The check runs the file itself: a graph with other weights must not pass."""
     write = onnx_export.write_graph
 
@@ -114,37 +114,37 @@ def test_a_wrong_file_fails_and_is_marked(pictures, tmp_path, monkeypatch):
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with pytest.raises(TosaError, match="below the threshold of 99%"):
-        export_onnx(model, tmp_path, pictures)
+        export_onnx(model, tmp_path, photos)
     assert not (tmp_path / "model.onnx").exists()
     assert (tmp_path / "model.failed.onnx").exists()
     assert json.loads((tmp_path / "preprocessing.json").read_text())["status"] == "failed"
 
 
-def test_without_a_readable_picture_nothing_is_called_checked(tmp_path):
+def test_without_a_readable_image_nothing_is_called_checked(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "a.png").write_bytes(b"not a picture")
+    (folder / "a.png").write_bytes(b"not a image")
     with pytest.raises(TosaError, match="unchecked"):
         export_onnx(convert(load("quickstart"), layers=[2], ratio=0.5), tmp_path / "out", folder)
     assert not (tmp_path / "out/model.onnx").exists()
 
 
-def test_the_threshold_is_the_users(pictures, tmp_path):
+def test_the_threshold_is_the_users(photos, tmp_path):
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
-    assert export_onnx(model, tmp_path, pictures, ExportSettings(threshold=1.0)).threshold == 1.0
+    assert export_onnx(model, tmp_path, photos, ExportSettings(threshold=1.0)).threshold == 1.0
 
 
-def test_an_export_leaves_the_model_usable(pictures, tmp_path):
+def test_an_export_leaves_the_model_usable(photos, tmp_path):
     model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
     images = torch.randn(2, 1, 28, 28)
     with torch.no_grad():
         wanted = model(images)
-        export_onnx(model, tmp_path, pictures)
+        export_onnx(model, tmp_path, photos)
         assert torch.equal(model(images), wanted)
 
 
 def test_a_refused_export_leaves_the_earlier_one(tmp_path):
-    write_pictures(tmp_path / "three", 3, ["a", "b", "c"])
+    write_images(tmp_path / "three", 3, ["a", "b", "c"])
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
     export_onnx(model, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -218,10 +218,10 @@ def test_one_graph_serves_every_image_size():
             assert np.array_equal(ours, theirs)
 
 
-def test_a_file_for_any_size_is_checked_at_several(pictures, tmp_path):
+def test_a_file_for_any_size_is_checked_at_several(photos, tmp_path):
     """Of a model, too, that was not made with timm's dynamic_img_size, which it does not keep."""
     converted = convert(load("quickstart"), score="similarity", bypass="merge", layers={3: 0.5})
-    check = export_onnx(converted, tmp_path, pictures, ExportSettings(any_size=True))
+    check = export_onnx(converted, tmp_path, photos, ExportSettings(any_size=True))
     assert check.sizes == [(28, 28), (36, 32), (24, 28)]
     assert check.difference < 1e-4
     assert json.loads((tmp_path / "preprocessing.json").read_text())["input"]["shape"][2:] == ["height", "width"]
@@ -234,9 +234,9 @@ def test_a_file_for_any_size_is_checked_at_several(pictures, tmp_path):
     assert converted(torch.randn(1, 1, 28, 28)).shape == (1, 10)
 
 
-def test_a_model_of_one_size_gives_no_file_for_any(pictures, tmp_path):
+def test_a_model_of_one_size_gives_no_file_for_any(photos, tmp_path):
     with pytest.raises(UsageError, match="takes images of 32×32 only"):
-        export_onnx(lively(FAMILIES["timm cait"]()), tmp_path, pictures, ExportSettings(any_size=True))
+        export_onnx(lively(FAMILIES["timm cait"]()), tmp_path, photos, ExportSettings(any_size=True))
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -271,10 +271,10 @@ def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) ->
             assert np.allclose(ours, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item())), shape
 
 
-def test_positions_that_are_fixed_in_the_file_are_found_out(pictures, tmp_path, monkeypatch):
+def test_positions_that_are_fixed_in_the_file_are_found_out(photos, tmp_path, monkeypatch):
     """The exporter notes the positions of the size that it sees, without a word; the check must tell."""
     monkeypatch.setattr(TimmEva, "exporting", lambda self: nullcontext())
     model = convert(lively(FAMILIES["timm dinov3"]()), layers=[2], ratio=0.5)
     with pytest.raises(TosaError, match="--any-size"):
-        export_onnx(model, tmp_path, pictures, ExportSettings(any_size=True))
+        export_onnx(model, tmp_path, photos, ExportSettings(any_size=True))
     assert not (tmp_path / "model.onnx").exists()

@@ -90,7 +90,7 @@ class LastTwo(Schedule):
         return [depth - 1, depth]
 
 
-def test_a_score_of_ones_own_is_converted_counted_saved_and_exported(pictures, tmp_path):
+def test_a_score_of_ones_own_is_converted_counted_saved_and_exported(photos, tmp_path):
     model = convert(load("quickstart"), score=Distinct(power=0.5), bypass="merge", layers={6: 0.8, 9: 0.5})
     images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_score_of_ones_own_is_converted_counted_saved_and_exported(pictures, t
     assert again.tosa_config.score == f"{__name__}:Distinct"
     with torch.no_grad():
         assert torch.equal(again(images), wanted)
-    assert export_onnx(again, tmp_path / "onnx", pictures).agreement == 1
+    assert export_onnx(again, tmp_path / "onnx", photos).agreement == 1
     assert random_control(again).tosa_config.score == "random"
 
 
@@ -129,10 +129,10 @@ def test_it_goes_with_every_bypass(bypass):
     assert chosen_tokens(model).keys() >= {2}
 
 
-def test_it_is_trained(pictures):
+def test_it_is_trained(photos):
     model = convert(load("quickstart"), score=Learnt(), layers=[4, 8], ratio=0.5)
-    first = distill(model, pictures, DistillSettings(steps=1, batch_size=4, augment="none", lr=1e-9))
-    last = distill(model, pictures, DistillSettings(steps=20, batch_size=4, augment="none", lr=0.1))
+    first = distill(model, photos, DistillSettings(steps=1, batch_size=4, augment="none", lr=1e-9))
+    last = distill(model, photos, DistillSettings(steps=20, batch_size=4, augment="none", lr=0.1))
     assert last["loss"] < first["loss"]
     assert not torch.equal(model.blocks[3].selector.weights, torch.ones(3))
 
@@ -202,20 +202,20 @@ class Regression(Task):
         return (output[:, 0] - labels).square().mean()
 
 
-def test_a_task_in_a_file_of_its_own(pictures, tmp_path):
+def test_a_task_in_a_file_of_its_own(photos, tmp_path):
     """It is measured, learnt, exported, compared and planned for, where classification would be."""
     model = lively(Dial(**{**SMALL, "num_classes": 1}))
     converted = convert(copy.deepcopy(model), score="norm", bypass="merge", schedule="all", ratio=0.6)
-    read = sample(pictures, preprocessing_of(model), 8, Reading)
+    read = sample(photos, preprocessing_of(model), 8, Reading)
     assert read[2].tolist() == list(range(8))
     with torch.no_grad():
         errors = [(each(read[0])[:, 0] - read[2]).abs().mean().item() for each in (model, converted)]
-    found = evaluate({"original": model, "converted": converted}, pictures, reference="original")["models"]
+    found = evaluate({"original": model, "converted": converted}, photos, reference="original")["models"]
     assert [figures["mae"] for figures in found.values()] == pytest.approx(errors, rel=1e-5)
-    check = export_onnx(converted, tmp_path / "onnx", pictures, original=model)
+    check = export_onnx(converted, tmp_path / "onnx", photos, original=model)
     assert check.metrics["mae"]["onnx"] == pytest.approx(errors[1], rel=1e-4)
     assert check.to_dict()["mae"]["original"] == pytest.approx(errors[0], rel=1e-4)
-    compared = compare(model, pictures, budgets=[0.9], methods=["norm/merge"], images=8, runtime=None)
+    compared = compare(model, photos, budgets=[0.9], methods=["norm/merge"], images=8, runtime=None)
     assert compared["original"]["mae"] == pytest.approx(errors[0], rel=1e-5)
     assert "mean error" in compare_table(compared).columns
     search = Search(model, read[0], read[2], 4, Progress())
@@ -225,9 +225,9 @@ def test_a_task_in_a_file_of_its_own(pictures, tmp_path):
         after = (search.probe(read[0])[:, 0] - read[2]).abs().mean().item()
     assert drop == pytest.approx(after - errors[0], abs=1e-4)
     settings = FinetuneSettings(steps=30, batch_size=8, augment="none", lr=0.003)
-    assert loss_weights(settings, Reading(pictures, preprocessing_of(model)), converted)["labels"] == 1
-    finetune(converted, pictures, settings)
-    assert evaluate(converted, pictures)["models"]["model"]["mae"] < errors[1]
+    assert loss_weights(settings, Reading(photos, preprocessing_of(model)), converted)["labels"] == 1
+    finetune(converted, photos, settings)
+    assert evaluate(converted, photos)["models"]["model"]["mae"] < errors[1]
 
 
 def test_a_run_whose_score_is_not_imported_says_so(tmp_path, monkeypatch):

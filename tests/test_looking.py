@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, lively, write_pictures
+from conftest import LAYERS, lively, write_images
 from families import FAMILIES
 from PIL import Image
 from safetensors.numpy import load_file
@@ -108,8 +108,8 @@ def test_nothing_is_drawn_of_an_unconverted_model(images):
         look(FAMILIES["timm vit"](), images)
 
 
-def test_a_picture_to_look_at_is_the_one_that_was_read(tmp_path):
-    write_pictures(tmp_path, 1, size=28)
+def test_a_image_to_look_at_is_the_one_that_was_read(tmp_path):
+    write_images(tmp_path, 1, size=28)
     preprocessing = preprocessing_of(load("quickstart"))
     image = Images(tmp_path, preprocessing)[0][0]
     grey = np.asarray(Image.open(next(tmp_path.iterdir())).convert("L")) / 255
@@ -133,11 +133,11 @@ def test_features_are_the_models_own(name, images):
 
 
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
-def test_features_of_a_folder_are_those_of_its_pictures(ending, pictures, tmp_path):
+def test_features_of_a_folder_are_those_of_its_images(ending, photos, tmp_path):
     model = convert(load("quickstart"), score="similarity", bypass="merge", layers={4: 0.5})
-    (pictures / "003.png").write_bytes(b"no picture")
-    results = write_features(model, pictures, tmp_path / f"f{ending}", batch_size=3)
-    images = Images(pictures, preprocessing_of(model))
+    (photos / "003.png").write_bytes(b"no image")
+    results = write_features(model, photos, tmp_path / f"f{ending}", batch_size=3)
+    images = Images(photos, preprocessing_of(model))
     good = [index for index in range(8) if index != 3]
     with torch.no_grad():
         wanted = adapter_of(model).tokens(torch.stack([images[index][0] for index in good]))
@@ -149,26 +149,26 @@ def test_features_of_a_folder_are_those_of_its_pictures(ending, pictures, tmp_pa
     if ending == ".npz":
         assert list(found["names"]) == [f"{index:03d}.png" for index in good]
         assert zipfile.ZipFile(results["file"]).testzip() is None
-    half = write_features(model, pictures, tmp_path / f"half{ending}", dtype="float16")
+    half = write_features(model, photos, tmp_path / f"half{ending}", dtype="float16")
     found = load_file(half["file"]) if ending == ".safetensors" else np.load(half["file"])
     assert found["patches"].dtype == np.float16
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"f{ending}", f"half{ending}", "pictures"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"f{ending}", f"half{ending}", "photos"])
 
 
-def test_features_that_cannot_be_written_leave_nothing(pictures, tmp_path):
+def test_features_that_cannot_be_written_leave_nothing(photos, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(UsageError, match=r"neither \.npz nor"):
-        write_features(load("quickstart"), pictures, out / "f.csv")
+        write_features(load("quickstart"), photos, out / "f.csv")
     gone = convert(load("quickstart"), score="norm", bypass="drop", layers=[4], ratio=0.5)
     with pytest.raises(UsageError, match="removes patch tokens"):
-        write_features(gone, pictures, out / "f.npz")
+        write_features(gone, photos, out / "f.npz")
     assert list(out.iterdir()) == []
 
 
-def test_the_commands_draw_and_write(quick_run, pictures, tmp_path, capsys):
+def test_the_commands_draw_and_write(quick_run, photos, tmp_path, capsys):
     shown = tmp_path / "a.png"
-    several = [part for name in ("000.png", "001.png") for part in ("--image", str(pictures / name))]
+    several = [part for name in ("000.png", "001.png") for part in ("--image", str(photos / name))]
     tool("show", str(quick_run), *several, "--out", str(shown), "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == ["000.png", "001.png"]
@@ -176,7 +176,7 @@ def test_the_commands_draw_and_write(quick_run, pictures, tmp_path, capsys):
     assert Image.open(shown).size[0] > 400
     tool("flops", str(quick_run), "--plot", str(tmp_path / "b.png"))
     assert Image.open(tmp_path / "b.png").size[1] > 400
-    tool("features", str(quick_run), "--images", str(pictures), "--out", str(tmp_path / "f.npz"))
+    tool("features", str(quick_run), "--images", str(photos), "--out", str(tmp_path / "f.npz"))
     tool("report", str(quick_run), "--out", str(tmp_path / "r.html"))
     page = (tmp_path / "r.html").read_text()
     encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)

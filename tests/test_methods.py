@@ -229,7 +229,7 @@ def test_choosing_and_matching_are_counted_apart(bypass, vit):
     assert layer.macs - layer.selector < 0.6 * layer.original
 
 
-def test_any_grid_is_read_from_the_picture(images):
+def test_any_grid_is_read_from_the_image(images):
     model = lively(FAMILIES["hf Dinov2Model"]())
     convert(model, score="similarity", bypass="merge", layers=[2, 3], ratio=0.5)
     for height, width in ((32, 32), (40, 24), (8, 56)):

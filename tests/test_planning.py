@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import lively, write_pictures
+from conftest import lively, write_images
 from families import FAMILIES, HF_SMALL, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,14 +71,14 @@ def small():
 
 def test_a_plan_keeps_its_budget_and_beats_what_is_made_by_hand():
     model = load("quickstart")  # real weights: of random ones any schedule may be the best
-    pictures = sample(None, preprocessing_of(model), 8)[0]
-    planned = find_plan(model, pictures, 0.8)
+    photos = sample(None, preprocessing_of(model), 8)[0]
+    planned = find_plan(model, photos, 0.8)
     converted = convert(copy.deepcopy(model), planned.config)
     cost = flops(converted)
     assert 0.77 <= cost.macs / cost.original <= 0.8
     assert planned.measured <= min(planned.rivals.values())
-    wanted, found = observe(model, pictures), observe(converted, pictures)
-    search = Search(model, pictures, None, 16, Progress())
+    wanted, found = observe(model, photos), observe(converted, photos)
+    search = Search(model, photos, None, 16, Progress())
     search._build(planned.config.score, planned.config.bypass)
     ratios = dict(zip(planned.config.layers, planned.config.ratio, strict=True))
     assert error(found, wanted).mean().item() == pytest.approx(search.measure(ratios), rel=1e-3)
@@ -89,22 +89,22 @@ def test_a_plan_keeps_its_budget_and_beats_what_is_made_by_hand():
 def test_a_plan_is_the_same_again(small):
     found = plan(*small, budget=0.8)
     assert plan(*small, budget=0.8) == found
-    assert plan(small[0], small[1][:1], budget=0.8).layers, "a single picture will do"
+    assert plan(small[0], small[1][:1], budget=0.8).layers, "a single image will do"
 
 
 @pytest.mark.parametrize("score", ["similarity", "class_attention"])
 def test_curves_are_what_whole_passes_give(score, small):
     """The layers before the one that varies are not run again; each curve goes through what was measured."""
-    model, pictures = small
+    model, photos = small
     probe = convert(copy.deepcopy(model), score=score, bypass="merge", schedule="all", ratio=0.5)
     base = {layer: 0.8 if layer == 3 else 1.0 for layer in probe.tosa_config.layers}
-    weights = torch.linspace(0.5, 2, len(pictures))
-    wanted = observe(model, pictures)
+    weights = torch.linspace(0.5, 2, len(photos))
+    wanted = observe(model, photos)
 
     def measured(ratios):
-        return (error(observe(set_ratios(probe, ratios), pictures), wanted) * weights).mean().item()
+        return (error(observe(set_ratios(probe, ratios), photos), wanted) * weights).mean().item()
 
-    found = curves(probe, base, 0.12, [(pictures, wanted, weights)], "", Progress())
+    found = curves(probe, base, 0.12, [(photos, wanted, weights)], "", Progress())
     before = measured(base)
     assert before > 0
     for layer, (options, errors) in found.items():
@@ -114,10 +114,10 @@ def test_curves_are_what_whole_passes_give(score, small):
 
 
 def test_a_target_drop_gives_the_cheapest_plan_within_it(small):
-    model, pictures = lively(VisionTransformer(**{**SMALL, "img_size": 64})), small[1]
-    tight, loose = (find_plan(model, pictures, target_drop=drop) for drop in (0.2, 0.6))
+    model, photos = lively(VisionTransformer(**{**SMALL, "img_size": 64})), small[1]
+    tight, loose = (find_plan(model, photos, target_drop=drop) for drop in (0.2, 0.6))
     assert loose.cost < tight.cost
-    wanted, found = observe(model, pictures), observe(convert(copy.deepcopy(model), loose.config), pictures)
+    wanted, found = observe(model, photos), observe(convert(copy.deepcopy(model), loose.config), photos)
     assert 1 - figures(found, wanted)["agreement"].mean() <= 0.6
 
 
@@ -150,16 +150,16 @@ def test_impossible_plans_are_refused(small, options, message):
 
 
 def test_a_converted_model_is_not_planned_for(small):
-    model, pictures = small
+    model, photos = small
     with pytest.raises(UsageError, match="converted already"):
-        find_plan(convert(copy.deepcopy(model), score="random"), pictures, 0.8)
+        find_plan(convert(copy.deepcopy(model), score="random"), photos, 0.8)
 
 
 def test_plans_for_models_without_a_class_token_or_a_head():
     model = lively(FAMILIES["timm siglip"]())
     model.reset_classifier(0)
-    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = find_plan(model, pictures, 0.85)
+    photos = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = find_plan(model, photos, 0.85)
     assert isinstance(found.config, ConvertConfig)
     assert not any("class_attention" in pair for pair in found.parts)
 
@@ -171,21 +171,21 @@ def test_methods_come_to_the_budget(name):
     assert 0.82 <= share <= 0.85
 
 
-def test_a_comparison_measures_every_method_on_the_same_pictures(labelled):
+def test_a_comparison_measures_every_method_on_the_same_images(labelled):
     model = lively(VisionTransformer(**{**SMALL, "num_classes": 10}))
     found = compare(model, labelled, budgets=[0.9], methods=["similarity/merge"], images=12, runtime=None)
     assert [row["method"] for row in found["rows"]] == ["similarity/merge", "random"]
     assert found["images"] == 12
     assert found["original"]["patch"] == pytest.approx(1)
     assert found["original"]["agreement"] == 1
-    pictures, _, labels = sample(labelled, preprocessing_of(model), 12)
+    photos, _, labels = sample(labelled, preprocessing_of(model), 12)
     assert sorted(set(labels.tolist())) == list(range(10))
     row = found["rows"][0]
     converted = at_budget(model, "similarity/merge", 0.9)
-    output = observe(converted, pictures)
+    output = observe(converted, photos)
     assert row["macs"] == count_macs(converted) / count_macs(model)
     assert row["top1"] == pytest.approx((output.output.argmax(-1) == labels).float().mean().item())
-    assert row["patch"] == pytest.approx(figures(output, observe(model, pictures))["patch"].mean().item(), rel=1e-4)
+    assert row["patch"] == pytest.approx(figures(output, observe(model, photos))["patch"].mean().item(), rel=1e-4)
     assert not hasattr(model, "tosa_config")
 
 
@@ -202,14 +202,14 @@ def test_methods_that_do_not_exist_are_refused(name):
         compare(FAMILIES["timm vit"](), budgets=[0.9], methods=[name], images=4, runtime=None)
 
 
-def test_few_pictures_are_looked_at_in_several_crops(tmp_path):
-    write_pictures(tmp_path, 3, size=64)
+def test_few_images_are_looked_at_in_several_crops(tmp_path):
+    write_images(tmp_path, 3, size=64)
     preprocessing = preprocessing_of(load("quickstart"))
-    pictures, _, labels = sample(tmp_path, preprocessing, 7)
-    assert pictures.shape == (7, 1, 28, 28)
+    photos, _, labels = sample(tmp_path, preprocessing, 7)
+    assert photos.shape == (7, 1, 28, 28)
     assert labels.tolist() == [-1] * 7
-    assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == 7
-    assert torch.equal(sample(tmp_path, preprocessing, 7)[0], pictures)
+    assert len({tuple(image.flatten().tolist()) for image in photos}) == 7
+    assert torch.equal(sample(tmp_path, preprocessing, 7)[0], photos)
 
 
 def test_figures_of_models_with_patches_gone():
@@ -221,7 +221,7 @@ def test_figures_of_models_with_patches_gone():
     assert adapter_of(model).prefix == 1
 
 
-def test_the_commands_leave_a_recipe_tables_and_pictures(tmp_path, capsys):
+def test_the_commands_leave_a_recipe_tables_and_plots(tmp_path, capsys):
     from tosa_convert.cli.main import main
 
     def tool(*arguments: str) -> str:

@@ -38,7 +38,7 @@ def made(family: str, method: str) -> nn.Module:
     return convert(lively(FAMILIES[family]()), **METHODS[method])
 
 
-def pictures(seed: int, count: int = 2) -> torch.Tensor:
+def photos(seed: int, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -48,7 +48,7 @@ def main(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_threads_get_their_own_tokens(family, method):
-    model, jobs, wrong = made(family, method), [pictures(1), pictures(2, count=3)], []
+    model, jobs, wrong = made(family, method), [photos(1), photos(2, count=3)], []
     with torch.no_grad():
         wanted = [main(model, images) for images in jobs]
 
@@ -84,7 +84,7 @@ def gradients(model: nn.Module, batches: list[torch.Tensor], together: bool) -> 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_checkpointed_layers_of_two_forwards_find_their_own_choice(family, method, reentrant):
     """Both forward passes run before the backward pass runs their layers again."""
-    model, batches = made(family, method), [pictures(1), pictures(2, count=3)]
+    model, batches = made(family, method), [photos(1), photos(2, count=3)]
     wanted = gradients(model, batches, together=False)
     for block in adapter_of(model).blocks:
         block.forward = Checkpointed(block.forward, reentrant)
@@ -108,7 +108,7 @@ class Checkpointed:
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_the_whole_module_is_saved_and_comes_back(family, method):
-    model, images = made(family, method), pictures(1)
+    model, images = made(family, method), photos(1)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -140,13 +140,13 @@ def test_a_replaced_projection_is_followed(family, names, method):
     if not names:
         pytest.skip("this version of transformers names its projections differently")
     with torch.no_grad():
-        main(model, pictures(1))
-        wanted, chosen = main(model, pictures(2)), chosen_tokens(model)
-        main(model, pictures(1))
+        main(model, photos(1))
+        wanted, chosen = main(model, photos(2)), chosen_tokens(model)
+        main(model, photos(1))
         for layer in range(6):
             for name in names:
                 replaced(model, name.format(layer))
-        assert torch.allclose(main(model, pictures(2)), wanted, atol=1e-6)
+        assert torch.allclose(main(model, photos(2)), wanted, atol=1e-6)
     assert all(torch.equal(tokens, chosen[layer]) for layer, tokens in chosen_tokens(model).items())
 
 
@@ -158,29 +158,29 @@ def test_other_weights_choose_other_tokens():
     """What is followed is the new module, not the old one's output."""
     model = made("timm vit", "norm borrow")
     with torch.no_grad():
-        main(model, pictures(1))
+        main(model, photos(1))
         before = chosen_tokens(model)[3]
         generator = torch.Generator().manual_seed(3)
         replaced(model, "blocks.1.attn.qkv")
         weight = model.blocks[1].attn.qkv.weight
         weight.copy_(torch.randn(weight.shape, generator=generator) / 7)
-        main(model, pictures(1))
+        main(model, photos(1))
     assert not torch.equal(before, chosen_tokens(model)[3])
 
 
 def test_a_replaced_layer_is_told():
     model = made("timm vit", "tosa")
-    main(model, pictures(1))
+    main(model, photos(1))
     model.blocks[0] = copy.deepcopy(original(model).blocks[0])
     with pytest.raises(TosaError, match="layer 2 is selective, but nothing was read of the layer before it"):
-        main(model, pictures(1))
+        main(model, photos(1))
 
 
 def test_a_replaced_norm_is_told():
     model = made("timm vit", "similarity merge")
     model.blocks[3].norm1 = nn.LayerNorm(48)
     with pytest.raises(TosaError, match="a LayerNorm of a selective layer was replaced"):
-        main(model, pictures(1))
+        main(model, photos(1))
 
 
 def test_blocks_run_by_hand_are_told_what_to_do():
@@ -192,6 +192,6 @@ def test_blocks_run_by_hand_are_told_what_to_do():
 def test_nothing_is_kept_longer_than_the_tokens():
     model = made("timm vit", "tosa")
     for seed in range(5):
-        main(model, pictures(seed)).sum().backward()
+        main(model, photos(seed)).sum().backward()
     kept = [len(block.selection.recollection._known) for block in selective_blocks(model)]
     assert max(kept) <= 2

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, lively, write_pictures
+from conftest import FAMILIES, lively, write_images
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
 from tosa_convert.data.images import Draws
@@ -95,10 +95,10 @@ def test_finetuning_moves_the_backbone_and_not_the_selectors(labelled):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_finetuning_without_labels_comes_closer_to_the_original(pictures):
+def test_finetuning_without_labels_comes_closer_to_the_original(photos):
     model = converted()
-    first = finetune(model, pictures, FinetuneSettings(steps=1, batch_size=8, lr=1e-9, augment="none"))
-    last = finetune(model, pictures, FinetuneSettings(steps=25, batch_size=8, lr=5e-4, augment="none"))
+    first = finetune(model, photos, FinetuneSettings(steps=1, batch_size=8, lr=1e-9, augment="none"))
+    last = finetune(model, photos, FinetuneSettings(steps=25, batch_size=8, lr=5e-4, augment="none"))
     assert set(last) >= {"logits", "features"}
     assert "labels" not in last
     assert last["loss"] < 0.8 * first["loss"]
@@ -112,18 +112,18 @@ def test_finetuning_without_labels_comes_closer_to_the_original(pictures):
         ({"cut": 1.0}, "token cut loss is for score class_attention"),
     ],
 )
-def test_losses_that_cannot_be_had_are_refused(settings, message, pictures):
+def test_losses_that_cannot_be_had_are_refused(settings, message, photos):
     with pytest.raises(UsageError, match=message):
-        finetune(converted(), pictures, FinetuneSettings(steps=1, **settings))
+        finetune(converted(), photos, FinetuneSettings(steps=1, **settings))
 
 
-def test_idle_learns_to_select_what_belongs_together(pictures):
+def test_idle_learns_to_select_what_belongs_together(photos):
     model = convert(load("quickstart"), method="idle", ratio=0.6)
     settings = {"batch_size": 8, "augment": "none", "logits": 0.0, "features": 1e-6}
-    first = finetune(model, pictures, FinetuneSettings(steps=1, lr=1e-9, **settings))
-    last = finetune(model, pictures, FinetuneSettings(steps=15, lr=1e-3, **settings))
+    first = finetune(model, photos, FinetuneSettings(steps=1, lr=1e-9, **settings))
+    last = finetune(model, photos, FinetuneSettings(steps=15, lr=1e-3, **settings))
     assert 0 < last["cut"] < 0.95 * first["cut"] < 2
-    assert "cut" not in finetune(model, pictures, FinetuneSettings(steps=1, cut=0.0))
+    assert "cut" not in finetune(model, photos, FinetuneSettings(steps=1, cut=0.0))
 
 
 @pytest.mark.parametrize("name", ["timm vit", "hf ViT classifier"])
@@ -160,7 +160,7 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
 
 
 def test_a_wrong_class_count_is_refused(tmp_path):
-    write_pictures(tmp_path / "three", 6, ["a", "b", "c"])
+    write_images(tmp_path / "three", 6, ["a", "b", "c"])
     with pytest.raises(UsageError, match="3 class folders but the model has 10 outputs"):
         finetune(converted(), tmp_path / "three", FinetuneSettings(steps=1))
 
@@ -177,18 +177,18 @@ def test_an_ordinary_model_has_nothing_to_train():
         finetune(load("quickstart"))
 
 
-def test_a_diverging_loss_stops_with_advice(pictures):
+def test_a_diverging_loss_stops_with_advice(photos):
     model = converted()
     with torch.no_grad():
         model.blocks[1].selector.widen.weight.fill_(float("nan"))
     with pytest.raises(TosaError, match="smaller --lr"):
-        distill(model, pictures, DistillSettings(steps=1, batch_size=2))
+        distill(model, photos, DistillSettings(steps=1, batch_size=2))
 
 
 def test_epochs_count_in_passes_over_the_data():
-    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(pictures=80, processes=1) == 20
-    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(pictures=80, processes=2) == 10
-    assert DistillSettings(epochs=0.01).total_steps(pictures=8, processes=1) == 1
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(photos=80, processes=1) == 20
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(photos=80, processes=2) == 10
+    assert DistillSettings(epochs=0.01).total_steps(photos=8, processes=1) == 1
 
 
 TRAINED = {"distill": lambda key: ".selector." in key, "finetune": lambda key: ".selector." not in key}
@@ -224,28 +224,28 @@ finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2, lr: 1.0e-
         assert trained[0][0]["loss"] == pytest.approx(trained[1][0]["loss"], rel=1e-3)
 
 
-def test_a_step_is_one_update_however_many_passes_it_takes(pictures, monkeypatch):
+def test_a_step_is_one_update_however_many_passes_it_takes(photos, monkeypatch):
     updates = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda self, *args, **kw: (updates.append(1), step(self, *args, **kw))
     )
-    distill(converted(), pictures, DistillSettings(steps=3, batch_size=2, accumulate=3))
+    distill(converted(), photos, DistillSettings(steps=3, batch_size=2, accumulate=3))
     assert len(updates) == 3
 
 
-def test_two_half_batches_accumulate_to_a_whole_one(pictures):
+def test_two_half_batches_accumulate_to_a_whole_one(photos):
     results = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
         model = converted(rows="all")  # a few rows are drawn anew in each pass
-        distill(model, pictures, DistillSettings(steps=3, batch_size=batch_size, accumulate=accumulate))
+        distill(model, photos, DistillSettings(steps=3, batch_size=batch_size, accumulate=accumulate))
         results.append(state(model))
     assert same(*results, tolerance=1e-4)
 
 
-def test_checkpoints_hold_no_pickled_objects(pictures, tmp_path):
+def test_checkpoints_hold_no_pickled_objects(photos, tmp_path):
     settings = DistillSettings(steps=3, batch_size=2, checkpoint_minutes=1e-9)
-    distill(converted(), pictures, settings, out=tmp_path)
+    distill(converted(), photos, settings, out=tmp_path)
     files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert "step.json" in files
     assert not any(name.startswith("custom_checkpoint") for name in files)
@@ -253,9 +253,9 @@ def test_checkpoints_hold_no_pickled_objects(pictures, tmp_path):
         torch.load(path, weights_only=True)
 
 
-def test_a_model_comes_back_in_the_state_it_was_given(pictures):
+def test_a_model_comes_back_in_the_state_it_was_given(photos):
     model = converted()
-    distill(model, pictures, DistillSettings(steps=1, batch_size=2))
+    distill(model, photos, DistillSettings(steps=1, batch_size=2))
     assert not any(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert sum(len(module._forward_hooks) for module in model.modules()) == 4  # three taps, and the grid
@@ -268,6 +268,6 @@ def test_seeds_reach_the_selectors_and_the_control(tmp_path):
     assert Recipe(model="x", seed=3, convert={"seed": 5}).convert.seed == 5
 
 
-def test_fp16_on_a_cpu_is_refused(pictures):
+def test_fp16_on_a_cpu_is_refused(photos):
     with pytest.raises(UsageError, match="needs a GPU"):
-        distill(converted(), pictures, DistillSettings(steps=1, precision="fp16"), device="cpu")
+        distill(converted(), photos, DistillSettings(steps=1, precision="fp16"), device="cpu")

@@ -75,4 +75,4 @@ def bench(
     )
     show(results, "bench_table", as_json)
     if results["cases"]:
-        say(f"plot: {results['picture']}")
+        say(f"plot: {results['plot']}")

@@ -243,7 +243,7 @@ def unknown_options(values: dict) -> dict[str, str]:
     }
     known = list(ConvertConfig.model_fields)
     for kind, base in KINDS.items():
-        with contextlib.suppress(ValueError):  # a part that there is not is told elsewhere
+        with contextlib.suppress(ValueError):  # an unknown part is reported elsewhere
             known += parts.find(base, str(named[kind])).Options.model_fields
     return {str(name): _unknown(str(name), known) for name in values if name not in known}
 

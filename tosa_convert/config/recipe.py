@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     @field_validator("data", "convert", "distill", "finetune", "export", mode="before")
     @classmethod
     def _present_means_defaults(cls, value: Any) -> Any:
-        """``distill:`` with nothing behind it asks for the stage with its defaults."""
+        """``distill:`` with nothing after it asks for the stage with its defaults."""
         return {} if value is None else value
 
     @model_validator(mode="after")

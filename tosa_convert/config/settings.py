@@ -13,17 +13,17 @@ class TrainSettings(BaseModel):
 
     Attributes:
         steps: optimiser steps; or give epochs.
-        epochs: passes over the training pictures, in place of steps.
-        batch_size: pictures per process and forward pass.
+        epochs: passes over the training images, in place of steps.
+        batch_size: images per process and forward pass.
         accumulate: forward passes per optimiser step.
         lr: peak learning rate, after a linear warm-up, before a cosine to zero.
         warmup: share of the steps that warm up.
         weight_decay: AdamW's, on matrices only.
         clip_norm: largest gradient norm.
-        augment: what training pictures go through: "crop" (random resized crop of at least half the
+        augment: what training images go through: "crop" (random resized crop of at least half the
             area, mirror), "flip" (mirror only) or "none".
         precision: "no" for float32, or mixed precision.
-        workers: processes that read pictures.
+        workers: processes that read images.
         checkpoint_minutes: how much work an interruption may cost at most.
         log_every: steps between two lines of metrics.
     """
@@ -50,11 +50,11 @@ class TrainSettings(BaseModel):
             raise ValueError("steps and epochs are both given; keep one of them")
         return self
 
-    def total_steps(self, pictures: int, processes: int) -> int:
-        """Optimiser steps for so many training pictures on so many processes."""
+    def total_steps(self, images: int, processes: int) -> int:
+        """Optimiser steps for so many training images on so many processes."""
         if self.epochs is None:
             return self.steps or self.default_steps
-        return max(1, round(self.epochs * pictures / (self.batch_size * self.accumulate * processes)))
+        return max(1, round(self.epochs * images / (self.batch_size * self.accumulate * processes)))
 
     @property
     def default_steps(self) -> int:
@@ -104,9 +104,9 @@ class ExportSettings(BaseModel):
     Attributes:
         opset: ONNX operator set.
         threshold: agreement of torch and ONNX Runtime below which the export fails.
-        images: at most so many pictures in the check.
-        labels: False leaves the names of the folders aside: the pictures are not sorted by class.
-        any_size: the file takes pictures of any size that is cut into whole patches, as the model has to.
+        images: most images in the check.
+        labels: False ignores the names of sub-folders: they are not classes.
+        any_size: the file takes images of any size that is cut into whole patches, as the model has to.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)

@@ -46,8 +46,8 @@ def export_onnx(
         model: a supported model, converted or not; exported in float32 for any batch size, and for its own image size
             or, if the settings say so, for any.
         folder: where the files go, made if missing.
-        data: pictures for the check; class sub-folders give top-1. None takes the built-in photos.
-        settings: operator set, threshold, number of pictures.
+        data: images for the check; class sub-folders give top-1. None takes the built-in photos.
+        settings: operator set, threshold, number of images.
         original: the model before its conversion, for its top-1 beside the others.
 
     Raises:
@@ -90,14 +90,14 @@ class FailedCheckError(TosaError):
     def __init__(self, check: Check, path: Path):
         self.check = check
         super().__init__(
-            f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} pictures, below the threshold of "
+            f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} images, below the threshold of "
             f"{check.threshold:.0%}; the file is marked as {path}; try another --opset"
             f"{', or leave --any-size out' if len(check.sizes) > 1 else ', or inspect it'}"
         )
 
 
 class _Graph(nn.Module):
-    """The model as tensor → named tensors, with the chosen tokens of each selective layer behind its outputs."""
+    """The model as tensor → named tensors, with the chosen tokens of each selective layer after its outputs."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -26,16 +26,16 @@ CHOSEN = "chosen_"
 
 @dataclass
 class Check:
-    """ONNX Runtime against torch on real pictures.
+    """ONNX Runtime against torch on real images.
 
     Attributes:
-        images: how many pictures.
+        images: how many images.
         broken: names of those that could not be read.
         difference: largest absolute difference of an output.
-        agreement: share of pictures with the same top-1 (models without a head: of close tokens).
+        agreement: share of images with the same top-1 (models without a head: of close tokens).
         selected: per selective layer, share of the chosen tokens that both chose.
         metrics: with labels, each of the task's (such as "top1") of "original", "torch" and "onnx".
-        sizes: the picture sizes (H, W) that were checked.
+        sizes: the image sizes (H, W) that were checked.
         threshold: the agreement that was asked for.
     """
 
@@ -115,7 +115,7 @@ def check_file(
                         shared[name] += _shared_tokens(value, positions[name].numpy(), len(batch["images"]))
             advance()
     if not check.images:
-        raise TosaError("not one picture could be read, so the ONNX file is unchecked; give images with --data")
+        raise TosaError("not one image could be read, so the ONNX file is unchecked; give images with --data")
     check.agreement = agreed / check.images
     check.sizes = [preprocessing_of(model).size]
     if settings.any_size:

@@ -32,13 +32,13 @@ def evaluate(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """Measure one model, or several on the same pictures in the same pass.
+    """Measure one model, or several on the same images in the same pass.
 
     Args:
         models: a model, or name → model.
         data: folder of images; class sub-folders give top-1. None takes the built-in photos.
         reference: name of the model that the others are compared with.
-        labels: False leaves the names of the folders aside: the pictures are not sorted by class.
+        labels: False ignores the names of sub-folders: they are not classes.
         device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
@@ -74,7 +74,7 @@ def evaluate(
             seen += count
             advance()
     if not seen:
-        raise TosaError(f"not one of the {len(images)} pictures in {images.name} can be read")
+        raise TosaError(f"not one of the {len(images)} images in {images.name} can be read")
     figures = {name: {key: total / seen for key, total in totals.items()} for name, totals in sums.items()}
     return {"data": images.name, "images": seen, "broken": broken, "models": figures}
 

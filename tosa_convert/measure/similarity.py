@@ -19,7 +19,7 @@ class Outputs:
     Attributes:
         kind: of the output: "logits", "tokens", or the head's own.
         output: as :meth:`tosa_convert.models.adapter.Adapter.outputs` gives it.
-        patches: (B, N, C) patch tokens; of models with a head those behind the last layer.
+        patches: (B, N, C) patch tokens; of models with a head those after the last layer.
         classes: (B, C) the class token, None where there is none.
     """
 

@@ -1,4 +1,4 @@
-"""The clock: contestants run in turn, so that what slows the machine slows them alike."""
+"""Timing: models run in turn, so that what slows the machine slows all of them alike."""
 
 import os
 import statistics

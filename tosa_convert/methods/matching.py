@@ -100,7 +100,7 @@ def _stays(row, column, height, width, level: int):
 
 
 def features_of(tokens: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) tokens in front of and behind a norm → (B, N, about 96), by whose distances tokens are compared:
+    """(B, N, D) tokens before and after a norm → (B, N, about 96), by whose distances tokens are compared:
     half-way (geometric mean) between those of the tokens and those of the normed tokens."""
     return sketch(normed) * tokens.norm(dim=-1, keepdim=True).sqrt()
 

@@ -76,7 +76,7 @@ class Score(Part, nn.Module):
 
     Attributes:
         reads: what it looks at.
-        always_before: whether it reads the layer before its own also where the bypass acts behind a layer's attention;
+        always_before: whether it reads the layer before its own also where the bypass acts after a layer's attention;
             otherwise it then reads its own layer.
         chooses: whether :meth:`score` gives a :class:`~tosa_convert.methods.token_ops.Choice` in place of scores.
         finds_partners: whether that choice names a partner for each skipped token.

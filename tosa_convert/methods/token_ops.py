@@ -34,7 +34,7 @@ class Choice(NamedTuple):
         attended: (B, K) tokens that run the layer, prefix tokens first.
         skipped: (B, S) the others.
         partners: (B, S) who stands in for each skipped token, as an index into ``attended``; None
-            where nobody does.
+            where none does.
     """
 
     attended: torch.Tensor

@@ -31,12 +31,12 @@ class Adapter(ABC):
         class_token: whether the first of them is a class token.
         width: channels of a token.
         bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
-            is also its first argument behind the tokens, unless the model calls its blocks by keyword; None where
+            is also its first argument after the tokens, unless the model calls its blocks by keyword; None where
             it takes nothing of the kind.
         relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
         own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
-        gives_maps: whether what it gives are maps of the patches behind several layers: every token is needed for them.
-        halves: whether a block's attention and MLP are modules of their own, one behind the other, as bypasses need
+        gives_maps: whether what it gives are maps of the patches after several layers: every token is needed for them.
+        halves: whether a block's attention and MLP are modules of their own, one after the other, as bypasses need
             that take tokens away between them.
         square: whether images of other sizes than the model's own have to be square.
     """
@@ -104,7 +104,7 @@ class Adapter(ABC):
         return args, kwargs
 
     def check_arguments(self, layer: int, args: tuple, kwargs: dict) -> None:
-        """Look at what a block is called with behind its tokens.
+        """Look at what a block is called with after its tokens.
 
         Raises:
             TosaError: something in it is per token, and it is not known how to take it along.
@@ -118,7 +118,7 @@ class Adapter(ABC):
     def arguments(
         self, args: tuple, kwargs: dict, places: torch.Tensor | None, sizes: torch.Tensor | None
     ) -> tuple[tuple, dict]:
-        """A block's arguments behind its tokens, when these are not all of the tokens; see :meth:`call`."""
+        """A block's arguments after its tokens, when these are not all of the tokens; see :meth:`call`."""
         if sizes is None:
             return args, kwargs
         return args[1:], {**kwargs, self.bias_name: sizes.log()[:, None, None, :]}
@@ -136,7 +136,7 @@ class Adapter(ABC):
         """Run a block's own forward on some of its tokens, (B, K, C) → (B, K, C).
 
         Args:
-            args, kwargs: what the block was called with behind its tokens.
+            args, kwargs: what the block was called with after its tokens.
             places: (B, K) which of the tokens these are; None where all are there, or their places do not matter.
             sizes: (B, K) for how many tokens each stands; the attention then weighs it by that (ToMe's proportional
                 attention, arXiv 2210.09461, section 3.3).
@@ -176,7 +176,7 @@ class Adapter(ABC):
 
     @property
     def forward(self) -> Callable:
-        """What takes :meth:`inputs`: the model, or of one for pictures and texts the way of the pictures."""
+        """What takes :meth:`inputs`: the model, or for a model of images and texts its image branch."""
         return self.model
 
     @abstractmethod
@@ -190,16 +190,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's features of pictures, prefix tokens first, behind its last norm where the library has it so,
+        """The model's features of images, prefix tokens first, after its last norm where the library applies one,
         (B, N, C)."""
 
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
-        """What the model itself knows of its pictures: size, channels, mean and deviation."""
+        """What the model itself knows of its images: size, channels, mean and deviation."""
 
     @abstractmethod
     def resize(self, size: tuple[int, int]) -> None:
-        """Make the model take pictures of this size (H, W), resampling position embeddings if it must."""
+        """Make the model take images of this size (H, W), resampling position embeddings if it must."""
 
     @abstractmethod
     def spec(self) -> dict:
@@ -219,16 +219,16 @@ class Adapter(ABC):
         """Height and width of a patch in pixels."""
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the patches that pictures of this size (H, W) are cut into."""
+        """Rows and columns of the patches that images of this size (H, W) are cut into."""
         height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
         return height, width
 
     def patches(self, size: tuple[int, int]) -> int:
-        """How many patches pictures of this size (H, W) are cut into."""
+        """How many patches images of this size (H, W) are cut into."""
         return math.prod(self.grid(size))
 
     def fits(self, size: tuple[int, int]) -> bool:
-        """Whether pictures of this size (H, W) are cut into whole patches."""
+        """Whether images of this size (H, W) are cut into whole patches."""
         return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
 
 

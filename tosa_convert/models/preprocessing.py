@@ -1,4 +1,4 @@
-"""How a picture becomes the tensor that a model was trained on."""
+"""How an image becomes the tensor that a model was trained on."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,7 +30,7 @@ class Preprocessing(BaseModel):
 
     @property
     def mode(self) -> str:
-        """The PIL mode of the pictures."""
+        """The PIL mode of the images."""
         return "L" if self.channels == 1 else "RGB"
 
     def at(self, size: tuple[int, int]) -> "Preprocessing":

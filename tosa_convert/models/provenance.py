@@ -18,7 +18,7 @@ class Origin(BaseModel):
         num_classes: the outputs of the head that were asked for, if any.
         library: "timm" or "transformers".
         spec: what the library needs to build the model (see :func:`build`).
-        preprocessing: how its pictures are prepared.
+        preprocessing: how its images are prepared.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -32,7 +32,7 @@ class Origin(BaseModel):
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """How a model's pictures are prepared: noted when it was loaded, or read off the model."""
+    """How a model's images are prepared: noted when it was loaded, or read off the model."""
     known = getattr(model, "tosa_origin", None)
     return known.preprocessing if known is not None else adapter_of(model).preprocessing()
 

@@ -23,7 +23,7 @@ REASONS = {
     ),
 }
 NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
-NO_PICTURES = "it takes no pictures (a text model, perhaps)"
+NO_IMAGES = "it takes no images (a text model, perhaps)"
 TIMM = {module: reason for reason, (modules, _) in REASONS.items() for module in modules.split()}
 """timm's module → why its models cannot be converted."""
 TRANSFORMERS = {kind: reason for reason, (_, kinds) in REASONS.items() for kind in kinds.split()}
@@ -37,7 +37,7 @@ def why_not(model: nn.Module) -> str:
     if module.startswith("timm."):
         reason = TIMM.get(module.rsplit(".", 1)[-1])
     elif module.startswith("transformers."):
-        reason = TRANSFORMERS.get(model.config.model_type) or (None if _takes_pictures(model) else NO_PICTURES)
+        reason = TRANSFORMERS.get(model.config.model_type) or (None if _takes_images(model) else NO_IMAGES)
     else:
         return (
             f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "
@@ -46,7 +46,7 @@ def why_not(model: nn.Module) -> str:
     return f"{name} cannot be made token-selective: {reason or _first_seen(model) or NOT_A_VIT}"
 
 
-def _takes_pictures(model: nn.Module) -> bool:
+def _takes_images(model: nn.Module) -> bool:
     configs = [getattr(module, "config", None) for module in model.modules()]
     return any(hasattr(config, "num_channels") or hasattr(config, "image_size") for config in configs)
 

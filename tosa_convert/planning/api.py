@@ -11,6 +11,9 @@ from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.planning.search import Plan, Search
 from tosa_convert.selective.conversion import is_converted
 
+BUDGET = 0.75
+"""Share of the original's cost, where none is given."""
+
 
 def plan(model: nn.Module, images: torch.Tensor, budget: float | None = None, **options: Any) -> ConvertConfig:
     """The best training-free conversion of a model for a budget; see :func:`find_plan` for the options."""
@@ -47,7 +50,7 @@ def find_plan(
         raise UsageError("this model is converted already; start from the original, such as original(model)")
     if budget is not None and target_drop is not None:
         raise UsageError("a budget and a target drop are both given; keep one of them")
-    budget = 0.75 if budget is None else budget
+    budget = BUDGET if budget is None else budget
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
     if target_drop is not None and not 0 <= target_drop < 1:

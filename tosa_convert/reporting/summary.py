@@ -1,4 +1,4 @@
-"""What a run comes to, in a few lines: what it saves, what it keeps, how fast it is, whether its export is checked."""
+"""A run in a few lines: what it saves, what it keeps, how fast it is, whether its export is checked."""
 
 from pathlib import Path
 

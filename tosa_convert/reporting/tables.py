@@ -16,7 +16,12 @@ def training_table(results: dict) -> Table:
         for name, value in results.items()
         if isinstance(value, float)
     ]
-    rows = [["steps", str(results["steps"])], ["images seen", str(results["pictures"])], *figures, *_cost_rows(cost)]
+    rows = [
+        ["steps", str(results["steps"])],
+        ["images seen", str(results.get("images", results.get("pictures")))],
+        *figures,
+        *_cost_rows(cost),
+    ]
     notes = broken_notes(results["broken"])
     if "overlap" in results:
         notes.append("overlap: share of selected patches that the attention itself would select; by chance: the ratio")
@@ -85,8 +90,8 @@ def flops_table(cost: dict, source: str) -> Table:
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )
     notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
-    if "picture" in cost:
-        notes.append(f"plot: {cost['picture']}")
+    if "plot" in cost:
+        notes.append(f"plot: {cost['plot']}")
     height, width = cost["size"]
     columns = ["layer", "patches", "MACs", "share", "of it selector", "original"]
     return Table(f"{source} at {height}×{width}", columns, rows, notes)
@@ -194,7 +199,7 @@ def plan_table(results: dict) -> Table:
         f"{plan['images']} images of {results['data']}, equally weighted; error: KL divergence of the "
         "logits of a classifier, otherwise 1 − cosine of the patch tokens plus that of the class token"
     )
-    notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['picture']}")
+    notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['plot']}")
     return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
 
 
@@ -252,7 +257,7 @@ def broken_notes(names: list[str]) -> list[str]:
 
 def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
-    notes = [f"images: {', '.join(results['images'])}; plot: {results['picture']}"]
+    notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]
     return Table("Patches that attend", ["", "attend"], rows, notes)
 
 

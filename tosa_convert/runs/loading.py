@@ -68,7 +68,7 @@ def load(
 
 
 def set_image_size(model: Any, size: tuple[int, int]) -> None:
-    """Make a loaded model take (H, W) pixels, and remember it for its pictures, counts and exports."""
+    """Make a loaded model take (H, W) pixels, and remember it for its images, counts and exports."""
     adapter = adapter_of(model)
     if not adapter.fits(size):
         patch = adapter.patch

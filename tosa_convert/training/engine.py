@@ -1,6 +1,6 @@
 """One training engine for every stage, on accelerate: any device, mixed precision, several processes.
 
-What a step does depends on the seed and the step number alone: the pictures it draws, how they
+What a step does depends on the seed and the step number alone: the images it draws, how they
 are augmented, the dropout. So a training that was interrupted goes on to the same result.
 """
 
@@ -74,8 +74,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     """Run a stage to its end.
 
     Returns:
-        The figures of its last step, averaged over processes, with the number of steps and pictures
-        seen, and the names of pictures that could not be read.
+        The figures of its last step, averaged over processes, with the number of steps and images
+        seen, and the names of images that could not be read.
 
     Raises:
         UsageError: weights in half precision, which small steps would not change.
@@ -113,7 +113,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                     optimizer.step()
                     optimizer.zero_grad()
                 recorder.broken.update(batch["broken"])
-            recorder.note(step, figures, lr, pictures=step * per_step, final=step == steps)
+            recorder.note(step, figures, lr, images=step * per_step, final=step == steps)
             recorder.checkpoint_when_due(step, final=step == steps)
             if stop.requested and step < steps:
                 recorder.checkpoint(step)
@@ -123,7 +123,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
             advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
     accelerator.wait_for_everyone()
     broken = sorted(set(gather_object(sorted(recorder.broken))))
-    return {**recorder.last, "steps": steps, "pictures": steps * per_step, "broken": broken}
+    return {**recorder.last, "steps": steps, "images": steps * per_step, "broken": broken}
 
 
 def _grouped(loader, size: int) -> Iterator[list[dict]]:
@@ -214,7 +214,7 @@ class _Recorder:
         self.last: dict[str, float] = {}
         self.started = self.saved = time.monotonic()
 
-    def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, pictures: int, final: bool) -> None:
+    def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, images: int, final: bool) -> None:
         if step % self.stage.settings.log_every and not final:
             return
         means = self.accelerator.reduce({key: value.detach().float() for key, value in figures.items()}, "mean")
@@ -231,7 +231,7 @@ class _Recorder:
                     "step": step,
                     **line,
                     "lr": lr,
-                    "pictures": pictures,
+                    "images": images,
                     "seconds": round(seconds, 1),
                 },
             )
@@ -248,7 +248,7 @@ class _Recorder:
             self.checkpoint(step)
 
     def checkpoint(self, step: int) -> None:
-        """Write the state behind a step, all processes together."""
+        """Write the state after a step, all processes together."""
         fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
         if self.accelerator.is_main_process:
             _settle(fresh, kept)

@@ -26,7 +26,7 @@ def flops_stage(source: str, options: dict, plot: Path | None, *, img_size=None,
         from tosa_convert.reporting.plots import cost_plot
 
         title = f"{Path(source.split(':')[-1]).name}: {cost['saved']:.1%} of the MACs saved"
-        cost["picture"] = str(cost_plot(cost, title, plot))
+        cost["plot"] = str(cost_plot(cost, title, plot))
     return cost
 
 
@@ -43,7 +43,7 @@ def show_stage(
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
     views_plot(looks, out)
     shares = {view.layer: float(view.attended.mean()) for view in looks.views[0]}
-    return {"picture": str(out), "images": looks.names, "attended": shares}
+    return {"plot": str(out), "images": looks.names, "attended": shares}
 
 
 def features_stage(

@@ -170,7 +170,7 @@ def bench_stage(
     write_json(folder / "bench.json", results)
     if out is None:
         write_report(folder)
-    return {**results, "file": str(folder / "bench.json"), "picture": str(folder / "bench.png")}
+    return {**results, "file": str(folder / "bench.json"), "plot": str(folder / "bench.png")}
 
 
 def refuse_options_of_a_run(converted: bool, options: dict) -> None:

@@ -71,7 +71,7 @@ def plan_stage(
         "latency": latency,
         **mean_figures(model, {"plan": converted}, pixels, truths)["plan"],
         "recipe": str(out / "plan.yaml"),
-        "picture": str(out / "plan.png"),
+        "plot": str(out / "plan.png"),
         "machine": machine(device),
     }
     head = (
@@ -93,7 +93,7 @@ def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
     runs.prepare(out)
     results = {"source": source, **compare(model, **options)}
-    results["picture"] = str(pareto_plot(results, out / "compare.png"))
+    results["plot"] = str(pareto_plot(results, out / "compare.png"))
     write_json(out / "compare.json", results)
     write_text(out / "compare.md", compare_table(results).markdown())
     return results

@@ -1,6 +1,6 @@
 """timm: CaiT.
 
-Talking heads (arXiv 2003.02436), and a class token that joins behind the blocks.
+Talking heads (arXiv 2003.02436), and a class token that joins after the blocks.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""timm: NaFlexViT on pictures of one size.
+"""timm: NaFlexViT on images of one size.
 
 Its blocks are those of ViT or of Eva.
 """

@@ -63,7 +63,7 @@ class TimmVit(Adapter):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Of the pictures that the model is built for; None where any will do."""
+        """Of the images that the model is built for; None where any will do."""
         return self.model.patch_embed.img_size
 
     def as_attention_output(self, tokens):
@@ -110,7 +110,7 @@ class TimmVit(Adapter):
 
     @property
     def channels(self) -> int:
-        """Of the pictures; a hybrid's first convolution is that of its backbone."""
+        """Of the images; a hybrid's first convolution is that of its backbone."""
         return next(conv.in_channels for conv in self.model.patch_embed.modules() if isinstance(conv, nn.Conv2d))
 
     def resize(self, size: tuple[int, int]) -> None:
@@ -118,7 +118,7 @@ class TimmVit(Adapter):
             return
         if not hasattr(self.model, "set_input_size"):
             raise UsageError(
-                f"{type(self.model).__name__} takes pictures of {self.size[0]}×{self.size[1]} only: its position "
+                f"{type(self.model).__name__} takes images of {self.size[0]}×{self.size[1]} only: its position "
                 "embedding is not resampled; leave the image size out"
             )
         self.model.set_input_size(img_size=size)

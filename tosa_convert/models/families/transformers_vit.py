@@ -142,7 +142,7 @@ class TransformersVit(Adapter):
 
     @property
     def _also_reads(self) -> bool:
-        """Whether the model has a text tower beside the one for pictures."""
+        """Whether the model has a text tower beside the one for images."""
         return hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
 
     def inputs(self, images):
@@ -170,8 +170,8 @@ class TransformersVit(Adapter):
         return {"tokens": tokens, "features": tokens[:, 0] if pooled is None else pooled}
 
     def tokens(self, images):
-        """The last of ``last_hidden_state`` that any part of the model gives, as its vision model does behind its
-        norm; of a backbone for dense heads, which gives maps only, the tokens behind the last layer."""
+        """The last of ``last_hidden_state`` that any part of the model gives, as its vision model does after its
+        norm; of a backbone for dense heads, which gives maps only, the tokens after the last layer."""
         caught: list[torch.Tensor] = []
 
         def catch(module: nn.Module, inputs: tuple, output) -> None:
@@ -203,7 +203,7 @@ class TransformersVit(Adapter):
                 self.outputs(image)
         except (ValueError, RuntimeError) as error:
             raise UsageError(
-                f"{type(self.model).__name__} does not take pictures of {size[0]}×{size[1]}: "
+                f"{type(self.model).__name__} does not take images of {size[0]}×{size[1]}: "
                 f"{' '.join(str(error).split())[:150]}; leave the image size out"
             ) from None
 

@@ -1,0 +1,89 @@
+"""Every figure in README and docs was recorded: it stands in a file of benchmarks/results, or follows from one."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {path.name: path for path in (ROOT / "benchmarks" / "results").iterdir()}
+FIGURES = (ROOT / "docs" / "figures.md").read_text()
+SECTIONS = dict(
+    zip(re.findall(r"^## (.+)$", FIGURES, re.M), re.split(r"^## .+$", FIGURES, flags=re.M)[1:], strict=True)
+)
+NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*\.\d+|\d[\d,]*(?= ?[%×]))")
+"""A number with decimals, a percentage or a factor; whole numbers are settings."""
+
+
+def numbers_in(text: str) -> list[str]:
+    """Those outside of code, links, numbers of papers and names of versions."""
+    plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}", " ", text, flags=re.S)
+    return [found.replace(",", "") for found in NUMBER.findall(plain)]
+
+
+def values_in(content: object) -> list[float]:
+    """All numbers of a JSON file."""
+    if isinstance(content, dict):
+        named = [float(key) for key in content if re.fullmatch(r"[\d.]+", key)]
+        return named + [value for each in content.values() for value in values_in(each)]
+    if isinstance(content, list):
+        return [value for each in content for value in values_in(each)]
+    if isinstance(content, str):
+        return [float(number) for number in re.findall(r"\d+\.\d+", content)]
+    return [] if isinstance(content, bool) or content is None else [float(content)]
+
+
+def derived(content: dict) -> list[float]:
+    """What is said of a file's figures beside them: gains in top-1, errors as a share of ToMe's."""
+    values = []
+    if isinstance(content.get("results"), dict) and "top1" in content["results"]:
+        top1, macs = content["results"]["top1"], content["results"]["macs"]
+        values += [one - other for one, other in itertools.permutations(top1.values(), 2)]
+        values += [each / macs["original"] for each in macs.values()]
+    methods = {(row["method"], row["budget"]): row for row in content.get("rows", []) if "patch" in row}
+    for (_, budget), row in methods.items():
+        rival = methods["tome", budget]
+        values += [(1 - row[key]) / (1 - rival[key]) for key in ("patch", "class") if key in row]
+    return values
+
+
+def is_rounded(number: str, value: float) -> bool:
+    """Whether the number is the value, the share or what is missing of it, in millions, billions or MiB."""
+    half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
+    forms = (value, 100 * value, 100 * (1 - value), value / 1e6, value / 1e9, value / 2**20)
+    return any(abs(form - float(number)) <= half for form in forms)
+
+
+def unknown_numbers(text: str, values: list[float]) -> list[str]:
+    return [number for number in numbers_in(text) if not any(is_rounded(number, value) for value in values)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_of_figures_stands_in_its_results(section):
+    text = SECTIONS[section]
+    names = [name for name in re.findall(r"`(\w+\.(?:json|log))`", text) if name in RESULTS]
+    assert names, "the section does not say where it was recorded"
+    scripts = [ROOT / "benchmarks" / name for name in re.findall(r"benchmarks/(\w+\.py)", text)]
+    values = [1.0]
+    for path in [*scripts, *(RESULTS[name] for name in names if name.endswith(".log"))]:
+        values += [float(number) for number in re.findall(r"\d+\.?\d*", path.read_text())]  # settings, or a log
+    for name in names:
+        if name.endswith(".json"):
+            content = json.loads(RESULTS[name].read_text())
+            values += values_in(content) + derived(content)
+    assert unknown_numbers(text, values) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/faq.md", "docs/methods.md", "docs/guide.md"])
+def test_other_pages_quote_the_figures(name):
+    """Each number is in docs/figures.md, or a setting in the code examples of the page itself."""
+    text = (ROOT / name).read_text()
+    settings = re.findall(r"\d+\.\d+", " ".join(re.findall(r"```.*?```|`[^`]*`", text, flags=re.S)))
+    assert unknown_numbers(text, [float(number) for number in [*numbers_in(FIGURES), *settings, "0.99", "0.8"]]) == []
+
+
+def test_every_result_is_told():
+    told = set(re.findall(r"`(\w+\.(?:json|log))`", FIGURES))
+    assert set(RESULTS) - told == set()
