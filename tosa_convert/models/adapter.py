@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.base import discovery
@@ -150,13 +151,27 @@ class Adapter(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
 
+    def attend(
+        self,
+        attention: nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """softmax(QKᵀ / √D + bias) V, each (B, H, N, D), and the weights (B, H, N, N) if the attention returns them."""
+        dropout = self.attention_dropout(attention) if attention.training else 0.0
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout), None
+
     @abstractmethod
-    def finish(self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor):
+    def finish(
+        self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None = None
+    ):
         """What the attention does after its heads: (B, N, C) of concatenated heads → what its forward returns."""
 
     @abstractmethod
-    def as_attention_output(self, tokens: torch.Tensor):
-        """Tokens (B, N, C) in the form in which the attention's forward returns them."""
+    def as_attention_output(self, tokens: torch.Tensor, weights: torch.Tensor | None = None):
+        """Tokens (B, N, C), and the weights of the attention, in the form in which its forward returns them."""
 
     @abstractmethod
     def attention_dropout(self, attention: nn.Module) -> float:

@@ -1,7 +1,6 @@
 """ToSA's Eq. 4 to the letter: each head attends over its own tokens."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
@@ -22,11 +21,11 @@ def attend_per_head(adapter: Adapter, attention: nn.Module, chosen: torch.Tensor
     bias = adapter.bias(attention, kwargs)
     if bias is not None:
         bias = _of_each_head(bias, chosen)
-    dropout = adapter.attention_dropout(attention) if attention.training else 0.0
-    attended = F.scaled_dot_product_attention(*picked, attn_mask=bias, dropout_p=dropout)
+    attended, weights = adapter.attend(attention, *picked, bias)
     slices = tokens.reshape(batch, count, heads, width).transpose(1, 2).flatten(0, 1)
     joined = rejoin_tokens(slices, chosen, attended.flatten(0, 1)).unflatten(0, (batch, heads))
-    return adapter.finish(attention, joined.transpose(1, 2).reshape(batch, count, heads * width), tokens)
+    joined = joined.transpose(1, 2).reshape(batch, count, heads * width)
+    return adapter.finish(attention, joined, tokens, weights)
 
 
 def _of_each_head(bias: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

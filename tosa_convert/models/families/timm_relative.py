@@ -35,7 +35,7 @@ class _TimmRelative(RelativeAdapter, TimmVit):
         own = self._own(attention)
         return total(None if own is None else getattr(own.holder, own.method)(), arguments.get(self.bias_name))
 
-    def finish(self, attention, joined, tokens):
+    def finish(self, attention, joined, tokens, weights=None):
         return attention.proj_drop(attention.proj(joined))
 
 

@@ -66,7 +66,7 @@ class TimmVit(Adapter):
         """Of the images that the model is built for; None where any will do."""
         return self.model.patch_embed.img_size
 
-    def as_attention_output(self, tokens):
+    def as_attention_output(self, tokens, weights=None):
         return tokens
 
     @property
@@ -79,7 +79,7 @@ class TimmVit(Adapter):
     def project(self, attention, tokens, arguments):
         return split_qkv(attention, attention.qkv(tokens))
 
-    def finish(self, attention, joined, tokens):
+    def finish(self, attention, joined, tokens, weights=None):
         joined = attention.norm(joined)
         if getattr(attention, "gate", None) is not None:
             joined = joined * attention.gate(tokens).sigmoid()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
@@ -36,8 +35,8 @@ class TransformersDpt(TransformersVit):
     def projections(self, attention):
         return attention.query, attention.key, attention.value
 
-    def finish(self, attention, joined, tokens):
-        return joined, None
+    def finish(self, attention, joined, tokens, weights=None):
+        return joined, weights
 
     def attention_dropout(self, attention) -> float:
         return attention.dropout_prob
@@ -75,8 +74,7 @@ class _Weighed:
     def __init__(self, adapter: TransformersDpt, attention: nn.Module, sizes: torch.Tensor):
         self.adapter, self.attention, self.bias = adapter, attention, sizes.log()[:, None, None, :]
 
-    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
-        queries, keys, values = self.adapter.project(self.attention, hidden_states, kwargs)
-        dropout = self.attention.dropout_prob if self.attention.training else 0.0
-        joined = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.bias, dropout_p=dropout)
-        return joined.transpose(1, 2).flatten(2), None
+    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = self.adapter.project(self.attention, hidden_states, kwargs)
+        joined, weights = self.adapter.attend(self.attention, *heads, self.bias)
+        return joined.transpose(1, 2).flatten(2), weights

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.base.errors import UnsupportedModelError, UsageError
@@ -104,8 +105,8 @@ class TransformersVit(Adapter):
     def classifies_by_class_token(self) -> bool:
         return type(self.model).__name__.endswith("ForImageClassification") and self.class_token
 
-    def as_attention_output(self, tokens):
-        return tokens, None
+    def as_attention_output(self, tokens, weights=None):
+        return tokens, weights
 
     @property
     def heads(self) -> int:
@@ -129,9 +130,18 @@ class TransformersVit(Adapter):
         heads = attention.config.num_attention_heads
         return tuple(split_heads(linear(tokens), heads) for linear in self.projections(attention))
 
-    def finish(self, attention, joined, tokens):
+    def attend(self, attention, queries, keys, values, bias):
+        """With its weights in the library's own form, "eager", from which ``output_attentions=True`` takes them."""
+        if self._vision_config._attn_implementation != "eager":
+            return super().attend(attention, queries, keys, values, bias)
+        logits = queries @ keys.mT * queries.shape[-1] ** -0.5
+        weights = (logits if bias is None else logits + bias).softmax(-1)
+        dropped = F.dropout(weights, self.attention_dropout(attention), attention.training)
+        return dropped @ values, weights
+
+    def finish(self, attention, joined, tokens, weights=None):
         project = getattr(attention, "o_proj", None) or attention.out_proj
-        return self.as_attention_output(project(joined))
+        return self.as_attention_output(project(joined), weights)
 
     def attention_dropout(self, attention) -> float:
         return getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
