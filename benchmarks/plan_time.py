@@ -14,7 +14,7 @@ import record
 from tosa_convert import load
 from tosa_convert.data.images import sample
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.api import find_plan
+from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.9, 0.7)
 

@@ -20,8 +20,8 @@ from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert,
 from tosa_convert.data.images import sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.api import find_plan
 from tosa_convert.planning.comparison import at_budget
+from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.9, 0.8, 0.7)
 METHODS = ("plan", "tome", "evit", "idle", "tosa", "random")

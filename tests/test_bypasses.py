@@ -14,7 +14,7 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
 from tosa_convert.models.adapter import adapter_of, run
-from tosa_convert.models.grafting import steer
+from tosa_convert.models.subclassing import steer
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
 AROUND = [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]

@@ -66,7 +66,7 @@ def test_the_whole_way_from_a_model_to_a_checked_file(tosa, labelled, tmp_path):
     assert code == 0, err
     code, out, err = tosa("eval", "b", "--data", labelled)
     assert code == 0, err
-    assert all(word in out for word in ("original", "converted", "random selection", "top1", "agreement"))
+    assert all(word in out for word in ("original", "converted", "random selection", "top-1", "agreement"))
     code, out, err = tosa("flops", "b")
     assert code == 0, err
     assert "saved" in out

@@ -18,7 +18,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs import flops
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import adapter_of, run
-from tosa_convert.models.grafting import steer
+from tosa_convert.models.subclassing import steer
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 

@@ -39,7 +39,7 @@ from tosa_convert.models.adapter import run
 from tosa_convert.models.families.timm_vit import TimmVit
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.search import Search
-from tosa_convert.reporting.tables import compare_table
+from tosa_convert.reporting.result_tables import compare_table
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 from tosa_convert.tasks.task import Metric, Task
 from tosa_convert.training.finetuning import loss_weights

@@ -10,7 +10,7 @@ from tosa_convert.config.recipe import Recipe
 from tosa_convert.methods.method import published
 from tosa_convert.methods.schedule import Schedule
 from tosa_convert.methods.score import Score
-from tosa_convert.planning import api
+from tosa_convert.planning import plan as planning
 
 COMMANDS = typer.main.get_command(app).commands
 SETTINGS = {"distill": DistillSettings, "finetune": FinetuneSettings, "export": ExportSettings, "bench": BenchSettings}
@@ -39,7 +39,7 @@ def defaults_of(command: str) -> dict[str, object]:
     config = ConvertConfig()
     parts = [config.make(kind).options.model_dump() for kind in (Score, Bypass, Schedule)]
     own: BaseModel | None = SETTINGS[command]() if command in SETTINGS else None
-    known = {"seed": Recipe(model="any").seed, "budget": api.BUDGET, "method": "tosa"}
+    known = {"seed": Recipe(model="any").seed, "budget": planning.BUDGET, "method": "tosa"}
     for values in (config.model_dump(exclude={"method"}), *parts, own.model_dump() if own else {}):
         known |= values
     return {**known, "steps": own.total_steps(1, 1)} if "steps" in known else known

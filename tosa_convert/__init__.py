@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is imported when
     from tosa_convert.methods.bypass import Bypass as Bypass
     from tosa_convert.methods.schedule import Schedule as Schedule
     from tosa_convert.methods.score import Score as Score
-    from tosa_convert.planning.api import find_plan as find_plan
-    from tosa_convert.planning.api import plan as plan
     from tosa_convert.planning.comparison import compare as compare
+    from tosa_convert.planning.plan import find_plan as find_plan
+    from tosa_convert.planning.plan import plan as plan
     from tosa_convert.runs.folder import save as save
     from tosa_convert.runs.loading import load as load
     from tosa_convert.selective.conversion import convert as convert
@@ -52,11 +52,11 @@ _HOME = {
     "evaluate": "measure.evaluation",
     "export_onnx": "export.onnx",
     "finetune": "training.finetuning",
-    "find_plan": "planning.api",
+    "find_plan": "planning.plan",
     "flops": "measure.macs",
     "load": "runs.loading",
     "original": "selective.conversion",
-    "plan": "planning.api",
+    "plan": "planning.plan",
     "random_control": "measure.evaluation",
     "save": "runs.folder",
 }

@@ -16,7 +16,7 @@ from tosa_convert.cli.options import (
     stem,
 )
 from tosa_convert.cli.output import bar, say, show
-from tosa_convert.cli.values import at_least, names, numbers
+from tosa_convert.cli.parsing import at_least, names, numbers
 
 
 @takes_conversion

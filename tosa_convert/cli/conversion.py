@@ -10,7 +10,7 @@ import typer
 
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import UsageError
-from tosa_convert.cli.values import at_least, numbers, plain
+from tosa_convert.cli.parsing import at_least, numbers, plain
 
 Method = StrEnum("Method", discovery.names("methods/published"))
 Score = StrEnum("Score", discovery.names("methods/scores"))

@@ -17,7 +17,7 @@ from rich.text import Text
 from tosa_convert.base.errors import TosaError, TosaWarning
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.conversion import takes_conversion
-from tosa_convert.cli.look import features, flops, models, report, show_patches
+from tosa_convert.cli.inspection import features, flops, models, report, show_patches
 from tosa_convert.cli.options import (
     AugmentOption,
     BatchSize,
@@ -46,9 +46,9 @@ from tosa_convert.cli.options import (
     stem,
 )
 from tosa_convert.cli.output import bar, print_json, say, say_data, show
+from tosa_convert.cli.parsing import at_least
 from tosa_convert.cli.plan import compare, plan
 from tosa_convert.cli.recipes import recipes_app
-from tosa_convert.cli.values import at_least
 
 app = typer.Typer(
     no_args_is_help=True,

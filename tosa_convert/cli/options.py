@@ -9,7 +9,7 @@ import typer
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.cli.output import say
-from tosa_convert.cli.values import at_least, plain
+from tosa_convert.cli.parsing import at_least, plain
 
 
 class Augment(StrEnum):

@@ -28,7 +28,7 @@ def say_data(plan) -> None:
 
 def show(results: dict, table: str, as_json: bool, *arguments) -> None:
     from tosa_convert.base import distributed as processes
-    from tosa_convert.reporting import tables as report
+    from tosa_convert.reporting import result_tables as report
 
     if not processes.is_main():
         return

@@ -15,8 +15,8 @@ from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.export.onnx import write_graph
-from tosa_convert.measure import backends as runtimes
 from tosa_convert.measure import peak_memory as memory
+from tosa_convert.measure import runtimes
 from tosa_convert.measure.macs import flops
 from tosa_convert.measure.timing import Timing, interleave, pinned, processors, quartiles
 from tosa_convert.models.adapter import adapter_of

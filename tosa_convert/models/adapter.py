@@ -97,7 +97,7 @@ class Adapter(ABC):
 
     def steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
         """The modules of a block, and their methods, that :meth:`call` answers for it on some of its tokens; see
-        :func:`tosa_convert.models.grafting.answered`."""
+        :func:`tosa_convert.models.subclassing.answered`."""
         return []
 
     def given(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.base.per_thread import PerThread
+from tosa_convert.base.thread_local import PerThread
 
 if TYPE_CHECKING:
     from tosa_convert.models.adapter import Adapter

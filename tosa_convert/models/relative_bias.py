@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
-from tosa_convert.models.grafting import answered
+from tosa_convert.models.subclassing import answered
 
 
 class OwnBias(NamedTuple):

@@ -20,8 +20,8 @@ from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.api import find_plan
 from tosa_convert.planning.cost_model import time_models
+from tosa_convert.planning.plan import find_plan
 from tosa_convert.selective.conversion import convert, is_converted
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.distillation import distill

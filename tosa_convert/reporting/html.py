@@ -13,8 +13,8 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import built_in_scenes
 from tosa_convert.measure.macs import flops
 from tosa_convert.reporting.plots import cost_plot, loss_plot, views_plot
+from tosa_convert.reporting.result_tables import tables_of
 from tosa_convert.reporting.summary import summary_table
-from tosa_convert.reporting.tables import tables_of
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs.metrics_log import read_metrics
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tosa_convert.base.files import read_json
+from tosa_convert.reporting.result_tables import figure
 from tosa_convert.reporting.table import Table, mega, percent
-from tosa_convert.reporting.tables import figure
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
 

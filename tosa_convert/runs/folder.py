@@ -20,7 +20,7 @@ from tosa_convert.base.files import atomic, check_writable, read_json, write_jso
 from tosa_convert.config.conversion import ConvertConfig, unknown_options
 from tosa_convert.config.validation import build as validated
 from tosa_convert.models.provenance import Origin, build
-from tosa_convert.runs.origin import origin_of
+from tosa_convert.runs.provenance import origin_of
 from tosa_convert.selective.conversion import convert, is_converted
 
 FORMAT, FORMAT_VERSION = "tosa-convert run", 2

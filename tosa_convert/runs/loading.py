@@ -12,7 +12,7 @@ from tosa_convert.base.files import read_json
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.loading import load_timm, load_timm_folder, load_transformers, resolve_timm_name
 from tosa_convert.runs import folder as runs
-from tosa_convert.runs.origin import origin_of
+from tosa_convert.runs.provenance import origin_of
 from tosa_convert.selective.conversion import is_converted
 
 QUICKSTART = "quickstart"

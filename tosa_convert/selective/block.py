@@ -14,7 +14,7 @@ from torch import nn
 
 from tosa_convert.methods.matching import features_of
 from tosa_convert.methods.score import Reads, View
-from tosa_convert.models.grafting import answered, grafted_class
+from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.per_head_attention import attend_per_head
 from tosa_convert.selective.selection import may_run_again
 

@@ -14,10 +14,10 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Reads, Score, Site
 from tosa_convert.models.adapter import Adapter, adapter_of
-from tosa_convert.models.grafting import steer, ungraft
 from tosa_convert.models.hooks import remove_hooks
+from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
-from tosa_convert.selective.fitness import check_fit
+from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
 from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
 from tosa_convert.selective.selection import Matcher, Selection, selective_blocks
@@ -170,7 +170,7 @@ class _Surgeon:
         block.matcher = Matcher(adapter.prefix) if partners_needed else None
 
     def _steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
-        """What is answered for in this block, see :func:`tosa_convert.models.grafting.answered`."""
+        """What is answered for in this block, see :func:`tosa_convert.models.subclassing.answered`."""
         adapter, bypass = self.adapter, self.bypass
         found = list(adapter.steered(block))
         if bypass.gives_normed and (norm := adapter.norm(block)) is not None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.base.per_thread import PerThread
+from tosa_convert.base.thread_local import PerThread
 from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.token_ops import Choice
 from tosa_convert.models.hooks import Hook, Tap

@@ -16,7 +16,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import Adapter
-from tosa_convert.models.grafting import answered, grafted_class
+from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.block import listen
 from tosa_convert.selective.selection import may_run_again
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
-from tosa_convert.reporting.tables import Table, mega, percent
+from tosa_convert.reporting.result_tables import Table, mega, percent
 from tosa_convert.runs.metrics_log import read_metrics
 
 LAYERS, RATIO, BUDGET = "2,4,6,8,10", "0.5", "0.8"
@@ -145,4 +145,9 @@ def _table(results: dict) -> Table:
         f"ratio {results['ratio']}",
         "MACs include selector cost; speed-up: ONNX Runtime, batch 1, one thread",
     ]
+    if min(speedup.values()) <= 1:
+        notes.append(
+            "images of 28 px have 49 patches, too few for choosing tokens to pay off; larger images gain, see "
+            "docs/faq.md and `tosa-convert bench MODEL`"
+        )
     return Table("Quickstart", ["", "top-1", "MACs", "speed-up"], rows, notes)

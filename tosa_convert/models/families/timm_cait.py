@@ -10,7 +10,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import QkvTap, TimmVit, all_of
-from tosa_convert.models.grafting import answered
+from tosa_convert.models.subclassing import answered
 
 TIMM = ("cait",)
 

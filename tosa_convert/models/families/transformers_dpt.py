@@ -11,7 +11,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit, row_of_class
-from tosa_convert.models.grafting import answered
+from tosa_convert.models.subclassing import answered
 
 TRANSFORMERS = ("DPTViTLayer",)
 

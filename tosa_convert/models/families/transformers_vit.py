@@ -16,7 +16,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.symbolic import open_numbers
+from tosa_convert.models.symbolic_sizes import open_numbers
 
 PREFIX_TOKENS = {
     "ViTLayer": lambda config: 1,

@@ -107,7 +107,8 @@ def eval_table(results: dict) -> Table:
         notes.append(
             "agreement, cosine: with the original; agreement: same top-1, or without a head, a cosine above 0.999"
         )
-    return Table(f"{results['images']} images of {results['data']}", ["", *figures], rows, notes)
+    titles = [every_metric()[key].title if key in every_metric() else key for key in figures]
+    return Table(f"{results['images']} images of {results['data']}", ["", *titles], rows, notes)
 
 
 def export_table(results: dict) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.base.per_thread import PerThread
+from tosa_convert.base.thread_local import PerThread
 
 
 def grafted_class(kind: str, base: type[nn.Module], make: tuple, **members: Any) -> type[nn.Module]:

@@ -19,7 +19,7 @@ from tosa_convert.cli.options import (
     pick_source,
 )
 from tosa_convert.cli.output import bar, print_json, show
-from tosa_convert.cli.values import at_least, check_png
+from tosa_convert.cli.parsing import at_least, check_png
 
 Dtype = StrEnum("Dtype", ["float32", "float16"])
 
@@ -41,10 +41,10 @@ def show_patches(
 
     A model that is not a run is converted first, by --layers, --ratio and so on; --score similarity needs no training.
     """
-    from tosa_convert.workflows import looks as look_stages
+    from tosa_convert.workflows import inspection as stages
 
     check_png(out, "--out")
-    results = look_stages.show_stage(
+    results = stages.show_stage(
         pick_source(source),
         conversion,
         image or [],
@@ -72,9 +72,9 @@ def features(
     as_json: Json = False,
 ) -> None:
     """Write patch and class-token features of a folder of images. The model may be converted or not."""
-    from tosa_convert.workflows import looks as look_stages
+    from tosa_convert.workflows import inspection as stages
 
-    results = look_stages.features_stage(
+    results = stages.features_stage(
         pick_source(source),
         images,
         out,
@@ -96,9 +96,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the summary, tables and plots of a run to one HTML file that opens offline."""
-    from tosa_convert.workflows import looks as look_stages
+    from tosa_convert.workflows import inspection as stages
 
-    results = look_stages.report_stage(pick_source(source), out, device=device, progress=bar(as_json))
+    results = stages.report_stage(pick_source(source), out, device=device, progress=bar(as_json))
     show(results, "report_table", as_json)
 
 
@@ -117,12 +117,12 @@ def flops(
 
     A model that is not a run is converted first if --layers, --ratio and so on are given.
     """
-    from tosa_convert.workflows import looks as look_stages
+    from tosa_convert.workflows import inspection as stages
 
     source = pick_source(source)
     if plot is not None:
         check_png(plot, "--plot")
-    cost = look_stages.flops_stage(source, conversion, plot, img_size=img_size, device=device)
+    cost = stages.flops_stage(source, conversion, plot, img_size=img_size, device=device)
     show(cost, "flops_table", as_json, source)
 
 
