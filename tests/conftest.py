@@ -1,5 +1,6 @@
 """Small random-weight instances of the real classes, small photos, and no network."""
 
+import hashlib
 import os
 import tempfile
 
@@ -75,6 +76,30 @@ def labelled(tmp_path):
     """Twenty photos in the ten class folders of the quickstart's model."""
     write_images(tmp_path / "labelled", 20, [f"{label}-class" for label in range(10)])
     return tmp_path / "labelled"
+
+
+@pytest.fixture(scope="session")
+def graphs() -> dict[str, bytes]:
+    """ONNX files by the model they are of, for :func:`shared_exports`."""
+    return {}
+
+
+@pytest.fixture
+def shared_exports(graphs, monkeypatch):
+    """For tests of what is done with an ONNX file: that of a model is made once, and copied for equal models."""
+    from tosa_convert.export import onnx as module
+
+    write = module.write_graph
+
+    def write_once(model, path, *options):
+        state = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+        key = hashlib.sha256(repr((type(model), model.tosa_config, options)).encode() + state).hexdigest()
+        if key not in graphs:
+            write(model, path, *options)
+            graphs[key] = path.read_bytes()
+        path.write_bytes(graphs[key])
+
+    monkeypatch.setattr(module, "write_graph", write_once)
 
 
 @pytest.fixture(scope="session")

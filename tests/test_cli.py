@@ -22,7 +22,7 @@ QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", 
 
 
 @pytest.fixture
-def tosa(capsys, tmp_path, monkeypatch):
+def tosa(shared_exports, capsys, tmp_path, monkeypatch):
     """Runs a command in a folder of its own; returns its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
@@ -35,7 +35,7 @@ def tosa(capsys, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["hf DepthAnything", "hf DPT"])
+@pytest.mark.parametrize("name", ["hf DepthAnything", pytest.param("hf DPT", marks=pytest.mark.long)])
 def test_a_depth_model_goes_the_whole_way_with_its_head(tosa, photos, name, tmp_path):
     torch.manual_seed(0)
     FAMILIES[name]().save_pretrained(tmp_path / "model")

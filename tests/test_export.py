@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import lively, write_images
-from families import FAMILIES
+from families import FAMILIES, SMALL
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
@@ -21,8 +21,15 @@ from tosa_convert.models.outputs import agreement
 from tosa_convert.models.provenance import preprocessing_of
 
 
-@pytest.mark.parametrize("selection", ["shared", "per_head"])
-@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
+@pytest.mark.parametrize(
+    ("name", "selection"),
+    [
+        ("timm dinov2 registers", "per_head"),
+        ("hf Dinov2Model", "shared"),
+        pytest.param("timm vit", "shared", marks=pytest.mark.long),
+        pytest.param("hf Dinov2Model", "per_head", marks=pytest.mark.long),
+    ],
+)
 def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp_path):
     model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, selection=selection)
     check = export_onnx(model, tmp_path, photos)
@@ -45,14 +52,14 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp
     ("name", "options"),
     [
         ("timm vit", {"method": "tome", "ratio": 0.7, "layers": [2, 4]}),
-        ("hf Dinov2Model", {"method": "evit", "ratio": 0.7}),
-        ("timm vit", {"method": "idle", "ratio": 0.7}),
         ("hf Dinov2Model", {"score": "similarity", "bypass": "merge", "layers": {2: 0.7, 3: 0.4}}),
-        ("timm vit", {"score": "norm", "bypass": "borrow", "layers": {3: 0.5}}),
+        pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
+        pytest.param("timm vit", {"method": "idle", "ratio": 0.7}, marks=pytest.mark.long),
+        pytest.param("timm vit", {"score": "norm", "bypass": "borrow", "layers": {3: 0.5}}, marks=pytest.mark.long),
     ],
     ids=str,
 )
-def test_every_bypass_exports_with_any_batch(name, options, photos, tmp_path):
+def test_bypasses_export_with_any_batch(name, options, photos, tmp_path):
     model = convert(lively(FAMILIES[name]()), **options)
     check = export_onnx(model, tmp_path, photos)
     assert check.difference < 1e-4
@@ -65,11 +72,15 @@ def test_every_bypass_exports_with_any_batch(name, options, photos, tmp_path):
         assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("bypass", ["identity", "borrow", "merge", "persist", "fuse"])
+@pytest.mark.parametrize(
+    "bypass",
+    ["merge", "fuse", *(pytest.param(name, marks=pytest.mark.long) for name in ("identity", "borrow", "persist"))],
+)
 def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, photos, tmp_path):
     """0.99 of 16 patches are 16."""
     score = "class_attention" if bypass == "fuse" else "similarity"
-    model = convert(lively(FAMILIES["timm vit"]()), score=score, bypass=bypass, layers=[2], ratio=0.99)
+    vit = VisionTransformer(**{**SMALL, "depth": 3})
+    model = convert(lively(vit), score=score, bypass=bypass, layers=[2], ratio=0.99)
     assert export_onnx(model, tmp_path, photos).difference < 1e-4
 
 
@@ -81,13 +92,15 @@ def test_ties_are_broken_alike(photos, tmp_path):
     assert export_onnx(model, tmp_path, photos).selected == {2: 1.0}
 
 
+@pytest.mark.long
 def test_random_selection_exports_too(photos, tmp_path):
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 4], ratio=0.3, score="random")
     assert export_onnx(model, tmp_path, photos).selected == {2: 1.0, 4: 1.0}
 
 
+@pytest.mark.usefixtures("shared_exports")
 def test_labels_give_three_top1_side_by_side(labelled, tmp_path):
-    model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
+    model = convert(load("quickstart"), layers=[2], ratio=0.5)
     check = export_onnx(model, tmp_path, labelled, original=load("quickstart"))
     assert set(check.metrics["top1"]) == {"original", "torch", "onnx"}
     facts = json.loads((tmp_path / "preprocessing.json").read_text())
@@ -120,6 +133,7 @@ def test_a_wrong_file_fails_and_is_marked(photos, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "preprocessing.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.usefixtures("shared_exports")
 def test_without_a_readable_image_nothing_is_called_checked(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -129,20 +143,22 @@ def test_without_a_readable_image_nothing_is_called_checked(tmp_path):
     assert not (tmp_path / "out/model.onnx").exists()
 
 
+@pytest.mark.usefixtures("shared_exports")
 def test_the_threshold_is_the_users(photos, tmp_path):
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
     assert export_onnx(model, tmp_path, photos, ExportSettings(threshold=1.0)).threshold == 1.0
 
 
 def test_an_export_leaves_the_model_usable(photos, tmp_path):
-    model = convert(load("quickstart"), layers=[2, 4], ratio=0.5)
-    images = torch.randn(2, 1, 28, 28)
+    model = convert(lively(VisionTransformer(**{**SMALL, "depth": 3})), layers=[2], ratio=0.5)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         wanted = model(images)
         export_onnx(model, tmp_path, photos)
         assert torch.equal(model(images), wanted)
 
 
+@pytest.mark.usefixtures("shared_exports")
 def test_a_refused_export_leaves_the_earlier_one(tmp_path):
     write_images(tmp_path / "three", 3, ["a", "b", "c"])
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
@@ -220,18 +236,19 @@ def test_one_graph_serves_every_image_size():
 
 def test_a_file_for_any_size_is_checked_at_several(photos, tmp_path):
     """Of a model, too, that was not made with timm's dynamic_img_size, which it does not keep."""
-    converted = convert(load("quickstart"), score="similarity", bypass="merge", layers={3: 0.5})
+    vit = lively(VisionTransformer(**{**SMALL, "depth": 3}))
+    converted = convert(vit, score="similarity", bypass="merge", layers={3: 0.5})
     check = export_onnx(converted, tmp_path, photos, ExportSettings(any_size=True))
-    assert check.sizes == [(28, 28), (36, 32), (24, 28)]
+    assert check.sizes == [(32, 32), (48, 40), (24, 32)]
     assert check.difference < 1e-4
     assert json.loads((tmp_path / "preprocessing.json").read_text())["input"]["shape"][2:] == ["height", "width"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    images = torch.randn(2, 1, 56, 24)
+    images = torch.randn(2, 3, 56, 24)
     with torch.no_grad(), adapter_of(converted).any_size():
         wanted = converted(images)
     assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
     assert not converted.dynamic_img_size
-    assert converted(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+    assert converted(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 
 def test_a_model_of_one_size_gives_no_file_for_any(photos, tmp_path):
@@ -271,6 +288,7 @@ def _agrees(converted, folder, any_size: bool, shapes: list[tuple[int, ...]]) ->
             assert np.allclose(ours, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item())), shape
 
 
+@pytest.mark.long
 def test_positions_that_are_fixed_in_the_file_are_found_out(photos, tmp_path, monkeypatch):
     """The exporter notes the positions of the size that it sees, without a word; the check must tell."""
     monkeypatch.setattr(TimmEva, "exporting", lambda self: nullcontext())
