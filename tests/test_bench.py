@@ -67,14 +67,14 @@ def test_no_model_is_timed_under_the_name_of_another(capsys):
 
 def test_every_case_has_its_figures_and_its_ideal():
     model = convert(lively(FAMILIES["hf Dinov2Model"]()), layers=[2], ratio=0.5)
-    settings = BenchSettings(runtimes=["eager", "onnx"], batch_sizes=[1, 2], sizes=[32, 40], **QUICK)
+    settings = BenchSettings(runtimes=["eager", "onnx"], batch_sizes=[1, 2], sizes=[40], **QUICK)
     results = bench({"original": original(model), "converted": model}, settings, device="cpu")
-    assert len(results["cases"]) == 2 * 2 * 2
+    assert len(results["cases"]) == 2 * 2
     for case in results["cases"]:
         ours = case["models"]["converted"]
         assert ours["speedup"] > 0
         assert ours["reached"] == pytest.approx(ours["speedup"] / ours["ideal"])
-    cost = flops(model, (32, 32))
+    cost = flops(model, (40, 40))
     ideal = cost.original / (cost.macs - cost.selectors)
     assert results["cases"][0]["models"]["converted"]["ideal"] == pytest.approx(ideal)
     assert json.loads(json.dumps(results)) == results

@@ -204,7 +204,7 @@ class Regression(Task):
 
 def test_a_task_in_a_file_of_its_own(photos, tmp_path):
     """It is measured, learnt, exported, compared and planned for, where classification would be."""
-    model = lively(Dial(**{**SMALL, "num_classes": 1}))
+    model = lively(Dial(**{**SMALL, "depth": 3, "num_classes": 1}))
     converted = convert(copy.deepcopy(model), score="norm", bypass="merge", schedule="all", ratio=0.6)
     read = sample(photos, preprocessing_of(model), 8, Reading)
     assert read[2].tolist() == list(range(8))
