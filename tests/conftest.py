@@ -102,6 +102,22 @@ def shared_exports(graphs, monkeypatch):
     monkeypatch.setattr(module, "write_graph", write_once)
 
 
+@pytest.fixture
+def tosa(shared_exports, capsys, tmp_path, monkeypatch):
+    """Runs a command in a folder of its own; returns its exit code, stdout and stderr."""
+    from tosa_convert.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
     """A finished distill run of the quickstart's model, made by the command line."""

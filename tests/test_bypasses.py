@@ -23,11 +23,11 @@ SCORE = {"fuse": "class_attention"}
 """Where the bypass needs a certain one; similarity otherwise."""
 NOT_CLAIMED = (
     "gives feature maps",
-    "looks at positions",
+    "rotary or relative positions",
     "needs a class token",
     "by their class token",
     "adds to the tokens by itself",
-    "not modules of their own",
+    "separate",
 )
 """Why a bypass between attention and MLP is not for a family."""
 

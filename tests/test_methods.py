@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import LAYERS, lively
 from families import FAMILIES
-from test_contract import check_refusal, close, first
+from test_contract import close, first
+from test_refusals import check_refusal
 
 from tosa_convert import (
     ConvertConfig,

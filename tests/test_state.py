@@ -80,15 +80,15 @@ def gradients(model: nn.Module, batches: list[torch.Tensor], together: bool) -> 
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("reentrant", "training"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_checkpointed_layers_of_two_forwards_find_their_own_choice(family, method, reentrant):
+def test_checkpointed_layers_of_two_forwards_find_their_own_choice(family, method, reentrant, training):
     """Both forward passes run before the backward pass runs their layers again."""
     model, batches = made(family, method), [photos(1), photos(2, count=3)]
     wanted = gradients(model, batches, together=False)
     for block in adapter_of(model).blocks:
         block.forward = Checkpointed(block.forward, reentrant)
-        block.training = True  # and nothing in it, which might be random then
+        block.training = training  # and nothing in it, which might be random then
     found = gradients(model, batches, together=True)
     assert len(found) == len(wanted)
     noise = 1e-6 * max(theirs.abs().max() for theirs in wanted)  # a bias of keys has no gradient but that
@@ -172,7 +172,7 @@ def test_a_replaced_layer_is_told():
     model = made("timm vit", "tosa")
     main(model, photos(1))
     model.blocks[0] = copy.deepcopy(original(model).blocks[0])
-    with pytest.raises(TosaError, match="layer 2 is selective, but nothing was read of the layer before it"):
+    with pytest.raises(TosaError, match="layer 2 is selective, but its score read nothing from the layer before it"):
         main(model, photos(1))
 
 

@@ -54,7 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Make pretrained Vision Transformers token-selective: distill, fine-tune, measure, export.",
+    help="Make pretrained Vision Transformers token-selective: plan, distill, fine-tune, measure, export.",
     epilog="Add --debug to any command for the traceback of an error.",
 )
 app.add_typer(recipes_app, name="recipes")
@@ -76,7 +76,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    """Make pretrained Vision Transformers token-selective: distill, fine-tune, measure, export."""
+    """Make pretrained Vision Transformers token-selective: plan, distill, fine-tune, measure, export."""
 
 
 @app.command()
@@ -266,7 +266,7 @@ def quickstart(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Try everything in minutes: distill, fine-tune, count, evaluate and export a small ViT. Needs no network."""
+    """Try everything in minutes: plan, distill, fine-tune, evaluate, export and time a small ViT. Needs no network."""
     from tosa_convert.workflows.quickstart import run_quickstart
 
     def execute(command: list[str]) -> None:

@@ -34,7 +34,10 @@ def plan(
     budget: Annotated[float | None, typer.Option(help="share of the original's cost", show_default="0.75")] = None,
     target_drop: Annotated[
         float | None,
-        typer.Option(help="in place of a budget: largest drop allowed (in top-1, or 1 − cosine)", show_default=False),
+        typer.Option(
+            help="in place of a budget: largest drop allowed (top-1, agreement or cosine)",
+            show_default=False,
+        ),
     ] = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
     runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,

@@ -134,7 +134,7 @@ def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> lis
         height, width = images.shape[-2:]
         raise TosaError(
             f"ONNX Runtime cannot run the file at {height}×{width}: {' '.join(str(error).split())[:150]}; if it was "
-            "exported with --any-size, this model is not fit for that: leave it out"
+            "exported with --any-size, this model does not support that; leave it out"
         ) from error
 
 
@@ -168,7 +168,7 @@ def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if found.shape != wanted.shape:
         raise TosaError(
             f"the ONNX output has shape {tuple(found.shape)}, torch {tuple(wanted.shape)}: a size is fixed in the "
-            "file; if it was exported with --any-size, this model is not fit for that: leave it out"
+            "file; if it was exported with --any-size, this model does not support that; leave it out"
         )
     difference = (found - wanted).abs().max().item()
     return difference if math.isfinite(difference) else math.inf

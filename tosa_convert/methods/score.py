@@ -119,7 +119,7 @@ class Score(Part, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} reads queries and keys, so it has to define read")
 
     def score(self, view: View) -> Any:
-        """Scores (B, N) or, per head, (B, H, N); the higher, the rather a token attends. Or a choice."""
+        """Scores (B, N) or, per head, (B, H, N); tokens with higher scores attend. Or a choice."""
         if self.reads is not Reads.QUERIES_KEYS:
             raise NotImplementedError(f"{type(self).__name__} reads tokens, so it has to define score")
         return view.reading

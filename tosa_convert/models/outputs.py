@@ -1,4 +1,4 @@
-"""What a model says: how many classes, which output is looked at, and how far two of them agree."""
+"""A model's main output: how many classes it has, and how far two of them agree."""
 
 import torch
 import torch.nn.functional as F

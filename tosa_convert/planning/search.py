@@ -169,7 +169,7 @@ class Search:
         while (found := self.solve(budget)).drop > target and budget < BUDGETS[0]:
             budget, step = min(BUDGETS[0], round(budget + step, 2)), 2 * step
         if found.drop > target:
-            raise UsageError(f"no plan loses as little as {target} on these images; allow a larger --target-drop")
+            raise UsageError(f"no plan loses as little as {target} on these images; allow a larger target drop")
         return found
 
     def _budget_for(self, target: float) -> float:
@@ -184,7 +184,7 @@ class Search:
                     last = middle
                 advance()
         if not first:
-            raise UsageError(f"no plan loses as little as {target} on these images; allow a larger --target-drop")
+            raise UsageError(f"no plan loses as little as {target} on these images; allow a larger target drop")
         return BUDGETS[first - 1]
 
     def _within(self, target: float, budget: float) -> bool:

@@ -53,7 +53,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
 def _choose(block: nn.Module, tokens: torch.Tensor):
     """The choice of a block for the tokens that enter it, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
-    arrival = selection.arrive(state, tokens, kept=may_run_again(block))
+    arrival = selection.arrive(state, tokens, kept=may_run_again())
     view = View(selection.steps, tokens.shape[1] - selection.prefix, state.grid)
     normed = None
     if selection.bypass.partners or selection.reads is Reads.TOKENS:

@@ -9,7 +9,7 @@ from tosa_convert.selective.reducing_block import check_halves
 
 
 def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
-    """Refuse what this model has not got the parts for.
+    """Refuse what this model lacks the parts for.
 
     Raises:
         UsageError: score or bypass look for something that is not there.
@@ -31,7 +31,7 @@ def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
 
 def _check_heads(adapter: Adapter) -> None:
     if not adapter.own_heads:
-        raise UsageError("selection per_head needs heads that attend on their own, which this model's do not")
+        raise UsageError("selection per_head is not possible for this model: its heads are mixed inside the attention")
     attention = adapter.attention(adapter.blocks[0])
     width = next(p.shape[-1] for name, p in attention.named_parameters() if name.endswith("weight"))
     if width % adapter.heads:
@@ -46,12 +46,12 @@ def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
         )
     if not adapter.halves:
         raise UsageError(
-            f"bypass {config.bypass} takes tokens away between attention and MLP, which are not modules of their own "
-            "in this model; use identity, borrow or merge"
+            f"bypass {config.bypass} acts between attention and MLP, and this model does not have them as separate "
+            "modules; use identity, borrow or merge"
         )
     if adapter.relative:
         raise UsageError(
-            f"bypass {config.bypass} leaves fewer tokens after a layer, and this model's attention looks at positions "
-            "that are not taken along there yet; use identity, borrow or merge"
+            f"bypass {config.bypass} does not support rotary or relative positions yet, which this model's attention "
+            "uses; use identity, borrow or merge"
         )
     check_halves(adapter, adapter.blocks[0])

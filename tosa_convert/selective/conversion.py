@@ -45,7 +45,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     own, options = _take_objects(options)
     config = make_config(config, options)
     if is_converted(model):
-        raise UsageError("this model is converted already; start from original(model) to convert it anew")
+        raise UsageError("this model is converted already; start from original(model) to convert it again")
     adapter = adapter_of(model)
     try:
         plan = config.plan(depth=len(adapter.blocks))
@@ -85,10 +85,10 @@ def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
     """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place.
 
     Raises:
-        UsageError: tokens are gone after its layers, which fixes who takes how many away.
+        UsageError: later layers have fewer tokens, so the ratios cannot change.
     """
     if model.tosa_config.reduces:
-        raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) anew")
+        raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) again")
     selections: list[Selection] = [block.selection for block in selective_blocks(model)]
     for selection in selections:
         selection.ratio = ratios.get(selection.layer, selection.ratio)

@@ -73,7 +73,7 @@ class CurrentForward(Hook):
         if state is None:
             raise TosaError(
                 "this thread has not begun a forward pass: run the model from its images on, and convert it "
-                "anew if its patch embedding was replaced"
+                "again if its patch embedding was replaced"
             )
         return state
 

@@ -52,7 +52,7 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         args, kwargs = adapter.given(args, kwargs)
         adapter.check_arguments(selection.layer, args, kwargs)
         state, bypass = selection.current.state, selection.bypass
-        arrival = selection.arrive(state, tokens, kept=may_run_again(self))
+        arrival = selection.arrive(state, tokens, kept=may_run_again())
         groups = selection.entering(arrival, tokens) if bypass.puts_back else None
         sizes = groups.sizes if bypass.proportional else None
         if not selection.reduces:

@@ -112,8 +112,8 @@ class Selection:
             if reading is None:
                 where = "the layer before it" if self.reads_before else "its attention"
                 raise TosaError(
-                    f"layer {self.layer} is selective, but nothing was read of {where} in this forward pass; run the "
-                    "model from its images on, and convert it anew if that layer was replaced"
+                    f"layer {self.layer} is selective, but its score read nothing from {where} in this forward pass; run "
+                    "the model from its images on, and convert it again if that layer was replaced"
                 )
             view = view._replace(reading=reading)
         with torch.no_grad():
@@ -139,11 +139,10 @@ class Selection:
         return Groups(tokens.new_ones(batch, count), torch.arange(count, device=tokens.device).expand(batch, count))
 
 
-def may_run_again(block: nn.Module) -> bool:
-    """Whether gradient checkpointing could run this call of a block once more."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled():
-        return False
-    return block.training or torch.is_grad_enabled()
+def may_run_again() -> bool:
+    """Whether gradient checkpointing could run a block once more for this forward pass."""
+    # Not only with gradients or in training: re-entrant checkpointing runs its first pass without, in eval mode too.
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled())
 
 
 def selective_blocks(model: nn.Module) -> list[Any]:

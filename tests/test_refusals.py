@@ -1,0 +1,61 @@
+"""Conversions that are impossible are refused with the reason, and leave the model as it is."""
+
+import pytest
+import torch
+from conftest import lively
+from families import FAMILIES
+
+from tosa_convert import convert
+from tosa_convert.base.errors import UsageError
+from tosa_convert.selective.selection import chosen_tokens, selective_blocks
+
+
+def test_a_mask_is_refused_rather_than_ignored(images):
+    from tosa_convert import TosaError
+
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
+    with pytest.raises(TosaError, match="mask"):
+        model(images, attn_mask=torch.zeros(1, 1, 17, 17))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [1]}, "layer 1 cannot be selective"),
+        ({"layers": [0]}, "counted from 1"),
+        ({"layers": [7]}, "layers 1 to 6"),
+        ({"layers": [2, 3]}, "neighbours"),
+        ({"layers": [2, 2]}, "twice"),
+        ({"layers": []}, "at least one"),
+        ({"ratio": 0}, "out of range"),
+        ({"ratio": 1.5}, "out of range"),
+        ({"layers": [2, 4], "ratio": [0.5]}, "1 ratios for 2"),
+        ({"ratio": [0.5, 0.5, 0.5]}, "3 ratios for 2"),
+        ({"kernel": 2}, "odd"),
+        ({"layrs": [2]}, "layrs"),
+    ],
+)
+def test_impossible_options_are_refused_and_leave_the_model_alone(options, message, images):
+    check_refusal(options, message, images)
+
+
+def check_refusal(options, message, images):
+    model = lively(FAMILIES["timm vit"]())
+    wanted = model(images)
+    with pytest.raises(UsageError, match=message):
+        convert(model, **options)
+    assert not selective_blocks(model)
+    assert torch.equal(model(images), wanted)
+
+
+def test_converting_twice_is_refused():
+    model = convert(FAMILIES["timm vit"](), layers=[2])
+    with pytest.raises(UsageError, match="converted already"):
+        convert(model, layers=[4])
+
+
+def test_ratios_follow_their_layers_in_any_order(images):
+    model = convert(FAMILIES["timm vit"](), layers=[6, 2], ratio=[0.25, 0.75])
+    model(images)
+    counts = {layer: positions.shape[1] - 1 for layer, positions in chosen_tokens(model).items()}
+    assert counts == {2: 12, 6: 4}
