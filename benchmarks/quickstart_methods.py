@@ -3,7 +3,7 @@ the same short fine-tuning.
 
     python benchmarks/quickstart_methods.py --out benchmarks/results/quickstart_methods.json
 
-Fine-tuning is half the quickstart's, 75 steps of 64 images, learning rate 1e-4. ToSA's selectors are distilled for
+Fine-tuning is the quickstart's, 75 steps of 64 images, learning rate 1e-4. ToSA's selectors are distilled for
 60 steps first, as there. Takes ten minutes on two cores.
 """
 

@@ -112,8 +112,8 @@ class Selection:
             if reading is None:
                 where = "the layer before it" if self.reads_before else "its attention"
                 raise TosaError(
-                    f"layer {self.layer} is selective, but its score read nothing from {where} in this forward pass; run "
-                    "the model from its images on, and convert it again if that layer was replaced"
+                    f"layer {self.layer} is selective, but its score read nothing from {where} in this forward pass; "
+                    "run the model from its images on, and convert it again if that layer was replaced"
                 )
             view = view._replace(reading=reading)
         with torch.no_grad():

@@ -46,11 +46,11 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
     plan, planned, distilled, finetuned, random = (str(out / name) for name in MADE[1:])
     selective = ["--layers", LAYERS, "--ratio", RATIO]
     training = ["--data", train, "--batch-size", "64", "--augment", "flip", *everywhere]
-    tuning = ["--steps", "150", *training]
+    tuning = ["--steps", "75", *training]
     testing = ["--data", test, *everywhere]
     converted = f"{planned}/convert"
     return [
-        ["plan", "quickstart", "--budget", BUDGET, "--data", train, "--out", plan],
+        ["plan", "quickstart", "--budget", BUDGET, "--images", "12", "--data", train, "--out", plan],
         ["run", f"{plan}/plan.yaml", "--out", planned],
         ["eval", converted, *testing],
         ["distill", "quickstart", *selective, "--steps", "60", *training, "--out", distilled],
