@@ -186,9 +186,9 @@ def test_a_diverging_loss_stops_with_advice(photos):
 
 
 def test_epochs_count_in_passes_over_the_data():
-    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(photos=80, processes=1) == 20
-    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(photos=80, processes=2) == 10
-    assert DistillSettings(epochs=0.01).total_steps(photos=8, processes=1) == 1
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(images=80, processes=1) == 20
+    assert DistillSettings(epochs=2, batch_size=4, accumulate=2).total_steps(images=80, processes=2) == 10
+    assert DistillSettings(epochs=0.01).total_steps(images=8, processes=1) == 1
 
 
 TRAINED = {"distill": lambda key: ".selector." in key, "finetune": lambda key: ".selector." not in key}
