@@ -137,7 +137,7 @@ def test_a_wrong_file_fails_and_is_marked(photos, tmp_path, monkeypatch):
 def test_without_a_readable_image_nothing_is_called_checked(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "a.png").write_bytes(b"not a image")
+    (folder / "a.png").write_bytes(b"not an image")
     with pytest.raises(TosaError, match="unchecked"):
         export_onnx(convert(load("quickstart"), layers=[2], ratio=0.5), tmp_path / "out", folder)
     assert not (tmp_path / "out/model.onnx").exists()

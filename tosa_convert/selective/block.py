@@ -16,7 +16,6 @@ from tosa_convert.methods.matching import features_of
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.per_head_attention import attend_per_head
-from tosa_convert.selective.selection import may_run_again
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
 def _choose(block: nn.Module, tokens: torch.Tensor):
     """The choice of a block for the tokens that enter it, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
-    arrival = selection.arrive(state, tokens, kept=may_run_again())
+    arrival = selection.arrive(state, tokens)
     view = View(selection.steps, tokens.shape[1] - selection.prefix, state.grid)
     normed = None
     if selection.bypass.partners or selection.reads is Reads.TOKENS:

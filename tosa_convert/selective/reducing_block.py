@@ -18,7 +18,6 @@ from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.block import listen
-from tosa_convert.selective.selection import may_run_again
 
 MAKERS = ("forward_intermediates", "get_intermediate_layers")
 """timm's methods that make maps of tokens."""
@@ -52,7 +51,7 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         args, kwargs = adapter.given(args, kwargs)
         adapter.check_arguments(selection.layer, args, kwargs)
         state, bypass = selection.current.state, selection.bypass
-        arrival = selection.arrive(state, tokens, kept=may_run_again())
+        arrival = selection.arrive(state, tokens)
         groups = selection.entering(arrival, tokens) if bypass.puts_back else None
         sizes = groups.sizes if bypass.proportional else None
         if not selection.reduces:

@@ -81,12 +81,10 @@ class Selection:
             with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
                 self.current.state.readings[self.layer] = score(queries, keys)
 
-    def arrive(self, state: ForwardState, tokens: torch.Tensor, kept: bool) -> Arrival:
-        """What the layers before hand on to this one, with the tokens that enter it.
-
-        Args:
-            kept: whether it is to be found again when the layer is run once more on these tokens.
-        """
+    def arrive(self, state: ForwardState, tokens: torch.Tensor) -> Arrival:
+        """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run once
+        more on these tokens."""
+        kept = _may_run_again()
         known = self.recollection.find(tokens) if kept else None
         if known is not None:
             return known
@@ -139,7 +137,7 @@ class Selection:
         return Groups(tokens.new_ones(batch, count), torch.arange(count, device=tokens.device).expand(batch, count))
 
 
-def may_run_again() -> bool:
+def _may_run_again() -> bool:
     """Whether gradient checkpointing could run a block once more for this forward pass."""
     # Not only with gradients or in training: re-entrant checkpointing runs its first pass without, in eval mode too.
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled())
