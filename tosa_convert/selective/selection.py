@@ -82,8 +82,8 @@ class Selection:
                 self.current.state.readings[self.layer] = score(queries, keys)
 
     def arrive(self, state: ForwardState, tokens: torch.Tensor) -> Arrival:
-        """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run once
-        more on these tokens."""
+        """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run
+        once more on these tokens."""
         kept = _may_run_again()
         known = self.recollection.find(tokens) if kept else None
         if known is not None:
