@@ -122,7 +122,7 @@ def test_everyone_has_a_stand_in_and_is_counted_once(batch, patches, kept, seed)
         for index, place in enumerate(choice.skipped[image].tolist()):
             assert groups[image, place] == choice.partners[image, index]
     tokens = random(batch, patches, 2, seed=seed).double()
-    sums = add_up(tokens, choice)
+    (sums,) = add_up(choice, tokens)
     for image in range(batch):
         for group in range(kept):
             assert torch.allclose(sums[image, group], tokens[image, groups[image] == group].sum(0))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, leading, ordered, pick, put
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, flat_positions, gather_tokens, leading, ordered, pick
 
 SKETCH_WIDTH = 96
 """Numbers per token that are compared, see :func:`sketch`."""
@@ -131,59 +131,55 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
         grid: the pyramid of the N patches, on the same device.
         kept: how many patches attend; the coarsest level of the pyramid always does.
     """
-    order, batch = grid.order, features.shape[0]
-    ranked = features.index_select(1, order + prefix)
+    batch, coarsest, patches = features.shape[0], grid.counts[-1], grid.order.shape[0]
+    places = grid.order + prefix
+    ranked = features.index_select(1, places)
     lengths = ranked.square().sum(-1)
-    coarsest, patches = grid.counts[-1], order.shape[0]
     always = torch.arange(coarsest, device=features.device).expand(batch, coarsest)
-    distances, parents = [], [always]
+    nearness, parents = [], [always]
     for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
-        distance, parent = nearest(
-            ranked[:, count:finer], ranked[:, :count], lengths[:, count:finer], lengths[:, :count]
-        )
-        distances.append(distance)
+        # Narrowed, not sliced: one operator in a graph, where a slice is two.
+        those, others = ranked.narrow(1, count, finer - count), ranked.narrow(1, 0, count)
+        near, parent = nearest(those, others, lengths.narrow(1, 0, count))
+        nearness.append(near)
         parents.append(parent)
-    closest = ordered(torch.cat(distances, dim=1)).indices + coarsest
+    distances = lengths.narrow(1, coarsest, patches - coarsest) - 2 * torch.cat(nearness, dim=1)
+    closest = ordered(distances).indices + coarsest
     skipped, finest = closest.split([patches - kept, kept - coarsest], dim=1)  # slices would lose symbolic lengths
     attended = torch.cat([always, finest], dim=1)
     partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
-    places = order + prefix
-    return Choice(
-        torch.cat([leading(features, prefix), _look_up(places, attended)], dim=1),
-        _look_up(places, skipped),
-        partners + prefix,
-    )
-
-
-def _look_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(N,) and (B, K) indices into it → (B, K)."""
-    return table.index_select(0, indices.reshape(-1)).reshape(indices.shape)
+    everyone = torch.cat([attended, skipped], dim=1)
+    found = places.index_select(0, everyone.reshape(-1)).reshape(everyone.shape)
+    attended, skipped = found.split([kept, patches - kept], dim=1)
+    return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, partners + prefix)
 
 
 def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torch.Tensor, levels: int) -> torch.Tensor:
     """(B, S): climb from each skipped token to the first of its ancestors that attends, as an index into
     ``attended``. Parents are always of a coarser level, so ``levels`` steps lead to the coarsest."""
+    # On rows of the whole batch, so that no step of the climb has to work them out again.
+    above, attending, found = flat_positions(parents.shape[1], parents, attended, skipped)
     own = torch.arange(attended.shape[1], device=attended.device).expand_as(attended)
-    places = put(torch.full_like(parents, -1), attended, own)
-    found = pick(parents, skipped)
+    places = torch.full_like(above, -1).index_copy(0, attending, own.reshape(-1))
+    found = above.index_select(0, found)
     for _ in range(levels - 1):
-        found = torch.where(pick(places, found) < 0, pick(parents, found), found)
-    return pick(places, found)
+        found = torch.where(places.index_select(0, found) < 0, above.index_select(0, found), found)
+    return places.index_select(0, found).reshape(skipped.shape)
 
 
 def nearest(
-    tokens: torch.Tensor, others: torch.Tensor, lengths: torch.Tensor, their_lengths: torch.Tensor
+    tokens: torch.Tensor, others: torch.Tensor, their_lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, D) and (B, M, D), with their squared lengths → for each token the squared distance to the nearest of
-    the others, (B, N), and which one it is."""
-    best, index = (tokens @ others.mT - 0.5 * their_lengths[:, None]).max(-1)
-    return lengths - 2 * best, index
+    """(B, N, D) and (B, M, D), with the squared lengths of the latter → for each token which of the others is nearest,
+    and how near, both (B, N): its own squared length less twice that is the squared distance."""
+    near, index = (tokens @ others.mT - (0.5 * their_lengths).unsqueeze(1)).max(-1)
+    return near, index
 
 
 def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
     """The same choice with partners: for each skipped token the nearest attending patch by ``features``, (B, N, D)."""
     skipped, attended = (gather_tokens(features, places) for places in (choice.skipped, choice.attended[:, prefix:]))
-    nearest_one = nearest(skipped, attended, skipped.square().sum(-1), attended.square().sum(-1))[1]
+    nearest_one = nearest(skipped, attended, attended.square().sum(-1))[1]
     return choice._replace(partners=nearest_one + prefix)
 
 

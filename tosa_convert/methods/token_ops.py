@@ -69,12 +69,13 @@ def leading(like: torch.Tensor, prefix: int) -> torch.Tensor:
     return torch.arange(prefix, device=like.device).expand(like.shape[0], prefix)
 
 
-def flat_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, K) positions within each image → (B·K,) rows of the (B·N, D) matrix of all tokens."""
-    if is_one(positions.shape[0]):
-        return positions.reshape(-1)
-    first_rows = torch.arange(positions.shape[0], device=positions.device) * tokens
-    return (positions + first_rows[:, None]).reshape(-1)
+def flat_positions(tokens: int, *each: torch.Tensor) -> list[torch.Tensor]:
+    """(B, K) positions within each image, several times → (B·K,) rows of the (B·N, D) matrix of all tokens."""
+    batch = each[0].shape[0]
+    if is_one(batch):
+        return [positions.reshape(-1) for positions in each]
+    first_rows = (torch.arange(batch, device=each[0].device) * tokens).unsqueeze(1)
+    return [(positions + first_rows).reshape(-1) for positions in each]
 
 
 def is_one(batch: int) -> bool:
@@ -90,7 +91,7 @@ def is_none(count: int) -> bool:
 def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, N, D) and (B, K) → (B, K, D). A flat index_select: the fastest form in ONNX Runtime."""
     batch, count, width = tokens.shape
-    rows = flat_positions(positions, count)
+    (rows,) = flat_positions(count, positions)
     # No −1 in the shape: positions may be none at all.
     return tokens.reshape(batch * count, width).index_select(0, rows).reshape(batch, positions.shape[1], width)
 
@@ -98,7 +99,7 @@ def gather_tokens(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.Tensor) -> torch.Tensor:
     """(B, N, D) with the rows at ``positions`` (B, K) replaced by ``updated`` (B, K, D); order kept."""
     batch, count, width = tokens.shape
-    rows = flat_positions(positions, count)
+    (rows,) = flat_positions(count, positions)
     everything = tokens.reshape(batch * count, width)
     joined = everything.index_copy(0, rows, updated.reshape(-1, width).to(tokens.dtype))
     return joined.reshape(batch, count, width)
@@ -106,12 +107,13 @@ def rejoin_tokens(tokens: torch.Tensor, positions: torch.Tensor, updated: torch.
 
 def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, N) numbers and (B, K) positions → (B, K)."""
-    return values.reshape(-1).index_select(0, flat_positions(positions, values.shape[1])).reshape(positions.shape)
+    (rows,) = flat_positions(values.shape[1], positions)
+    return values.reshape(-1).index_select(0, rows).reshape(positions.shape)
 
 
 def put(values: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """(B, N) with the entries at ``positions`` (B, K) replaced by ``numbers`` (B, K)."""
-    rows = flat_positions(positions, values.shape[1])
+    (rows,) = flat_positions(values.shape[1], positions)
     return values.reshape(-1).index_copy(0, rows, numbers.reshape(-1)).reshape(values.shape)
 
 
@@ -123,15 +125,20 @@ def stand_ins(choice: Choice) -> torch.Tensor:
     return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))
 
 
-def add_up(tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """(B, N, D) → (B, K, D): each attended token plus those it stands in for."""
-    attended, skipped = gather_tokens(tokens, choice.attended), gather_tokens(tokens, choice.skipped)
-    if is_none(skipped.shape[1]):
-        return attended
-    batch, count, width = attended.shape
-    rows = flat_positions(choice.partners, count)
-    added = attended.reshape(batch * count, width).index_add(0, rows, skipped.reshape(-1, width))
-    return added.reshape(batch, count, width)
+def add_up(choice: Choice, *each: torch.Tensor) -> list[torch.Tensor]:
+    """(B, N, D) → (B, K, D), of each of several: each attended token plus those it stands in for."""
+    (batch, tokens, _), count = each[0].shape, choice.attended.shape[1]
+    attended, skipped = flat_positions(tokens, choice.attended, choice.skipped)
+    partners = None if is_none(choice.skipped.shape[1]) else flat_positions(count, choice.partners)[0]
+
+    def summed(some: torch.Tensor) -> torch.Tensor:
+        everything = some.reshape(batch * tokens, some.shape[-1])
+        found = everything.index_select(0, attended)
+        if partners is not None:
+            found = found.index_add(0, partners, everything.index_select(0, skipped))
+        return found.reshape(batch, count, some.shape[-1])
+
+    return [summed(some) for some in each]
 
 
 def spread_rows(tokens: int, prefix: int, rows: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         heads = positions if positions.ndim == 3 else positions[None]
         return heads.index_select(1, places.reshape(-1)).unflatten(1, (batch, count)).transpose(0, 1)
     of_each = positions.transpose(1, 2)  # (B, N, H or 1, D)
-    rows = of_each.flatten(0, 1).index_select(0, flat_positions(places, of_each.shape[1]))
+    rows = of_each.flatten(0, 1).index_select(0, flat_positions(of_each.shape[1], places)[0])
     return rows.unflatten(0, (batch, count)).transpose(1, 2)
 
 

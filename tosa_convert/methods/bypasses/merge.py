@@ -12,6 +12,7 @@ class Merge(Bypass):
     partners = gives_normed = True
 
     def apply(self, run, tokens, normed, choice):
-        sizes = add_up(tokens.new_ones(*tokens.shape[:2], 1), choice)
-        means, normed_means = (add_up(each, choice) / sizes for each in (tokens, normed))
-        return tokens + gather_tokens(run(means, sizes[..., 0], normed_means) - means, stand_ins(choice))
+        sizes, summed, normed_sums = add_up(choice, tokens.new_ones(*tokens.shape[:2], 1), tokens, normed)
+        means = summed / sizes
+        updated = run(means, sizes[..., 0], normed_sums / sizes)
+        return tokens + gather_tokens(updated - means, stand_ins(choice))

@@ -12,6 +12,6 @@ class Persist(Bypass):
     partners = proportional = True
 
     def reduce(self, tokens, choice, groups, weights):
-        sizes = add_up(groups.sizes[..., None], choice)
-        means = add_up(tokens * groups.sizes[..., None], choice) / sizes
-        return means, Groups(sizes[..., 0], pick(stand_ins(choice), groups.places))
+        own = groups.sizes[..., None]
+        sizes, summed = add_up(choice, own, tokens * own)
+        return summed / sizes, Groups(sizes[..., 0], pick(stand_ins(choice), groups.places))
