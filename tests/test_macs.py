@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 from conftest import lively
 from families import FAMILIES
 
 from tosa_convert import convert, flops, load
-from tosa_convert.measure.macs import _count
+from tosa_convert.measure.macs import _count, count_macs
+from tosa_convert.measure.macs_share import MacsShare
 
 PAPER = {"layers": [2, 4, 6, 8, 10], "ratio": 0.8}
 
@@ -99,3 +102,14 @@ def test_a_selector_is_not_charged_for_rows_that_do_not_exist():
         flops(convert(load("deit_tiny", pretrained=False), **PAPER, rows=rows)).selectors for rows in (1000, "all")
     )
     assert many == all_rows
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_share_is_what_fvcore_counts(name):
+    torch.manual_seed(0)
+    model = lively(FAMILIES[name]())
+    share_of, whole = MacsShare(model), count_macs(model)
+    for options in ({"score": "similarity", "ratio": 0.6}, {"score": "attention", "ratio": 0.5, "layers": [2, 4]}):
+        converted = convert(copy.deepcopy(model), **options)
+        assert share_of.of(converted) == pytest.approx(count_macs(converted) / whole, rel=1e-9)
+        assert converted.training == model.training

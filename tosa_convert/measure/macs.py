@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -126,7 +127,7 @@ def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, in
     """Multiply–adds by module name ("" is everything), and the operators without a rule."""
     parameter = next(model.parameters())
     analysis = FlopCountAnalysis(_Outputs(model), image.to(parameter.device, parameter.dtype))
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -139,7 +140,10 @@ def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, in
             module.training = training
 
 
-def _attention_macs(inputs: list, outputs: list) -> int:
-    """B·H·Nq·Nk·(dq + dv): QKᵀ and the weighted sum of the values."""
-    queries, keys, values = (value.type().sizes() for value in inputs[:3])
+def attention_macs(queries: Sequence[int], keys: Sequence[int], values: Sequence[int]) -> int:
+    """B·H·Nq·Nk·(dq + dv) of these shapes: QKᵀ and the weighted sum of the values."""
     return prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+def _fused_attention(inputs: list, outputs: list) -> int:
+    return attention_macs(*(value.type().sizes() for value in inputs[:3]))

@@ -15,7 +15,7 @@ from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.config.validation import build
 from tosa_convert.data.images import Images, sample
-from tosa_convert.measure.macs import count_macs
+from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
@@ -78,11 +78,11 @@ def compare(
             raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
     model = model.to(device).eval()
     samples, folder, truths = labelled_sample(model, data, images, labels)
-    whole, notes, converted, shares = count_macs(model), [], {}, {}
+    share_of, notes, converted, shares = MacsShare(model), [], {}, {}
     if data is None and PLAN in methods:
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     for name in methods:
-        for budget, (found, share) in _at_budgets(model, name, budgets, whole, notes, progress).items():
+        for budget, (found, share) in _at_budgets(model, name, budgets, share_of, notes, progress).items():
             if distill_steps and _learns(found):
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
             converted[name, budget], shares[name, budget] = found, share
@@ -109,7 +109,7 @@ def compare(
         "runtime": runtime,
         "distill_steps": distill_steps,
         "notes": notes,
-        "original": {"macs": whole, **seen["original"], **({"ms": times["original"]} if times else {})},
+        "original": {"macs": share_of.whole, **seen["original"], **({"ms": times["original"]} if times else {})},
         "rows": rows,
     }
 
@@ -145,7 +145,7 @@ Fitted = tuple[nn.Module, float]
 
 
 def _at_budgets(
-    model: nn.Module, name: str, budgets: list[float], whole: int, notes: list[str], progress: Progress
+    model: nn.Module, name: str, budgets: list[float], share_of: MacsShare, notes: list[str], progress: Progress
 ) -> dict[float, Fitted]:
     """The method at each budget that it can reach; for the others a note says why not."""
     found = {}
@@ -154,7 +154,9 @@ def _at_budgets(
         for budget in budgets:
             try:
                 found[budget] = (
-                    _planned(model, budget, whole, progress) if name == PLAN else _converted(model, name, budget, whole)
+                    _planned(model, budget, share_of, progress)
+                    if name == PLAN
+                    else _converted(model, name, budget, share_of)
                 )
             except TosaError as error:
                 notes.append(f"{name} at {budget}: {error}")
@@ -162,21 +164,21 @@ def _at_budgets(
     return found
 
 
-def _planned(model: nn.Module, budget: float, whole: int, progress: Progress) -> Fitted:
+def _planned(model: nn.Module, budget: float, share_of: MacsShare, progress: Progress) -> Fitted:
     samples = sample(None, preprocessing_of(model), 24)[0]
     converted = convert(_light_copy(model), find_plan(model, samples, budget, progress=progress).config)
-    return converted, count_macs(converted) / whole
+    return converted, share_of.of(converted)
 
 
-def _converted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
+def _converted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> Fitted:
     """The method at the budget; the control in all layers if every second one is not enough."""
     try:
-        return _fitted(model, name, budget, whole)
+        return _fitted(model, name, budget, share_of)
     except UsageError:
         if name != control():
             raise
         row = published()[name]
-        return _fitted(model, f"{row.score}/{row.bypass}/all", budget, whole)
+        return _fitted(model, f"{row.score}/{row.bypass}/all", budget, share_of)
 
 
 def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
@@ -186,10 +188,10 @@ def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
     Raises:
         UsageError: the method cannot reach the budget.
     """
-    return _fitted(model, name, budget, count_macs(model))[0]
+    return _fitted(model, name, budget, MacsShare(model))[0]
 
 
-def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
+def _fitted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> Fitted:
     """Found by bisection until one is within the budget, then by regula falsi, since multiply–adds are nearly linear in
     the ratio."""
     low, high = LOWEST_RATIO, 1.0
@@ -203,7 +205,7 @@ def _fitted(model: nn.Module, name: str, budget: float, whole: int) -> Fitted:
         except UsageError as error:  # perhaps a ratio too low for the schedule
             low, share_low, reason = ratio, 0.0, error
             continue
-        share = count_macs(candidate) / whole
+        share = share_of.of(candidate)
         if share > budget:
             high, share_high = ratio, share
             continue

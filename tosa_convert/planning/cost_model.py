@@ -8,7 +8,7 @@ from torch import nn
 
 from tosa_convert.base.progress import Progress
 from tosa_convert.measure.benchmark import BenchSettings, bench
-from tosa_convert.measure.macs import count_macs
+from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -50,15 +50,14 @@ class Prices:
         return 1 - sum(map(self.at, ratios.values()))
 
 
-def price(probe: nn.Module, by: str, runtime: str, progress: Progress) -> Prices:
+def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress: Progress) -> Prices:
     """Prices of a layer of ``probe``, whose layers are all selective; its ratios are changed.
 
     Each ratio is set in all layers at once; what that saves is shared out among them.
     """
     layers = probe.tosa_config.layers
-    measure = _latencies if by == "latency" else _macs
-    costs, before = measure(probe, layers, runtime, progress)
-    saved = [(before - cost) / before / len(layers) for cost in costs]
+    shares = _latencies(probe, layers, runtime, progress) if by == "latency" else _macs(probe, layers, share_of, progress)
+    saved = [(1 - share) / len(layers) for share in shares]
     # Just below 1.0 the selection has its full cost already: the line to 1.0 itself starts from what it costs alone.
     slope = (saved[1] - saved[0]) / (RATIOS[0] - RATIOS[1])
     nearly = saved[0] - slope * (0.999 - RATIOS[0])
@@ -66,22 +65,21 @@ def price(probe: nn.Module, by: str, runtime: str, progress: Progress) -> Prices
     return Prices(by, ratios, values, adapter_of(probe).patches(preprocessing_of(probe).size))
 
 
-def _macs(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> tuple[list[int], int]:
-    costs = []
+def _macs(probe: nn.Module, layers: list[int], share_of: MacsShare, progress: Progress) -> list[float]:
+    shares = []
     with progress.track("count MACs", len(RATIOS)) as advance:
         for ratio in RATIOS:
-            set_ratios(probe, dict.fromkeys(layers, ratio))
-            costs.append(count_macs(probe))
+            shares.append(share_of.of(set_ratios(probe, dict.fromkeys(layers, ratio))))
             advance()
-    return costs, count_macs(original(probe))
+    return shares
 
 
-def _latencies(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> tuple[list[float], float]:
+def _latencies(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> list[float]:
     models = {"original": original(probe)}
     for ratio in RATIOS:
         models[str(ratio)] = set_ratios(copy.deepcopy(probe), dict.fromkeys(layers, ratio))
     timed = time_models(models, runtime, progress)
-    return [timed[str(ratio)] for ratio in RATIOS], timed["original"]
+    return [timed[str(ratio)] / timed["original"] for ratio in RATIOS]
 
 
 def time_models(models: dict[str, nn.Module], runtime: str, progress: Progress) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
-from tosa_convert.measure.macs import count_macs
+from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import Outputs, error, figures, observe
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import every
@@ -87,7 +87,7 @@ class Search:
         self.fitted = len(halves[0])
         self.batches = [batch for half in halves for batch in half]
         self.wanted = [observe(model, batch) for batch in self.batches]
-        self.whole = count_macs(model)
+        self.share_of = MacsShare(model)
         self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
         self.made: dict[float, dict[str, Ratios]] = {}
@@ -122,7 +122,7 @@ class Search:
         self.layers = self.probe.tosa_config.layers
 
     def price(self, by: str, runtime: str) -> None:
-        self.prices: Prices = price(self.probe, by, runtime, self.progress)
+        self.prices: Prices = price(self.probe, self.share_of, by, runtime, self.progress)
 
     def measure(self, ratios: Ratios, first_only: bool = False) -> float:
         """Mean error over the images, or those of the first batch."""
@@ -261,7 +261,7 @@ class Search:
         # Ratios at which as many tokens attend cost the same.
         key = tuple(keep_count(self.prices.patches, ratio_steps(ratio)) for ratio in whole.values())
         if key not in self.shares:
-            self.shares[key] = count_macs(set_ratios(self.probe, whole)) / self.whole
+            self.shares[key] = self.share_of.of(set_ratios(self.probe, whole))
         return self.shares[key]
 
     def _to_budget(self, ratios: Ratios, budget: float) -> Ratios:
