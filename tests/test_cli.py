@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,8 +99,9 @@ def test_the_version_is_told(tosa):
     ],
     ids=lambda command: " ".join(command[:2]),
 )
-def test_json_is_json_and_nothing_else(command, tosa, quick_run):
-    code, out, err = tosa(*(part.format(run=quick_run) for part in command), "--json")
+def test_json_is_json_and_nothing_else(command, tosa, quick_run, tmp_path):
+    run = shutil.copytree(quick_run, tmp_path / "run")  # some of the commands leave their results in it
+    code, out, err = tosa(*(part.format(run=run) for part in command), "--json")
     assert code == 0, err
     assert json.loads(out)
 
@@ -274,11 +276,12 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
     assert steps == list(range(1, 41))
 
 
-def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, monkeypatch):
+def test_an_export_below_its_threshold_exits_with_one(tosa, quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tosa_convert.export.verification.agreement", lambda kind, found, wanted: found.new_zeros(len(found))
     )
-    code, _, err = tosa("export", quick_run, "--onnx", "--out", "made")
+    run = shutil.copytree(quick_run, tmp_path / "run")
+    code, _, err = tosa("export", run, "--onnx", "--out", "made")
     assert code == 1
     assert "below the threshold" in err
 
