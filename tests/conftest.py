@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
@@ -79,9 +81,12 @@ def labelled(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def graphs() -> dict[str, bytes]:
-    """ONNX files by the model they are of, for :func:`shared_exports`."""
-    return {}
+def graphs(tmp_path_factory) -> Path:
+    """A folder of ONNX files by the model they are of, for :func:`shared_exports`; one for all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -93,11 +98,13 @@ def shared_exports(graphs, monkeypatch):
 
     def write_once(model, path, *options):
         state = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
-        key = hashlib.sha256(repr((type(model), model.tosa_config, options)).encode() + state).hexdigest()
-        if key not in graphs:
+        known = graphs / hashlib.sha256(repr((type(model), model.tosa_config, options)).encode() + state).hexdigest()
+        if not known.exists():
             write(model, path, *options)
-            graphs[key] = path.read_bytes()
-        path.write_bytes(graphs[key])
+            made = known.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, made)
+            made.replace(known)  # whole or not at all, for the other process
+        shutil.copyfile(known, path)
 
     monkeypatch.setattr(module, "write_graph", write_once)
 

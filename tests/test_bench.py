@@ -13,7 +13,6 @@ from tosa_convert.cli.main import main
 from tosa_convert.measure import peak_memory
 from tosa_convert.measure.macs import flops
 from tosa_convert.measure.timing import Timing, interleave, pinned, processors
-from tosa_convert.models.adapter import adapter_of
 from tosa_convert.reporting.result_tables import bench_table
 
 QUICK = {"rounds": 2, "memory": False}
@@ -120,22 +119,6 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     )
     weights = sum(value.numel() * 4 for value in load("quickstart").parameters())
     assert weights < few < many
-
-
-@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "hf Dinov2Model"])
-def test_a_converted_model_compiles_into_one_graph(name, images):
-    """torch.compile without a graph break; the eager backend needs no compiler."""
-    model = convert(lively(FAMILIES[name]()), layers=[2, 4], ratio=0.5, rows=8)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    inputs = adapter_of(model).inputs(images)
-    with torch.inference_mode():
-        wanted, found = (next(iter(_tensors(each(**inputs)))) for each in (model, compiled))
-    assert torch.allclose(wanted, found, atol=1e-5)
-
-
-def _tensors(output):
-    return [output] if isinstance(output, torch.Tensor) else list(output.values())
 
 
 @pytest.mark.parametrize(

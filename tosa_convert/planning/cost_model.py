@@ -56,7 +56,7 @@ def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress
     Each ratio is set in all layers at once; what that saves is shared out among them.
     """
     layers = probe.tosa_config.layers
-    shares = _latencies(probe, layers, runtime, progress) if by == "latency" else _macs(probe, layers, share_of, progress)
+    shares = _latencies(probe, runtime, progress) if by == "latency" else _macs(probe, share_of, progress)
     saved = [(1 - share) / len(layers) for share in shares]
     # Just below 1.0 the selection has its full cost already: the line to 1.0 itself starts from what it costs alone.
     slope = (saved[1] - saved[0]) / (RATIOS[0] - RATIOS[1])
@@ -65,8 +65,8 @@ def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress
     return Prices(by, ratios, values, adapter_of(probe).patches(preprocessing_of(probe).size))
 
 
-def _macs(probe: nn.Module, layers: list[int], share_of: MacsShare, progress: Progress) -> list[float]:
-    shares = []
+def _macs(probe: nn.Module, share_of: MacsShare, progress: Progress) -> list[float]:
+    shares, layers = [], probe.tosa_config.layers
     with progress.track("count MACs", len(RATIOS)) as advance:
         for ratio in RATIOS:
             shares.append(share_of.of(set_ratios(probe, dict.fromkeys(layers, ratio))))
@@ -74,8 +74,8 @@ def _macs(probe: nn.Module, layers: list[int], share_of: MacsShare, progress: Pr
     return shares
 
 
-def _latencies(probe: nn.Module, layers: list[int], runtime: str, progress: Progress) -> list[float]:
-    models = {"original": original(probe)}
+def _latencies(probe: nn.Module, runtime: str, progress: Progress) -> list[float]:
+    models, layers = {"original": original(probe)}, probe.tosa_config.layers
     for ratio in RATIOS:
         models[str(ratio)] = set_ratios(copy.deepcopy(probe), dict.fromkeys(layers, ratio))
     timed = time_models(models, runtime, progress)
