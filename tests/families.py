@@ -43,7 +43,7 @@ def _features():
 
 def _hf(kind: str, **options):
     def build():
-        family = re.sub("(Model|Backbone|ForImageClassification|ForSemanticSegmentation|ForDepthEstimation)$", "", kind)
+        family = re.sub(r"(Model|Backbone|For[A-Z]\w+)$", "", kind)
         config = getattr(transformers, f"{family}Config")(**{**HF_SMALL, **options})
         return getattr(transformers, kind)(config)
 
@@ -74,6 +74,13 @@ def _dinov2_inside(kind: str):
     return build
 
 
+def _vitpose():
+    """A backbone inside a model that gives maps."""
+    small = {name: value for name, value in HF_SMALL.items() if name != "intermediate_size"}
+    backbone = transformers.VitPoseBackboneConfig(**{**small, "image_size": [32, 32], "patch_size": [8, 8]})
+    return transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=3))
+
+
 def _beit_inside_dpt():
     backbone = transformers.BeitConfig(
         **HF_SMALL, use_relative_position_bias=True, out_indices=[2, 4, 5, 6], reshape_hidden_states=False
@@ -81,6 +88,15 @@ def _beit_inside_dpt():
     return transformers.DPTForDepthEstimation(transformers.DPTConfig(backbone_config=backbone, **HEAD))
 
 
+PROVEN = {
+    "hf ViTMSN classifier": _hf("ViTMSNForImageClassification", num_labels=5),
+    "hf BlipVisionModel": _hf("BlipVisionModel"),
+    "hf ChineseCLIPModel": _dual("ChineseCLIP"),
+    "hf IJepaModel": _hf("IJepaModel"),
+    "hf VitPose": _vitpose,
+    "hf Eomt": _hf("EomtForUniversalSegmentation", num_queries=5, num_blocks=1, num_hidden_layers=7),
+}
+"""Those that no family knows by name."""
 FAMILIES = {
     "timm vit": _timm(),
     "timm deit distilled": _timm(VisionTransformerDistilled),
@@ -136,6 +152,7 @@ FAMILIES = {
         "DPTForSemanticSegmentation", is_hybrid=False, backbone_out_indices=[1, 3, 4, 5], num_labels=5, **HEAD
     ),
     "hf DPT with BEiT": _beit_inside_dpt,
+    **PROVEN,
 }
 CORE = (
     "timm vit",

@@ -125,6 +125,8 @@ def _attending(block: nn.Module, attends: torch.Tensor):
         mask = bias[:, None, None] + (0 if attn_mask is None else attn_mask)
         return plain(*parts, attn_mask=mask.expand(-1, -1, parts[0].shape[2], -1), **options)
 
+    softmax = F.softmax  # of attentions that are not fused
+    F.softmax = lambda logits, *options, **named: softmax(logits + bias[:, None, None], *options, **named)
     F.scaled_dot_product_attention = masked
     if isinstance(getattr(block, "attn", None), TalkingHeadAttn):  # (B, N, N, H), mixed before and behind the softmax
         before = lambda *_: _[-1] + bias[:, None, :, None]  # noqa: E731
@@ -136,7 +138,7 @@ def _attending(block: nn.Module, attends: torch.Tensor):
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention, F.softmax = plain, softmax
         for handle in mixed:
             handle.remove()
 

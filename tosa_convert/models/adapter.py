@@ -1,8 +1,8 @@
 """Adapters: a model seen as a row of blocks over tokens, whatever library made it. They know nothing about methods.
 
 Each family is a file in :mod:`tosa_convert.models.families` that offers ``find(model) -> Adapter | None``; a new family
-is a new file, and there is no list to edit. What no family finds is refused, see
-:mod:`tosa_convert.models.unsupported`.
+is a new file, and there is no list to edit. What no family finds is proven or refused, see
+:mod:`tosa_convert.models.proven` and :mod:`tosa_convert.models.unsupported`.
 """
 
 import functools
@@ -253,7 +253,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: no family finds it; the message says why it cannot be converted.
     """
-    for module in families():
+    for module in (*families(), discovery.module("models", "proven")):  # what is not known by name is proven
         adapter = module.find(model)
         if adapter is not None:
             return adapter

@@ -1,6 +1,5 @@
 """Methods compared: how close each stays to the original at the same budgets, and its latency."""
 
-import copy
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
-from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.selective.conversion import convert, is_converted, light_copy
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.distillation import distill
 
@@ -134,12 +133,6 @@ def _config(name: str, ratio: float) -> ConvertConfig | None:
     return build(ConvertConfig, {"schedule": "ramp", **parts, "ratio": ratio})
 
 
-def _light_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares its weights with the model."""
-    shared = {id(value): value for value in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo=shared)
-
-
 Fitted = tuple[nn.Module, float]
 """A converted model, and its share of the original's multiply–adds."""
 
@@ -166,7 +159,7 @@ def _at_budgets(
 
 def _planned(model: nn.Module, budget: float, share_of: MacsShare, progress: Progress) -> Fitted:
     samples = sample(None, preprocessing_of(model), 24)[0]
-    converted = convert(_light_copy(model), find_plan(model, samples, budget, progress=progress).config)
+    converted = convert(light_copy(model), find_plan(model, samples, budget, progress=progress).config)
     return converted, share_of.of(converted)
 
 
@@ -201,7 +194,7 @@ def _fitted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> 
         place = 0.5 if best is None else (budget - share_low) / (share_high - share_low)
         ratio = round(low + (high - low) * min(max(place, 0.05), 0.95), 4)
         try:
-            candidate = convert(_light_copy(model), _config(name, ratio))
+            candidate = convert(light_copy(model), _config(name, ratio))
         except UsageError as error:  # perhaps a ratio too low for the schedule
             low, share_low, reason = ratio, 0.0, error
             continue

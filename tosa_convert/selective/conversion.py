@@ -19,6 +19,7 @@ from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
+from tosa_convert.selective.proof import prove_selection
 from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
 from tosa_convert.selective.selection import Matcher, Selection, selective_blocks
 
@@ -53,11 +54,25 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     except ValueError as error:
         raise UsageError(str(error)) from None
     check_fit(adapter, config)
+    _prove(model)
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
     _note(model, config, layers, ratio)
     return model
+
+
+def _prove(model: Any) -> None:
+    """What no family knows by name is proven once on the model itself, see :mod:`tosa_convert.selective.proof`."""
+    known = getattr(model, "tosa_proof", None)
+    if known is None or known["selection"]:
+        return
+    model.tosa_proof = {**known, "selection": True}  # for the copies that the proof converts
+    try:
+        prove_selection(light_copy(model), lambda copied, **options: convert(light_copy(copied), **options))
+    except BaseException:
+        model.tosa_proof = known
+        raise
 
 
 def _note(model: Any, config: ConvertConfig, layers: list[int], ratio: float | list[float]) -> None:
@@ -100,6 +115,12 @@ def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
 def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
     """``config`` with ``options`` over it, validated; every mistake is named in one message."""
     return build(ConvertConfig, over(config.model_dump(exclude_unset=True) if config else {}, options))
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares its weights with the model."""
+    shared = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo=shared)
 
 
 def is_converted(model: nn.Module) -> bool:

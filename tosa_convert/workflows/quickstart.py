@@ -46,7 +46,7 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
     plan, planned, distilled, finetuned, random = (str(out / name) for name in MADE[1:])
     selective = ["--layers", LAYERS, "--ratio", RATIO]
     training = ["--data", train, "--batch-size", "64", "--augment", "flip", *everywhere]
-    tuning = ["--steps", "75", *training]
+    tuning = ["--steps", "50", *training]
     testing = ["--data", test, *everywhere]
     converted = f"{planned}/convert"
     return [

@@ -155,6 +155,11 @@ class TransformersVit(Adapter):
         """Whether the model has a text tower beside the one for images."""
         return hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
 
+    @property
+    def input_name(self) -> str:
+        """The keyword of the images."""
+        return "pixel_values"
+
     def inputs(self, images):
         size, given = _pair(self._vision_config.image_size), tuple(images.shape[-2:])
         takes_size = (
@@ -162,13 +167,13 @@ class TransformersVit(Adapter):
         )
         symbolic = any(isinstance(side, torch.SymInt) for side in given)  # any size is to do, in an export
         resized = takes_size and (symbolic or given != size)
-        return {"pixel_values": images, **({"interpolate_pos_encoding": True} if resized else {})}
+        return {self.input_name: images, **({"interpolate_pos_encoding": True} if resized else {})}
 
     def outputs(self, images):
         found = self.forward(**self.inputs(images))
         if self._also_reads:
             return {"image_embeds": found.pooler_output}
-        for name in ("predicted_depth", "image_embeds"):
+        for name in ("predicted_depth", "image_embeds", "heatmaps"):
             if getattr(found, name, None) is not None:
                 return {name: getattr(found, name)}
         if getattr(found, "logits", None) is not None:  # of a classifier, or of every pixel
@@ -202,12 +207,17 @@ class TransformersVit(Adapter):
         return self.attention(self.blocks[0]).config
 
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(size=_pair(self._vision_config.image_size), channels=self._vision_config.num_channels)
+        return Preprocessing(size=_pair(self._vision_config.image_size), channels=self.channels)
+
+    @property
+    def channels(self) -> int:
+        """Of the images; a config that does not tell means three."""
+        return getattr(self._vision_config, "num_channels", 3)
 
     def resize(self, size: tuple[int, int]) -> None:
         """Nothing to do: these models resample their position embeddings in each forward, or cannot, which shows."""
         weight = next(self.model.parameters())
-        image = weight.new_zeros(1, self._vision_config.num_channels, *size)
+        image = weight.new_zeros(1, self.channels, *size)
         try:
             with torch.no_grad():
                 self.outputs(image)

@@ -1,0 +1,129 @@
+"""Take a block apart by what its modules do, and prove what a selective layer relies on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tosa_convert.models.proof.attention import work_out
+from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, record, repeat
+from tosa_convert.models.proof.structure import Heads
+
+
+class Parts(NamedTuple):
+    """Names of a block's parts, see :class:`~tosa_convert.models.proof.structure.Structure`."""
+
+    norm: str | None
+    attention: str
+    mlp: str | None
+    returns: str
+    heads: Heads
+
+
+def take_apart(block: nn.Module, call: Call, where: str) -> Parts:
+    """A block's norm, attention and MLP.
+
+    Args:
+        call: of the block.
+        where: its class and place, for messages.
+
+    Raises:
+        NotProvenError: a proof fails; the message says which.
+    """
+    check_behaviour(block, call, where)
+    calls = record(dict(block.named_modules()), lambda: block(*call.args, **call.kwargs))
+    calls.pop("", None)
+    name = _attention(block, calls, where)
+    attention = block.get_submodule(name)
+    heads = work_out(attention, calls[name], f"{where}, {name} ({type(attention).__name__})")
+    norm = _norm(call.tokens, calls, name, where)
+    returns = "tuple" if isinstance(calls[name].output, tuple) else "tensor"
+    return Parts(norm, name, _mlp(block, call, calls, name, returns), returns, heads)
+
+
+def check_behaviour(block: nn.Module, call: Call, where: str) -> None:
+    """That a block gives one tensor, the same for the same tokens, changes nothing in place, and knows no positions.
+
+    Raises:
+        NotProvenError: which of these does not hold.
+    """
+    if isinstance(call.output, (tuple, list)):
+        raise NotProvenError(f"{where} returns a {type(call.output).__name__}, not a tensor of tokens")
+    tokens = call.tokens
+    given = tokens.clone()
+    found = repeat(block, call, given)
+    if not torch.equal(given, tokens):
+        raise NotProvenError(f"{where} changes the tokens that it is given in place")
+    if not torch.equal(found, repeat(block, call, tokens)):
+        raise NotProvenError(f"{where} gives something else each time: it draws random numbers in eval mode")
+    order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0)).to(tokens.device)
+    if not alike(repeat(block, call, tokens[:, order]), found[:, order]):
+        raise NotProvenError(
+            f"{where} knows positions: permuted tokens do not come out permuted (rotary or relative positions, "
+            "windows, or a convolution inside)"
+        )
+
+
+def _attention(block: nn.Module, calls: dict[str, Call], where: str) -> str:
+    """The smallest module of the block whose output for one token depends on the others, and that has projections."""
+    count = max(call.tokens.shape[1] for call in calls.values() if call.tokens is not None)
+    mixing = [
+        name
+        for name, call in calls.items()
+        if call.tokens is not None
+        and call.result is not None
+        and call.result.shape == call.tokens.shape
+        and call.tokens.shape[1] == count
+        and any(isinstance(part, nn.Linear) for part in block.get_submodule(name).modules())
+        and _mixes(block.get_submodule(name), call)
+    ]
+    inmost = [name for name in mixing if not any(other.startswith(f"{name}.") for other in mixing)]
+    if not inmost:
+        raise NotProvenError(f"{where} has no attention as a module of its own")
+    if len(inmost) > 1:
+        raise NotProvenError(f"{where} has several modules that mix tokens: {', '.join(inmost)}")
+    return inmost[0]
+
+
+def _mixes(module: nn.Module, call: Call) -> bool:
+    changed = call.tokens.clone()
+    changed[:, -1] = changed[:, -1].roll(1, dims=-1)
+    difference = (repeat(module, call, changed) - repeat(module, call, call.tokens))[:, :-1].abs().max()
+    return bool(difference > 1e-6 * call.result.abs().max())
+
+
+def _norm(tokens: torch.Tensor, calls: dict[str, Call], attention: str, where: str) -> str | None:
+    """What the tokens go through before the attention."""
+    taken = calls[attention].tokens
+    if taken is tokens or torch.equal(taken, tokens):
+        return None
+    for name, call in calls.items():
+        if call.tokens is not None and call.result is taken and torch.equal(call.tokens, tokens):
+            return name
+    raise NotProvenError(f"what {where} does with its tokens before its attention is not a single module")
+
+
+@torch.no_grad()
+def _mlp(block: nn.Module, call: Call, calls: dict[str, Call], attention: str, returns: str) -> str | None:
+    """The module that runs on the tokens after the attention and whose output is added to them, if there is one: with
+    both silent, the tokens have to leave the block as they came."""
+
+    def silent(module, args, output):
+        zeros = torch.zeros_like(first_of(output))
+        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
+    names = [name for name, part in block.named_children() if name in calls and name != attention]
+    for name in reversed(names):
+        linears = [part for part in block.get_submodule(name).modules() if isinstance(part, nn.Linear)]
+        if len(linears) < 2 or attention.startswith(f"{name}."):
+            continue
+        parts = [block.get_submodule(each) for each in (attention, name)]
+        handles = [part.register_forward_hook(silent) for part in parts]
+        try:
+            left = repeat(block, call, call.tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if torch.equal(left, call.tokens):
+            return name
+    return None

@@ -1,0 +1,82 @@
+"""What the modules of a model are called with, and what they answer: the material of a proof."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UnsupportedModelError
+
+
+class NotProvenError(UnsupportedModelError):
+    """Something that was found does not do what it has to do; the message says what and where."""
+
+
+class Call(NamedTuple):
+    """The first call of a module."""
+
+    args: tuple
+    kwargs: dict
+    output: Any
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """(B, N, C): the first tensor of this shape among the arguments."""
+        return next((value for value in (*self.args, *self.kwargs.values()) if is_tokens(value)), None)
+
+    @property
+    def result(self) -> torch.Tensor | None:
+        """The output, or the first of several."""
+        return first_of(self.output)
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether it looks like (B, N, C)."""
+    return isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def first_of(output: Any) -> torch.Tensor | None:
+    """A module's main output: itself, or the first of several."""
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, torch.Tensor) else None
+
+
+def record(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Call]:
+    """Name → the first call of each of these modules while something runs; those that are not called are left out."""
+    calls: dict[str, Call] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def note(module, args, kwargs, output, name=name):
+            calls.setdefault(name, Call(args, kwargs, output))
+
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def repeat(module: nn.Module, call: Call, tokens: torch.Tensor) -> torch.Tensor:
+    """Call a module again with other tokens and everything else as it was; its main output."""
+    was = call.tokens
+    args = tuple(tokens if value is was else value for value in call.args)
+    kwargs = {name: tokens if value is was else value for name, value in call.kwargs.items()}
+    with torch.no_grad():
+        found = first_of(module(*args, **kwargs))
+    if found is None:
+        raise NotProvenError(f"{type(module).__name__} gave no tensor when it was run again")
+    return found
+
+
+def alike(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    if found.shape != wanted.shape:
+        return False
+    scale = wanted.abs().max().clamp(min=1e-6)
+    return ((found - wanted).abs().max() / scale).item() < tolerance

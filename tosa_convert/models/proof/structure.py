@@ -1,0 +1,62 @@
+"""What a proof found: the parts of a model and of its blocks, by name. It goes into a run as JSON."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Heads(BaseModel):
+    """How a block's attention makes its queries, keys and values. Names are those within the attention module.
+
+    Attributes:
+        count: heads.
+        projections: of queries, keys and values; or of all three together.
+        order: how the outputs of one projection lie: "qkv heads" is three times all heads, "heads qkv" is for each head
+            all three; "apart" with a projection for each.
+        norms: of queries and keys, if they are normalised: head by head, or all heads together.
+        norm_heads: whether the norms take one head at a time.
+        scale: of QKᵀ.
+        output: the projection after the heads, if the attention module has one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    count: int
+    projections: list[str]
+    order: str
+    norms: list[str] = []
+    norm_heads: bool = False
+    scale: float
+    output: str | None
+
+
+class Structure(BaseModel):
+    """The parts of a model.
+
+    Attributes:
+        row: name of the row of blocks.
+        layers: how many of them, from the first on, run on the same tokens.
+        projection: name of the module that gives the patches.
+        prefix: tokens in front of the patches.
+        suffix: tokens after the patches.
+        width: channels of a token.
+        norm: name within a block of what normalises the tokens before its attention; None without.
+        attention: name within a block.
+        mlp: name within a block, where attention and MLP are modules of their own whose outputs are added; else None.
+        returns: what the attention module returns: "tensor", or "tuple" with its weights second.
+        heads: how it attends.
+        selection: whether a selective layer was proven to be the original with its skipped tokens masked and restored.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    row: str
+    layers: int
+    projection: str
+    prefix: int
+    suffix: int
+    width: int
+    norm: str | None
+    attention: str
+    mlp: str | None
+    returns: str
+    heads: Heads
+    selection: bool = False
