@@ -10,6 +10,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.outputs import agreement
+from tosa_convert.models.proof.calls import first_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
 @contextmanager
 def _behind(block: nn.Module) -> Iterator[list[torch.Tensor]]:
     caught: list[torch.Tensor] = []
-    handle = block.register_forward_hook(lambda _, __, output: caught.append(output))
+    handle = block.register_forward_hook(lambda _, __, output: caught.append(first_of(output)))
     try:
         yield caught
     finally:

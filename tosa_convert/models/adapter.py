@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,10 @@ class Adapter(ABC):
     def given(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What a block is called with after its tokens, without what means nothing."""
         return args, kwargs
+
+    def given_back(self, tokens: torch.Tensor) -> Any:
+        """What a block's forward returns when these tokens leave it."""
+        return tokens
 
     def check_arguments(self, layer: int, args: tuple, kwargs: dict) -> None:
         """Look at what a block is called with after its tokens.

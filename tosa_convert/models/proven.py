@@ -19,9 +19,10 @@ from torch import nn
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.hooks import PairTap, ProjectionTap
+from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
 from tosa_convert.models.proof.block import take_apart
-from tosa_convert.models.proof.calls import NotProvenError
+from tosa_convert.models.proof.calls import NotProvenError, first_of
 from tosa_convert.models.proof.row import find_row
 from tosa_convert.models.proof.structure import Structure
 from tosa_convert.models.subclassing import answered
@@ -60,15 +61,21 @@ def prove(model: nn.Module) -> Structure:
     """
     config, weight = image_config(model), next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, getattr(config, "num_channels", 3), *_size(config), generator=generator).to(weight)
+    image = torch.randn(1, channels_of(config), *_size(config), generator=generator).to(weight)
     with _in_eval(model):
         try:
-            row = find_row(model, lambda image: forward_of(model)(**{input_name(model): image}), image)
+            name = input_name(model)
+            row = find_row(model, lambda image: forward_of(model)(**{name: as_taken(name, image)}), image)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise NotProvenError(
                 f"{type(model).__name__} does not run on an image alone ({' '.join(str(error).split())[:120]}); "
                 "convert its vision part"
             ) from error
+        if row.suffix:
+            raise NotProvenError(
+                f"the blocks of {type(model).__name__} run on {row.suffix} tokens after its patches (for detection or "
+                "grouping), which are not supported yet"
+            )
         where = f"{row.name}.0 ({type(row.blocks[0]).__name__})"
         parts = take_apart(row.blocks[0], row.first, where)
     return Structure(
@@ -76,10 +83,14 @@ def prove(model: nn.Module) -> Structure:
         layers=len(row.blocks),
         projection=row.projection,
         prefix=row.prefix,
-        suffix=row.suffix,
         width=row.first.tokens.shape[-1],
         **parts._asdict(),
     )
+
+
+def channels_of(config: Any) -> int:
+    """Of the images; a config that does not tell means three."""
+    return 1 if hasattr(config, "num_mel_bins") else getattr(config, "num_channels", 3)
 
 
 def forward_of(model: Any):
@@ -93,7 +104,15 @@ def input_name(model: Any) -> str:
     return next((name for name in ("pixel_values", "input_values") if name in taken), model.main_input_name)
 
 
+def as_taken(name: str, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) as the model takes them: a spectrogram, which is one of its frequencies and times, comes as
+    (B, times, frequencies)."""
+    return images[:, 0].mT if name == "input_values" else images
+
+
 def _size(config: Any) -> tuple[int, int] | None:
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return config.num_mel_bins, config.max_length
     size = getattr(config, "image_size", None)
     return (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else None
 
@@ -118,7 +137,6 @@ class ProvenVit(TransformersVit):
         taken = inspect.signature(type(self.blocks[0]).forward).parameters
         self.bias_name = MASK if MASK in taken else None
         self.halves = structure.mlp is not None
-        self.suffix = structure.suffix
 
     def _prefix_tokens(self, block):
         return self.structure.prefix
@@ -165,7 +183,10 @@ class ProvenVit(TransformersVit):
         return self.as_attention_output(joined if output is None else attention.get_submodule(output)(joined), weights)
 
     def as_attention_output(self, tokens, weights=None):
-        return (tokens, weights) if self.structure.returns == "tuple" else tokens
+        return _packed(self.structure.attention_returns, tokens, weights)
+
+    def given_back(self, tokens):
+        return _packed(self.structure.returns, tokens)
 
     def attention_dropout(self, attention):
         known = getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
@@ -177,10 +198,10 @@ class ProvenVit(TransformersVit):
     def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
         """Where tokens stand for several, the attention is answered for by what it was proven to do."""
         if sizes is None:
-            return forward(block, tokens, *args, **kwargs)
+            return first_of(forward(block, tokens, *args, **kwargs))
         attention, bias = self.attention(block), sizes.log()[:, None, None, :]
         with answered(attention, functools.partial(self._attended, attention, bias)):
-            return forward(block, tokens, *args, **kwargs)
+            return first_of(forward(block, tokens, *args, **kwargs))
 
     def _attended(self, attention: nn.Module, bias: torch.Tensor, *args, **kwargs):
         tokens = args[0] if args else kwargs["hidden_states"]
@@ -195,6 +216,18 @@ class ProvenVit(TransformersVit):
     def input_name(self):
         return input_name(self.model)
 
+    def inputs(self, images):
+        given = super().inputs(images)
+        return {**given, self.input_name: as_taken(self.input_name, images)}
+
+    @property
+    def channels(self):
+        return channels_of(self._vision_config)
+
+    def preprocessing(self):
+        grey = {"mean": (0.5,), "std": (0.5,)} if self.channels == 1 else {}
+        return Preprocessing(size=_size(self._vision_config), channels=self.channels, **grey)
+
     def grid(self, size):
         """By the convolution that cuts the patches, which may overlap."""
         cut = self.patch_projection
@@ -205,6 +238,11 @@ class ProvenVit(TransformersVit):
     @property
     def patch(self):
         return tuple(self.patch_projection.stride)
+
+
+def _packed(count: int, *values: Any):
+    """The first value on its own, or so many in a tuple."""
+    return (*values, *[None] * count)[:count] if count else values[0]
 
 
 class _PairTap(PairTap):

@@ -81,9 +81,10 @@ def _inputs(probe: nn.Module, images: torch.Tensor) -> tuple[dict[int, torch.Ten
 def _resumed(probe: nn.Module, inputs: dict[int, torch.Tensor], layer: int) -> Iterator[None]:
     """Within this block the layers before ``layer`` cost nothing: they give what they gave before. Not where a
     score reads them."""
-    skipped = [] if probe.tosa_config.reads_before else adapter_of(probe).blocks[: layer - 1]
+    adapter = adapter_of(probe)
+    skipped = [] if probe.tosa_config.reads_before else adapter.blocks[: layer - 1]
     for block in skipped:
-        block.forward = lambda *args, **kwargs: inputs[layer]
+        block.forward = lambda *args, **kwargs: adapter.given_back(inputs[layer])
     try:
         yield
     finally:

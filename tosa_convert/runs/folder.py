@@ -54,6 +54,7 @@ def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
         "created": datetime.now().isoformat(timespec="seconds"),
         **extra,
         "convert": model.tosa_config.model_dump() if is_converted(model) else None,
+        "proof": getattr(model, "tosa_proof", None),
         "origin": origin.model_dump(mode="json"),
     }
     write_json(folder / "config.json", config)
@@ -91,6 +92,8 @@ def load_run(folder: str | Path) -> nn.Module:
     conversion = _conversion(config)
     try:
         model: Any = build(Origin(**config["origin"]))
+        if config.get("proof"):  # of the weights that were trained, not of the random ones that it has here
+            model.tosa_proof = config["proof"]
         if conversion is not None:
             convert(model, conversion)
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

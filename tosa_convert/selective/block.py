@@ -44,7 +44,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
             with nullcontext() if norm is None else answered(norm, lambda *given, **named: normed):
                 return adapter.call(self, base.forward, some, args, kwargs, choice.attended, sizes)
 
-        return selection.bypass.apply(run, tokens, normed, choice)
+        return adapter.given_back(selection.bypass.apply(run, tokens, normed, choice))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
 

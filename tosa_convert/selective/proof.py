@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter, adapter_of, run
-from tosa_convert.models.proof.calls import NotProvenError, alike
+from tosa_convert.models.proof.calls import NotProvenError, alike, first_of
 from tosa_convert.selective.selection import chosen_tokens
 
 
@@ -54,8 +54,8 @@ def _mask(adapter: Adapter, block: nn.Module, chosen: torch.Tensor) -> None:
         return adapter.finish(attention, joined.transpose(1, 2).flatten(2), tokens, weights)
 
     def masked(tokens, *args, **kwargs):
-        updated = forward(tokens, *args, **kwargs)
+        updated = first_of(forward(tokens, *args, **kwargs))
         attends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, chosen, True)
-        return torch.where(attends[..., None], updated, tokens)
+        return adapter.given_back(torch.where(attends[..., None], updated, tokens))
 
     attention.forward, block.forward = attend, masked

@@ -68,9 +68,10 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
                 state.choices[selection.layer] = choice
             tokens, groups = bypass.reduce(tokens, choice, groups, state.scores.get(selection.layer))
             with answered(adapter.attention(self), functools.partial(_attention_zeros, adapter)):
-                tokens = base.forward(self, tokens, *args, **kwargs)
+                tokens = adapter.call(self, base.forward, tokens, args, kwargs)
         state.groups[selection.layer] = groups
-        return gather_tokens(tokens, groups.places) if selection.last and bypass.puts_back else tokens
+        whole = selection.last and bypass.puts_back
+        return adapter.given_back(gather_tokens(tokens, groups.places) if whole else tokens)
 
     def listen_for_partners(self, queries, keys):
         if self.selection.selects:

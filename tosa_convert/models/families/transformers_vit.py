@@ -16,6 +16,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.symbolic_sizes import open_numbers
 
 PREFIX_TOKENS = {
@@ -161,7 +162,7 @@ class TransformersVit(Adapter):
         return "pixel_values"
 
     def inputs(self, images):
-        size, given = _pair(self._vision_config.image_size), tuple(images.shape[-2:])
+        size, given = self.preprocessing().size, tuple(images.shape[-2:])
         takes_size = (
             "interpolate_pos_encoding" in inspect.signature(getattr(self.forward, "forward", self.forward)).parameters
         )
@@ -190,7 +191,8 @@ class TransformersVit(Adapter):
         caught: list[torch.Tensor] = []
 
         def catch(module: nn.Module, inputs: tuple, output) -> None:
-            found = output if module is self.blocks[-1] else getattr(output, "last_hidden_state", None)
+            last = module is self.blocks[-1]
+            found = first_of(output) if last else getattr(output, "last_hidden_state", None)
             if found is not None and found.ndim == 3 and found.shape[-1] == self.width:
                 caught.append(found)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tosa_convert.models.proof.attention import work_out
-from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, record, repeat
+from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, how_many, record, repeat
 from tosa_convert.models.proof.structure import Heads
 
 
@@ -16,7 +16,8 @@ class Parts(NamedTuple):
     norm: str | None
     attention: str
     mlp: str | None
-    returns: str
+    returns: int
+    attention_returns: int
     heads: Heads
 
 
@@ -37,8 +38,8 @@ def take_apart(block: nn.Module, call: Call, where: str) -> Parts:
     attention = block.get_submodule(name)
     heads = work_out(attention, calls[name], f"{where}, {name} ({type(attention).__name__})")
     norm = _norm(call.tokens, calls, name, where)
-    returns = "tuple" if isinstance(calls[name].output, tuple) else "tensor"
-    return Parts(norm, name, _mlp(block, call, calls, name, returns), returns, heads)
+    mlp = _mlp(block, call, calls, name)
+    return Parts(norm, name, mlp, how_many(call.output), how_many(calls[name].output), heads)
 
 
 def check_behaviour(block: nn.Module, call: Call, where: str) -> None:
@@ -47,8 +48,8 @@ def check_behaviour(block: nn.Module, call: Call, where: str) -> None:
     Raises:
         NotProvenError: which of these does not hold.
     """
-    if isinstance(call.output, (tuple, list)):
-        raise NotProvenError(f"{where} returns a {type(call.output).__name__}, not a tensor of tokens")
+    if isinstance(call.output, (tuple, list)) and any(value is not None for value in call.output[1:]):
+        raise NotProvenError(f"{where} returns {len(call.output)} values, not only its tokens")
     tokens = call.tokens
     given = tokens.clone()
     found = repeat(block, call, given)
@@ -104,7 +105,7 @@ def _norm(tokens: torch.Tensor, calls: dict[str, Call], attention: str, where: s
 
 
 @torch.no_grad()
-def _mlp(block: nn.Module, call: Call, calls: dict[str, Call], attention: str, returns: str) -> str | None:
+def _mlp(block: nn.Module, call: Call, calls: dict[str, Call], attention: str) -> str | None:
     """The module that runs on the tokens after the attention and whose output is added to them, if there is one: with
     both silent, the tokens have to leave the block as they came."""
 

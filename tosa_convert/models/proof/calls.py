@@ -43,6 +43,11 @@ def first_of(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
+def how_many(output: Any) -> int:
+    """How many values a module returns; 0 for a bare tensor."""
+    return len(output) if isinstance(output, (tuple, list)) else 0
+
+
 def record(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Call]:
     """Name → the first call of each of these modules while something runs; those that are not called are left out."""
     calls: dict[str, Call] = {}

@@ -44,7 +44,11 @@ def find_row(model: nn.Module, run: Callable[[torch.Tensor], object], image: tor
     members = {f"{name}.{index}": block for name, row in lists.items() for index, block in enumerate(row)}
     convolutions = {name: part for name, part in model.named_modules() if isinstance(part, nn.Conv2d)}
     calls = record({**members, **convolutions}, lambda: run(image))
-    found = {name: row for name, row in lists.items() if _runs_on_tokens(name, row, calls)}
+    found: dict[str, list[nn.Module]] = {}
+    for name, row in lists.items():
+        inside = any(name.startswith(f"{outer}.") for outer in found)  # a part of the blocks of another row
+        if not inside and _runs_on_tokens(name, row, calls):
+            found[name] = row
     if not found:
         raise NotProvenError(
             f"{type(model).__name__} has no row of equal blocks that take tokens (B, N, C) and give as many"
@@ -65,10 +69,10 @@ def find_row(model: nn.Module, run: Callable[[torch.Tensor], object], image: tor
 
 
 def _lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Rows of at least two modules of one class, outermost first; rows inside rows are parts of their blocks."""
+    """Rows of at least two modules of one class, outermost first."""
     found: dict[str, list[nn.Module]] = {}
     for name, part in model.named_modules():
-        if not isinstance(part, (nn.ModuleList, nn.Sequential)) or any(name.startswith(f"{row}.") for row in found):
+        if not isinstance(part, (nn.ModuleList, nn.Sequential)):
             continue
         blocks = list(part)
         if len(blocks) > 1 and len({type(block) for block in blocks}) == 1 and list(blocks[0].children()):

@@ -36,12 +36,12 @@ class Structure(BaseModel):
         layers: how many of them, from the first on, run on the same tokens.
         projection: name of the module that gives the patches.
         prefix: tokens in front of the patches.
-        suffix: tokens after the patches.
         width: channels of a token.
         norm: name within a block of what normalises the tokens before its attention; None without.
         attention: name within a block.
         mlp: name within a block, where attention and MLP are modules of their own whose outputs are added; else None.
-        returns: what the attention module returns: "tensor", or "tuple" with its weights second.
+        returns: how many values a block returns, its tokens first; 0 for a bare tensor.
+        attention_returns: the same of its attention module, whose second value is its weights.
         heads: how it attends.
         selection: whether a selective layer was proven to be the original with its skipped tokens masked and restored.
     """
@@ -52,11 +52,11 @@ class Structure(BaseModel):
     layers: int
     projection: str
     prefix: int
-    suffix: int
     width: int
     norm: str | None
     attention: str
     mlp: str | None
-    returns: str
+    returns: int
+    attention_returns: int
     heads: Heads
     selection: bool = False

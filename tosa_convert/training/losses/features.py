@@ -1,5 +1,7 @@
 """The distance to the original's last tokens."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.proof.calls import first_of
 from tosa_convert.training.loss import Loss
 
 
@@ -52,8 +55,8 @@ class _LastTokens:
 
     value: torch.Tensor
 
-    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.value = output
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self.value = first_of(output)
 
 
 def relative_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

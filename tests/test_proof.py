@@ -1,0 +1,195 @@
+"""Models that no family knows by name: what is proven of them, and what each refusal says."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import lively
+from families import FAMILIES, HF_SMALL, PROVEN
+from torch import nn
+
+from tosa_convert import UnsupportedModelError, convert, load, save
+from tosa_convert.models import proven
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.proof.block import take_apart
+from tosa_convert.models.proof.calls import Call, NotProvenError, record
+from tosa_convert.selective import conversion
+
+WIDTH, HEADS = 24, 3
+
+
+class Attention(nn.Module):
+    """Plain attention with one projection of queries, keys and values."""
+
+    def __init__(self, interleaved: bool = False, normed: bool = False, scale: float | None = None):
+        super().__init__()
+        self.num_heads, self.interleaved = HEADS, interleaved
+        self.scale = scale
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.query_norm = nn.LayerNorm(WIDTH // HEADS) if normed else nn.Identity()
+        self.key_norm = nn.LayerNorm(WIDTH // HEADS) if normed else nn.Identity()
+
+    def forward(self, tokens):
+        shape = (HEADS, 3, -1) if self.interleaved else (3, HEADS, -1)
+        queries, keys, values = self.qkv(tokens).unflatten(-1, shape).unbind(-2 if self.interleaved else -3)
+        queries, keys = self.query_norm(queries), self.key_norm(keys)
+        parts = (part.transpose(1, 2) for part in (queries, keys, values))
+        joined = nn.functional.scaled_dot_product_attention(*parts, scale=self.scale)
+        return self.out(joined.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Norm, attention, norm, MLP."""
+
+    def __init__(self, attention: nn.Module | None = None):
+        super().__init__()
+        self.first, self.mixer = nn.LayerNorm(WIDTH), attention or Attention()
+        self.second = nn.LayerNorm(WIDTH)
+        self.channels = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, tokens):
+        tokens = tokens + self.mixer(self.first(tokens))
+        return tokens + self.channels(self.second(tokens))
+
+
+def call_of(block: nn.Module) -> Call:
+    tokens = torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(0))
+    return record({"": block}, lambda: block(tokens))[""]
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({}, "qkv heads"),
+        ({"interleaved": True}, "heads qkv"),
+        ({"normed": True}, "qkv heads"),
+        ({"scale": 0.2}, "qkv heads"),
+    ],
+)
+def test_a_block_is_taken_apart_whatever_its_parts_are_called(options, order):
+    block = lively(Block(Attention(**options)))
+    parts = take_apart(block, call_of(block), "block")
+    assert (parts.norm, parts.attention, parts.mlp) == ("first", "mixer", "channels")
+    heads = parts.heads
+    assert (heads.count, heads.order, heads.projections, heads.output) == (HEADS, order, ["qkv"], "out")
+    assert heads.norms == (["query_norm", "key_norm"] if options.get("normed") else [])
+    assert heads.scale == pytest.approx(options.get("scale") or (WIDTH / HEADS) ** -0.5)
+
+
+class InPlace(Block):
+    def forward(self, tokens):
+        tokens += self.mixer(self.first(tokens))
+        return tokens + self.channels(self.second(tokens))
+
+
+class Random(Block):
+    def forward(self, tokens):
+        return super().forward(tokens) + torch.rand(1)
+
+
+class Positions(Block):
+    def forward(self, tokens):
+        return super().forward(tokens + torch.arange(tokens.shape[1])[:, None])
+
+
+class Tuple(Block):
+    def forward(self, tokens):
+        return super().forward(tokens), tokens, 3
+
+
+class Talking(Attention):
+    """Mixes its heads."""
+
+    def forward(self, tokens):
+        return super().forward(tokens.flip(-1)) * super().forward(tokens)
+
+
+class Silent(Block):
+    def forward(self, tokens):
+        return tokens + self.channels(self.second(tokens))
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (InPlace(), "row.0 changes the tokens that it is given in place"),
+        (Random(), "draws random numbers in eval mode"),
+        (Positions(), "knows positions: permuted tokens do not come out permuted"),
+        (Tuple(), "returns 3 values, not only its tokens"),
+        (Block(Talking()), r"the attention of row.0, mixer \(Talking\) is not softmax"),
+        (Silent(), "has no attention as a module of its own"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_each_proof_that_fails_is_named(block, message):
+    block = lively(block)
+    call = call_of(copy.deepcopy(block))
+    with pytest.raises(NotProvenError, match=message):
+        take_apart(block, call, "row.0")
+
+
+SMALL = {**HF_SMALL, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("YolosModel", {"num_detection_tokens": 4}, "4 tokens after its patches"),
+        ("MLCDVisionModel", {}, "knows positions"),
+        ("VideoMAEModel", {"num_frames": 4}, "does not run on an image alone"),
+        ("ViltModel", {}, "convert its vision part"),
+    ],
+)
+def test_a_model_that_fails_a_proof_is_left_as_it_was(kind, options, message):
+    torch.manual_seed(0)
+    size = [32, 32] if kind == "YolosModel" else 32
+    config = getattr(transformers, kind.removesuffix("Model") + "Config")(**{**SMALL, **options, "image_size": size})
+    model = lively(getattr(transformers, kind)(config)).train()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(UnsupportedModelError, match=message):
+        convert(model, layers=[2], ratio=0.5)
+    assert model.training
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_selection_that_is_not_the_masked_original_is_refused(monkeypatch):
+    """The last proof, where the parts were found but a selective layer does something else."""
+    model = lively(FAMILIES["hf IJepaModel"]())
+    monkeypatch.setattr(proven.ProvenVit, "attend", lambda self, attention, q, k, v, bias: (v, None))
+    with pytest.raises(NotProvenError, match="is not the original with its skipped tokens masked and restored"):
+        convert(model, layers=[2], ratio=0.5)
+    assert not model.tosa_proof["selection"]
+    assert not conversion.is_converted(model)
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_the_proof_is_kept_with_the_run(name, tmp_path, images):
+    model = convert(lively(FAMILIES[name]()), score="similarity", bypass="merge", layers={2: 0.5})
+    wanted = next(iter(run(model, images).values()))
+    save(model, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["proof"]
+    assert kept["selection"]
+    assert kept["row"]
+    opened = load(tmp_path / "run")
+    assert torch.allclose(next(iter(run(opened, images).values())), wanted, atol=1e-5)
+    assert opened.tosa_proof == kept == model.tosa_proof
+
+
+def test_a_grid_that_is_not_square_and_a_spectrogram():
+    small = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    backbone = transformers.VitPoseBackboneConfig(**small, image_size=[32, 24], patch_size=[8, 8])
+    pose = transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=3))
+    sound = transformers.ASTModel(transformers.ASTConfig(**small, intermediate_size=96, max_length=64, num_mel_bins=32))
+    for model, grid, channels in ((pose, (4, 3), 3), (sound, (2, 5), 1)):
+        torch.manual_seed(0)
+        adapter = adapter_of(lively(model))
+        known = adapter.preprocessing()
+        assert (adapter.grid(known.size), known.channels) == (grid, channels)
+        converted = convert(model, score="similarity", bypass="merge", layers={2: 0.5})
+        found = next(iter(run(converted, torch.randn(2, channels, *known.size)).values()))
+        assert found.isfinite().all()
