@@ -23,6 +23,7 @@ DESCRIBED = {
     "--num-classes": ["the model's"],
     "--lr": ["the stage's"],
     "--layers": ["the schedule's"],
+    "--keep": ["logits of a classifier, otherwise patches"],
     "--device": ["a GPU if there is one"],
     "--labels": ["1 with labels"],
     "--logits": ["1 without labels"],

@@ -18,7 +18,7 @@ from tosa_convert import ConvertConfig, UsageError, compare, convert, find_plan,
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
 from tosa_convert.measure.macs import count_macs
-from tosa_convert.measure.similarity import error, figures, observe
+from tosa_convert.measure.similarity import Keep, error, figures, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.allocation import FINE, allocate
@@ -93,10 +93,10 @@ def check_plan(model, photos, planned):
     cost = flops(converted)
     assert 0.77 <= cost.macs / cost.original <= 0.8
     wanted, found = observe(model, photos), observe(converted, photos)
-    search = Search(model, photos, None, 16, Progress())
+    search = Search(model, photos, None, None, 16, Progress())
     search._build(planned.config.score, planned.config.bypass)
     ratios = dict(zip(planned.config.layers, planned.config.ratio, strict=True))
-    assert error(found, wanted).mean().item() == pytest.approx(search.measure(ratios), rel=1e-3)
+    assert error(found, wanted, search.keep).mean().item() == pytest.approx(search.measure(ratios), rel=1e-3)
     assert not hasattr(model, "tosa_config"), "the model is left as it is"
 
 
@@ -115,9 +115,9 @@ def test_curves_are_what_whole_passes_give(score, small):
     wanted = observe(model, photos)
 
     def measured(ratios):
-        return (error(observe(set_ratios(probe, ratios), photos), wanted) * weights).mean().item()
+        return (error(observe(set_ratios(probe, ratios), photos), wanted, Keep.LOGITS) * weights).mean().item()
 
-    found = curves(probe, base, 0.12, [(photos, wanted, weights)], "", Progress())
+    found = curves(probe, base, 0.12, [(photos, wanted, weights)], Keep.LOGITS, "", Progress())
     before = measured(base)
     assert before > 0
     for layer, (options, errors) in found.items():

@@ -21,6 +21,7 @@ from tosa_convert.cli.output import bar, say, show
 from tosa_convert.cli.parsing import at_least, names, numbers
 
 By = StrEnum("By", ["macs", "latency"])
+Keep = StrEnum("Keep", ["patches", "pooled", "logits", "map"])
 Runtime = StrEnum("Runtime", ["eager", "onnx"])
 SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
 Sample = Annotated[
@@ -37,6 +38,13 @@ def plan(
         typer.Option(
             help="in place of a budget: largest drop allowed (top-1, agreement or cosine)",
             show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        Keep | None,
+        typer.Option(
+            help="what has to stay as it is: patches with the class token, pooled features or an embedding, …",
+            show_default="logits of a classifier, otherwise patches",
         ),
     ] = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
@@ -61,6 +69,7 @@ def plan(
         labels=labels,
         budget=budget,
         target_drop=target_drop,
+        keep=keep.value if keep else None,
         by=by.value,
         runtime=runtime.value,
         checkpoint=checkpoint and str(checkpoint),

@@ -15,7 +15,7 @@ from tosa_convert.data.images import loader
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import control, published
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.outputs import agreement, predict
+from tosa_convert.models.outputs import EMBEDDING, agreement, predict, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import convert, original
 from tosa_convert.tasks.task import Task, task_of
@@ -43,8 +43,9 @@ def evaluate(
 
     Returns:
         {"images", "broken", "models": {name: figures}}. Figures: with labels the metrics of the model's task,
-        such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`) and "cosine"
-        (mean over images of logits, or tokens).
+        such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`; of embeddings
+        the share of images with the same nearest other image) and "cosine" (mean over images of logits, embeddings, or
+        tokens).
     """
     models = {"model": models} if isinstance(models, nn.Module) else models
     first = next(iter(models.values()))
@@ -58,6 +59,7 @@ def evaluate(
         model.to(device).eval()
     kept = [*(task.metrics if labelled else ()), *(("agreement", "cosine") if reference else ())]
     sums = {name: dict.fromkeys(kept, 0.0) for name in models}
+    embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in models}
     seen, broken = 0, []
     batches = loader(images, batch_size, workers)
     with (progress or Progress()).track("eval", len(batches), unit="images", per_step=batch_size) as advance:
@@ -69,6 +71,8 @@ def evaluate(
                 found = {name: predict(model, inputs) for name, model in models.items()}
                 against = found[reference][1] if reference else None
                 for name, (kind, prediction) in found.items():
+                    if reference and kind == EMBEDDING:
+                        embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
                         sums[name][key] += values.sum().item()
             seen += count
@@ -76,6 +80,10 @@ def evaluate(
     if not seen:
         raise TosaError(f"not one of the {len(images)} images in {images.name} can be read")
     figures = {name: {key: total / seen for key, total in totals.items()} for name, totals in sums.items()}
+    for name, parts in embeddings.items():
+        if parts and reference:  # among all images, not within a batch
+            same = retrieval_agreement(torch.cat(parts), torch.cat(embeddings[reference]))
+            figures[name]["agreement"] = same.mean().item()
     return {"data": images.name, "images": seen, "broken": broken, "models": figures}
 
 

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.outputs import agreement
+from tosa_convert.models.outputs import EMBEDDING, agreement, outputs_of
 from tosa_convert.models.proof.calls import first_of
 
 
@@ -22,12 +24,14 @@ class Outputs:
         output: as :meth:`tosa_convert.models.adapter.Adapter.outputs` gives it.
         patches: (B, N, C) patch tokens; of models with a head those after the last layer.
         classes: (B, C) the class token, None where there is none.
+        pooled: (B, C) features or embedding of the image; of a model with another head its class token.
     """
 
     kind: str
     output: torch.Tensor
     patches: torch.Tensor
     classes: torch.Tensor | None
+    pooled: torch.Tensor | None
 
 
 def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
@@ -38,7 +42,9 @@ def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
     kind, output = next(iter(found.items()))
     tokens = (output if kind == "tokens" else caught[0]).float()
     classes = tokens[:, 0] if adapter.class_token else None
-    return Outputs(kind, output.float(), tokens[:, adapter.prefix :], classes)
+    pooled = found.get("features", output if kind == EMBEDDING else classes)
+    pooled = None if pooled is None else pooled.float().flatten(1)
+    return Outputs(kind, output.float(), tokens[:, adapter.prefix :], classes, pooled)
 
 
 @contextmanager
@@ -52,23 +58,66 @@ def _behind(block: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def figures(found: Outputs, wanted: Outputs) -> dict[str, torch.Tensor]:
-    """Per image: "patch" and "class", cosines to the original's tokens ("patch" not where patches are gone),
-    and with a head "agreement", see :func:`tosa_convert.measure.evaluation.agreement`."""
+    """Per image: "patch" and "class", cosines to the original's tokens ("patch" not where patches are gone), with an
+    embedding "pooled", its cosine, and with another head "agreement", see
+    :func:`tosa_convert.models.outputs.agreement`."""
     result = {}
     if found.patches.shape == wanted.patches.shape:
         result["patch"] = F.cosine_similarity(found.patches, wanted.patches, dim=-1).mean(1)
     if found.classes is not None:
         result["class"] = F.cosine_similarity(found.classes, wanted.classes, dim=-1)
-    if wanted.kind != "tokens":
+    if wanted.kind == EMBEDDING:
+        result["pooled"] = F.cosine_similarity(found.output, wanted.output, dim=-1)
+    elif wanted.kind != "tokens":
         result["agreement"] = agreement(wanted.kind, found.output, wanted.output)
     return result
 
 
-def error(found: Outputs, wanted: Outputs) -> torch.Tensor:
-    """Per image, what a plan makes small. Of a classifier KL(original ‖ converted) of its logits, in nats;
-    otherwise 1 − cosine of patch tokens plus 1 − cosine of the class token."""
-    if wanted.kind == "logits" and wanted.output.shape[-1] > 1:
+class Keep(StrEnum):
+    """What of a model's outputs is to stay as it is."""
+
+    PATCHES = "patches"  # and the class token
+    POOLED = "pooled"
+    LOGITS = "logits"
+    MAP = "map"
+
+
+def default_keep(model: nn.Module) -> Keep:
+    """The logits of a classifier, otherwise the tokens, from which everything else is made."""
+    return Keep.LOGITS if outputs_of(model) > 1 else Keep.PATCHES
+
+
+def check_keep(model: nn.Module, keep: Keep, wanted: Outputs) -> None:
+    """
+    Raises:
+        UsageError: the model has nothing of the kind.
+    """
+    kind = "a map" if wanted.output.ndim > 2 and wanted.kind != "tokens" else wanted.kind
+    if keep is Keep.LOGITS and (kind != "logits" or wanted.output.shape[-1] < 2):
+        raise UsageError(f"this model has no logits of classes to keep, its output is {kind}; keep patches or pooled")
+    if keep is Keep.MAP and kind != "a map":
+        raise UsageError(f"this model gives no map to keep, its output is {kind}; keep patches or pooled")
+    if keep is Keep.POOLED and wanted.pooled is None:
+        raise UsageError(f"this model has no pooled features to keep, its output is {kind}; keep patches")
+
+
+def losses(found: Outputs, wanted: Outputs, keep: Keep) -> list[torch.Tensor]:
+    """Per image, what is lost of what is to be kept: of patches 1 − cosine of the patch tokens, and of the class token;
+    of pooled features 1 − cosine; of logits KL(original ‖ converted) in nats; of a map its squared distance
+    as a share of the original's variance."""
+    if keep is Keep.LOGITS:
         logs, theirs = found.output.log_softmax(-1), wanted.output.log_softmax(-1)
-        return (theirs.exp() * (theirs - logs)).sum(-1)
+        return [(theirs.exp() * (theirs - logs)).sum(-1)]
+    if keep is Keep.MAP:
+        ours, original = found.output.flatten(1), wanted.output.flatten(1)
+        spread = original.var(1).clamp(min=1e-12)
+        return [(ours - original).square().mean(1) / spread]
+    if keep is Keep.POOLED:
+        return [1 - F.cosine_similarity(found.pooled, wanted.pooled, dim=-1)]
     cosines = figures(found, wanted)
-    return sum(1 - cosines[name] for name in ("patch", "class") if name in cosines)
+    return [1 - cosines[name] for name in ("patch", "class") if name in cosines]
+
+
+def error(found: Outputs, wanted: Outputs, keep: Keep) -> torch.Tensor:
+    """Per image, what a plan makes small: the sum of the :func:`losses`."""
+    return sum(losses(found, wanted, keep), torch.zeros(len(wanted.output), device=wanted.output.device))

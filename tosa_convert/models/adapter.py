@@ -40,6 +40,7 @@ class Adapter(ABC):
         gives_maps: whether what it gives are maps of the patches after several layers: every token is needed for them.
         halves: whether a block's attention and MLP are modules of their own, one after the other, as bypasses need
             that take tokens away between them.
+        embeds: whether what looks like a classifier's head is the projection of an embedding.
         square: whether images of other sizes than the model's own have to be square.
     """
 
@@ -54,6 +55,7 @@ class Adapter(ABC):
     gives_maps: bool = False
     halves: bool = True
     square: bool = False
+    embeds: bool = False
 
     def __init__(self, model: nn.Module):
         self.model = model

@@ -6,16 +6,28 @@ from torch import nn
 
 from tosa_convert.models.adapter import adapter_of, run
 
+EMBEDDING = "image_embeds"
+"""The name of an output that is an embedding: the projection of CLIP and its like, which timm has as a head."""
 CLOSE = 0.999
 """Cosine from which on two feature vectors count as the same, for models without a head."""
 
 
 def outputs_of(model: nn.Module) -> int:
-    """Number of classes of the model's head; 0 without one."""
+    """Number of classes of the model's head; 0 without one, or with a projection in its place."""
     adapter = adapter_of(model)
     if adapter.library == "timm":
-        return model.num_classes
+        return 0 if adapter.embeds else model.num_classes
     return model.config.num_labels if "Classification" in type(model).__name__ else 0
+
+
+def retrieval_agreement(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Per image, whether the same other image is nearest by both embeddings, (N, C) each; 1 where there is no other."""
+    return (_nearest(found) == _nearest(reference)).float()
+
+
+def _nearest(embeddings: torch.Tensor) -> torch.Tensor:
+    normed = F.normalize(embeddings.float(), dim=-1)
+    return (normed @ normed.mT).fill_diagonal_(-2.0).argmax(-1)
 
 
 @torch.inference_mode()
@@ -29,13 +41,15 @@ def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.
     """Per image, in 0…1, how far two outputs say the same; an output that is not finite agrees with nothing.
 
     "logits" (B, classes): the same top-1. "tokens" (B, N, C): the share of tokens whose cosine is
-    above 0.999. Anything else, such as a single score or a depth map: no value further off than a
-    hundredth of the reference's standard deviation.
+    above 0.999; "image_embeds" (B, C): whether it is. Anything else, such as a single score or a depth map: no value
+    further off than a hundredth of the reference's standard deviation.
     """
     if kind == "logits" and found.shape[-1] > 1:
         agreed = (found.argmax(-1) == reference.argmax(-1)).float()
     elif kind == "tokens":
         agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float().mean(1)
+    elif kind == EMBEDDING:
+        agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float()
     else:
         furthest = (found - reference).abs().flatten(1).amax(1)
         agreed = (furthest <= 0.01 * reference[reference.isfinite()].std()).float()

@@ -18,6 +18,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
+from tosa_convert.models.outputs import EMBEDDING, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
@@ -226,21 +227,29 @@ def mean_figures(
     labels: torch.Tensor | None,
     progress: Progress | None = None,
 ) -> dict:
-    """For each of the others the means of :func:`~tosa_convert.measure.similarity.figures` over the images, and
-    with labels the metrics of the model's task."""
+    """For each of the others the means of :func:`~tosa_convert.measure.similarity.figures` over the images, with an
+    embedding its retrieval agreement among them, and with labels the metrics of the model's task."""
     device, task = next(model.parameters()).device, task_of(model)
     sums: dict = {key: {} for key in others}
+    embeddings: dict[object, list[torch.Tensor]] = {}
+    originals: list[torch.Tensor] = []
     batches = samples.split(8)
     truths = labels.split(8) if labels is not None else [None] * len(batches)
     with (progress or Progress()).track("compare", len(batches) * len(sums)) as advance:
         for batch, truth in zip(batches, truths, strict=True):
             wanted = observe(model, batch.to(device))
+            originals.append(wanted.output)
             for key, total in sums.items():
                 found = observe(others[key], batch.to(device))
                 values = figures(found, wanted)
+                if wanted.kind == EMBEDDING:
+                    embeddings.setdefault(key, []).append(found.output)
                 if truth is not None:
                     values |= task.measure(found.output.cpu(), truth)
                 for name, value in values.items():
                     total[name] = total.get(name, 0.0) + value.sum().item()
                 advance()
-    return {key: {name: value / len(samples) for name, value in total.items()} for key, total in sums.items()}
+    means = {key: {name: value / len(samples) for name, value in total.items()} for key, total in sums.items()}
+    for key, outputs in embeddings.items():
+        means[key]["agreement"] = retrieval_agreement(torch.cat(outputs), torch.cat(originals)).mean().item()
+    return means

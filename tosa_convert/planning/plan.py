@@ -8,6 +8,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.measure.similarity import Keep
 from tosa_convert.planning.search import Plan, Search
 from tosa_convert.selective.conversion import is_converted
 
@@ -27,6 +28,7 @@ def find_plan(
     *,
     target_drop: float | None = None,
     labels: torch.Tensor | None = None,
+    keep: str | None = None,
     by: str = "macs",
     runtime: str = "eager",
     batch_size: int = 8,
@@ -40,6 +42,8 @@ def find_plan(
         budget: share of the original's multiply–adds, or of its latency, in (0, 1); 0.75 if neither is given.
         target_drop: in place of a budget: find the cheapest plan with at most this drop, see :meth:`Search.drop`.
         labels: (B,) of the images, for ``target_drop``.
+        keep: what is to stay as it is: "logits" of a classifier, "patches" (patch tokens and class token), "pooled"
+            features or the embedding, or a dense head's "map". None is logits for classifiers and patches otherwise.
         by: "macs" or "latency", measured here, batch 1, one thread.
         runtime: "eager" or "onnx", for the latency.
 
@@ -59,9 +63,12 @@ def find_plan(
         raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
     if by not in ("macs", "latency"):
         raise UsageError(f"by {by!r} is not known; choose macs or latency")
+    if keep is not None and keep not in list(Keep):
+        raise UsageError(f"keep {keep!r} is not known; choose {', '.join(Keep)}")
     training = model.training
     try:
-        search = Search(model.eval(), images, labels, batch_size, progress or Progress())
+        kept = None if keep is None else Keep(keep)
+        search = Search(model.eval(), images, labels, kept, batch_size, progress or Progress())
         search.settle_on_parts(budget)
         search.price(by, runtime)
         return search.solve(budget) if target_drop is None else search.solve_for(target_drop)

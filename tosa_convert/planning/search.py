@@ -22,7 +22,16 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.measure.macs_share import MacsShare
-from tosa_convert.measure.similarity import Outputs, error, figures, observe
+from tosa_convert.measure.similarity import (
+    Keep,
+    Outputs,
+    check_keep,
+    default_keep,
+    error,
+    figures,
+    losses,
+    observe,
+)
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
@@ -50,7 +59,7 @@ class Plan:
 
     Attributes:
         config: for :func:`tosa_convert.convert`.
-        by, budget: what was asked for.
+        by, keep, budget: what was asked for.
         drop: its drop on the images, see :meth:`Search.drop`.
         cost: predicted share of the original's cost.
         predicted: error by the layers' curves, see :func:`~tosa_convert.measure.similarity.error`; a mean over the
@@ -63,6 +72,7 @@ class Plan:
 
     config: ConvertConfig
     by: str
+    keep: str
     budget: float
     drop: float
     cost: float
@@ -78,7 +88,13 @@ class Search:
     with all layers selective."""
 
     def __init__(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, batch_size: int, progress: Progress
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        keep: Keep | None,
+        batch_size: int,
+        progress: Progress,
     ):
         self.model, self.progress, self.task = model, progress, task_of(model)
         self.labels = None if labels is None else torch.cat([labels[::2], labels[1::2]])
@@ -87,6 +103,8 @@ class Search:
         self.fitted = len(halves[0])
         self.batches = [batch for half in halves for batch in half]
         self.wanted = [observe(model, batch) for batch in self.batches]
+        self.keep = keep or default_keep(model)
+        check_keep(model, self.keep, self.wanted[0])
         self.share_of = MacsShare(model)
         self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
@@ -131,7 +149,7 @@ class Search:
     def _errors(self, ratios: Ratios, first_only: bool = False) -> list[torch.Tensor]:
         """Per batch, the error of each image."""
         pairs = zip(self._observe(ratios, first_only), self.wanted, strict=not first_only)
-        return [error(found, wanted) for found, wanted in pairs]
+        return [error(found, wanted, self.keep) for found, wanted in pairs]
 
     def _weigh(self, ratios: Ratios) -> None:
         """Let images with large errors, with these ratios, count less from here on: otherwise the few with the largest
@@ -149,18 +167,19 @@ class Search:
         return [observe(self.probe, batch) for batch in self.batches[: 1 if first_only else None]]
 
     def drop(self, ratios: Ratios) -> float:
-        """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of a
-        classifier the share of images whose top-1 changes, otherwise 1 − cosine of patch tokens or of the class token,
-        whichever is more."""
+        """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of
+        logits the share of images whose top-1 changes, otherwise the mean loss of what is to be kept, and of patch
+        tokens and class token whichever is more."""
         found = self._observe(ratios)
         if self.labels is not None:
             outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
             main, metric = next(iter(self.task.metrics.items()))
             return metric.loss(*(self.task.measure(each, self.labels)[main].mean().item() for each in outputs))
-        compared = [figures(*pair) for pair in zip(found, self.wanted, strict=True)]
-        names = ("agreement",) if "agreement" in compared[0] else ("patch", "class")
-        means = [torch.cat([each[name] for each in compared]).mean().item() for name in names if name in compared[0]]
-        return 1 - min(means)
+        pairs = list(zip(found, self.wanted, strict=True))
+        if self.keep is Keep.LOGITS:
+            return 1 - torch.cat([figures(*pair)["agreement"] for pair in pairs]).mean().item()
+        lost = zip(*(losses(*pair, self.keep) for pair in pairs), strict=True)
+        return max(torch.cat(each).mean().item() for each in lost)
 
     def solve_for(self, target: float) -> Plan:
         """The plan at the lowest budget that stays within a drop; above it while the plan itself does not."""
@@ -202,7 +221,13 @@ class Search:
         beyond = self._share(ratios) - self.prices.total(ratios)
         for turn, step in enumerate(STEPS, start=1):
             found = curves(
-                self.probe, ratios, step, self._judged(), f"curves of each layer, round {turn}", self.progress
+                self.probe,
+                ratios,
+                step,
+                self._judged(),
+                self.keep,
+                f"curves of each layer, round {turn}",
+                self.progress,
             )
             there = allocate(found, self.prices, budget - beyond)
             new = self._scores(there)
@@ -219,6 +244,7 @@ class Search:
                 score=parts.score, bypass=parts.bypass, schedule="all", layers=list(chosen), ratio=list(chosen.values())
             ),
             by=self.prices.by,
+            keep=self.keep.value,
             budget=budget,
             drop=self.drop(chosen),
             cost=self.prices.total(chosen),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.progress import Progress
-from tosa_convert.measure.similarity import Outputs, error, observe
+from tosa_convert.measure.similarity import Keep, Outputs, error, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.planning.allocation import FINE, Curves, Ratios
 from tosa_convert.selective.conversion import set_ratios
@@ -18,12 +18,13 @@ Judged = tuple[torch.Tensor, Outputs, torch.Tensor]
 
 
 def curves(
-    probe: nn.Module, ratios: Ratios, step: float, batches: list[Judged], what: str, progress: Progress
+    probe: nn.Module, ratios: Ratios, step: float, batches: list[Judged], keep: Keep, what: str, progress: Progress
 ) -> Curves:
     """How much the weighted error changes with one layer's ratio, no further away than ``step``, all others fixed.
 
     Args:
         probe: converted, with all of ``ratios``' layers selective; its ratios are changed.
+        keep: what the error is of.
         what: the name of the progress bar.
     """
     around = {
@@ -31,7 +32,7 @@ def curves(
         for layer, ratio in ratios.items()
     }
     variants = [(layer, ratio) for layer, others in around.items() for ratio in others]
-    found = _vary(probe, ratios, variants, batches, what, progress)
+    found = _vary(probe, ratios, variants, batches, keep, what, progress)
     result = {}
     for layer, others in around.items():
         points = [(ratios[layer], 0.0), *((ratio, found[layer, ratio]) for ratio in others)]
@@ -46,6 +47,7 @@ def _vary(
     base: Ratios,
     variants: list[tuple[int, float]],
     batches: list[Judged],
+    keep: Keep,
     what: str,
     progress: Progress,
 ) -> dict[tuple[int, float], float]:
@@ -56,11 +58,11 @@ def _vary(
             count += len(images)
             set_ratios(probe, base)
             inputs, found = _inputs(probe, images)
-            before = (error(found, wanted) * weights).sum().item()
+            before = (error(found, wanted, keep) * weights).sum().item()
             for layer, ratio in variants:
                 set_ratios(probe, {**base, layer: ratio})
                 with _resumed(probe, inputs, layer):
-                    errors = error(observe(probe, images), wanted)
+                    errors = error(observe(probe, images), wanted, keep)
                 sums[layer, ratio] += (errors * weights).sum().item() - before
                 advance()
     return {variant: value / count for variant, value in sums.items()}

@@ -14,7 +14,12 @@ from tosa_convert.reporting.token_maps import Looks, View
 
 INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
 MARKS = "osD^vPX*<>"
-KINDS = {"patch": "cosine of patch tokens", "class": "cosine of the class token", "agreement": "agreement"}
+KINDS = {
+    "patch": "cosine of patch tokens",
+    "class": "cosine of the class token",
+    "pooled": "cosine",
+    "agreement": "agreement",
+}
 ROOM = 0.34  # inches per bar
 PANEL, PANELS = 1.9, 7  # inches of a panel's side, and most panels in a row
 DARK = 0.2  # brightness of a skipped patch
@@ -156,7 +161,7 @@ def pareto_plot(results: dict, file: Path) -> Path:
     axis = {"macs": "share of the original's MACs"}
     if rows and "ms" in rows[0]:
         axis["ms"] = f"ms per image ({results['runtime']})"
-    kinds = [name for name in ("patch", "class", "agreement") if any(name in row for row in rows)]
+    kinds = [name for name in ("patch", "class", "pooled", "agreement") if any(name in row for row in rows)]
     kind = kinds[0] if kinds else "patch"
     figure = Figure(figsize=(5.2 * len(axis), 4.6), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(axis), squeeze=False)[0], axis.items(), strict=True):

@@ -105,7 +105,8 @@ def eval_table(results: dict) -> Table:
         notes.append("nothing to compare: the images have no labels and the original is not available")
     if "agreement" in figures:
         notes.append(
-            "agreement, cosine: with the original; agreement: same top-1, or without a head, a cosine above 0.999"
+            "agreement, cosine: with the original; agreement: same top-1, of "
+            "embeddings the same nearest image, without a head a cosine above 0.999"
         )
     titles = [every_metric()[key].title if key in every_metric() else key for key in figures]
     return Table(f"{results['images']} images of {results['data']}", ["", *titles], rows, notes)
@@ -185,6 +186,7 @@ def plan_table(results: dict) -> Table:
     """What a plan is, what was predicted and what measured."""
     config, plan = results["convert"], results["plan"]
     rows = [
+        ["keeps", plan["keep"]],
         ["score × bypass", f"{config['score']} × {config['bypass']}"],
         ["ratios by layer", ", ".join(f"{layer}: {ratio:g}" for layer, ratio in _pairs(config))],
         [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
@@ -197,15 +199,21 @@ def plan_table(results: dict) -> Table:
     ]
     notes = [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
     notes.append(
-        f"{plan['images']} images of {results['data']}, equally weighted; error: KL divergence of the "
-        "logits of a classifier, otherwise 1 − cosine of the patch tokens plus that of the class token"
+        f"{plan['images']} images of {results['data']}, equally weighted; error of what is kept: {ERRORS[plan['keep']]}"
     )
     notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['plot']}")
     return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
 
 
+ERRORS = {
+    "logits": "KL divergence of the logits",
+    "patches": "1 − cosine of the patch tokens, plus that of the class token",
+    "pooled": "1 − cosine of the pooled features or the embedding",
+    "map": "squared distance of the map as a share of its variance",
+}
+"""What a plan makes small, by what it keeps."""
 PRICED = {"macs": "MACs", "latency": "latency"}
-FIDELITY = {"patch": "patch cos", "class": "class cos", "agreement": "agree"}
+FIDELITY = {"patch": "patch cos", "class": "class cos", "pooled": "pooled cos", "agreement": "agree"}
 
 
 def _pairs(config: dict) -> list[tuple[int, float]]:
@@ -235,7 +243,10 @@ def compare_table(results: dict) -> Table:
     rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
     notes = [*results["notes"]]
     timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
-    notes.append("patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original")
+    notes.append(
+        "patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original, of embeddings the "
+        "same nearest other image"
+    )
     notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
     shown = [_titles()[name] for name in kinds]
     columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]

@@ -8,7 +8,7 @@ from tosa_convert.base import distributed as processes
 from tosa_convert.base.environment import machine
 from tosa_convert.base.files import write_json, write_text
 from tosa_convert.base.progress import Progress
-from tosa_convert.config.recipe import Recipe
+from tosa_convert.config.recipe import Data, Recipe
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.measure.macs import flops
 from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
@@ -29,6 +29,7 @@ def plan_stage(
     labels: bool,
     budget: float | None,
     target_drop: float | None,
+    keep: str | None,
     by: str,
     runtime: str,
     checkpoint: str | None = None,
@@ -46,7 +47,14 @@ def plan_stage(
     runs.prepare(out)
     model.to(device)
     pixels, folder, truths = labelled_sample(model, data, images, labels)
-    options = {"by": by, "runtime": runtime, "labels": truths, "target_drop": target_drop, "progress": progress}
+    options = {
+        "keep": keep,
+        "by": by,
+        "runtime": runtime,
+        "labels": truths,
+        "target_drop": target_drop,
+        "progress": progress,
+    }
     plan = find_plan(model, pixels, budget, **options)
     converted = convert(copy.deepcopy(model), plan.config)
     cost = flops(converted)
@@ -59,8 +67,9 @@ def plan_stage(
         checkpoint=checkpoint and str(checkpoint),
         img_size=img_size,
         num_classes=num_classes,
+        data=Data(train=data),  # what the export is checked on
         convert=plan.config,
-        export=ExportSettings(),
+        export=ExportSettings(images=images),
     )
     results = {
         "source": source,

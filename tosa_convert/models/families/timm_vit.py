@@ -17,6 +17,9 @@ from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.unsupported import not_understood
 
 TIMM = ("vision_transformer", "deit")
+PROJECTING = ("_clip_", "vit_pe_core")
+PROJECTIONS = (384, 512, 640, 768, 1024, 1152, 1280)
+"""Widths of the embeddings of these towers, which timm gives as ``num_classes``."""
 
 
 def find(model: nn.Module) -> Adapter | None:
@@ -49,6 +52,8 @@ class TimmVit(Adapter):
         self.prefix = model.num_prefix_tokens
         self.class_token = getattr(model, "cls_token", None) is not None
         self.width = model.embed_dim
+        named = str(_config(model).get("architecture") or "")
+        self.embeds = model.num_classes in PROJECTIONS and any(part in named for part in PROJECTING)
 
     def norm(self, block):
         return None if isinstance(block, ResPostBlock) else block.norm1
@@ -93,7 +98,7 @@ class TimmVit(Adapter):
 
     def outputs(self, images):
         if self.model.num_classes > 0:
-            return {"logits": self.model(images)}
+            return {"image_embeds" if self.embeds else "logits": self.model(images)}
         tokens = self.model.forward_features(images)
         return {"tokens": tokens, "features": self.model.forward_head(tokens)}
 
