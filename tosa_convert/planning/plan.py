@@ -31,7 +31,7 @@ def find_plan(
     keep: str | None = None,
     by: str = "macs",
     runtime: str = "eager",
-    batch_size: int = 8,
+    batch_size: int = 6,
     progress: Progress | None = None,
 ) -> Plan:
     """Search a conversion whose cost is at most ``budget`` and whose outputs stay closest to the original's.

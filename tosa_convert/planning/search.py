@@ -1,13 +1,13 @@
 """The search for score, bypass and keep ratios.
 
-Skipping in one layer makes skipping in the next cheaper, since tokens that shared an update have become more
-alike; so layers are not judged one by one. On a few dozen images a family of ramps is measured whole, each
-of them at the budget. Around the best one the curve of error over ratio is measured for each layer, with all
-other layers as they are, on half of the images, and the ratios that make the predicted error least under the
-budget are the next point to look around from, as long as the other half gets better there.
+Skipping in one layer makes skipping in the next cheaper, since tokens that shared an update have become more alike; so
+layers are not judged one by one. What differs most from model to model is where to begin, and then how fast the ratios
+fall: ramps that begin at different layers and are bent differently are measured whole, each of them at the budget, on a
+few images; the better ones on more, and the neighbours of the best. What comes before the layer at which a candidate
+begins is not computed again.
 
-What fits a few dozen images need not fit others, so nothing is preferred to a plain ramp, or to the point before,
-that is not ahead of it by more than twice the standard error of the difference.
+What fits a few dozen images need not fit others, so nothing is preferred to a plain ramp that is not ahead of it by
+more than twice the standard error of the difference.
 """
 
 import copy
@@ -37,20 +37,22 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.planning.allocation import FINE, Ratios, allocate, bent_ramp, fit, nudged, predicted_change, ramp
+from tosa_convert.planning.allocation import FINE, Ratios, bent_ramp, fit, nudged, ramp
 from tosa_convert.planning.cost_model import Prices, price
-from tosa_convert.planning.sensitivity import Judged, curves
+from tosa_convert.planning.resuming import Entering, catching, resumed
+from tosa_convert.planning.trial import Trial, ahead
 from tosa_convert.selective.conversion import convert, set_ratios
 from tosa_convert.tasks.task import task_of
 
-BENDS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
+STARTS = (0.0, 0.17, 0.34, 0.5, 0.67)
+"""Where ramps begin, as shares of the layers."""
+BENDS = (0.0, 0.6, 1.0, 1.7)
 """Exponents of the ramps that are tried; 0 is all layers alike."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
 COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
-STEPS = (0.12, 0.08, 0.05)
-"""How far around its present ratio each layer's curve is measured, round by round."""
+PLAIN = "ramp"
 
 
 @dataclass
@@ -62,10 +64,9 @@ class Plan:
         by, keep, budget: what was asked for.
         drop: its drop on the images, see :meth:`Search.drop`.
         cost: predicted share of the original's cost.
-        predicted: error by the layers' curves, see :func:`~tosa_convert.measure.similarity.error`; a mean over the
-            images weighted by one over the root of each one's level of error.
-        measured: the same, measured.
-        rivals: name → the same of the hand-made schedules at this budget.
+        measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error`; a mean weighted by one
+            over the root of each image's level of error.
+        rivals: name → the same of the plain ramp at this budget.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many images.
     """
@@ -76,7 +77,6 @@ class Plan:
     budget: float
     drop: float
     cost: float
-    predicted: float
     measured: float
     rivals: dict[str, float]
     parts: dict[str, float]
@@ -97,34 +97,54 @@ class Search:
         progress: Progress,
     ):
         self.model, self.progress, self.task = model, progress, task_of(model)
-        self.labels = None if labels is None else torch.cat([labels[::2], labels[1::2]])
-        device = next(model.parameters()).device
-        halves = [half.to(device).split(batch_size) for half in (images[::2], images[1::2]) if len(half)]
-        self.fitted = len(halves[0])
-        self.batches = [batch for half in halves for batch in half]
-        self.wanted = [observe(model, batch) for batch in self.batches]
+        device, count = next(model.parameters()).device, len(images)
+        # Each batch is spread over all images: neighbours may be crops of one photo.
+        parts = -(-count // batch_size)
+        order = torch.cat([torch.arange(part, count, parts) for part in range(parts)])
+        self.labels = None if labels is None else labels[order]
+        self.batches = [images[order[order % parts == part]].to(device) for part in range(parts)]
+        depth = len(adapter_of(model).blocks)
+        self.starts = sorted({round(share * depth) for share in STARTS})
+        self.wanted: list[Outputs] = []
+        self.entering: list[Entering] = []
+        for batch in self.batches:
+            with catching(model, [start + 1 for start in self.starts]) as entering:
+                self.wanted.append(observe(model, batch))
+            self.entering.append(entering)
         self.keep = keep or default_keep(model)
         check_keep(model, self.keep, self.wanted[0])
         self.share_of = MacsShare(model)
         self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
-        self.made: dict[float, dict[str, Ratios]] = {}
 
     def settle_on_parts(self, budget: float) -> None:
-        """The pair of score and bypass that does best on a ramp."""
-        pairs = self._pairs()
-        found = {}
-        with self.progress.track("scores and bypasses", len(pairs)) as advance:
-            for pair in pairs:
-                self._build(*pair)
-                layers = self.probe.tosa_config.layers
-                ratio = max(0.55, 1 - (1 - budget) * len(adapter_of(self.model).blocks) / len(layers))
-                found[pair] = self.measure(ramp(layers, ratio), first_only=True)
-                advance()
-        self.parts = found
-        self._build(*min(found, key=found.get))
+        """The pair of score and bypass that does best on a ramp, over all layers or over the second half of them."""
+        scores, bypasses = self._scores_and_bypasses()
+        lead = next((name for name in scores if every(Score)[name].finds_partners), scores[0])
+        self.parts: dict[tuple[str, str], float] = {}
+        with self.progress.track("scores and bypasses", len(scores) + len(bypasses) - 1) as advance:
 
-    def _pairs(self) -> list[tuple[str, str]]:
+            def best_of(pairs: list[tuple[str, str]]) -> tuple[str, str]:
+                for pair in pairs:
+                    self.parts[pair] = self._of_ramps(*pair, budget)
+                    advance(" × ".join(min(self.parts, key=self.parts.__getitem__)))
+                return min(self.parts, key=self.parts.__getitem__)
+
+            _, bypass = best_of([(lead, bypass) for bypass in bypasses])
+            score, bypass = best_of([(score, bypass) for score in scores if score != lead])
+        self._build(score, bypass)
+
+    def _of_ramps(self, score: str, bypass: str, budget: float) -> float:
+        """The least error of two ramps that skip about as much as the budget asks for, on the first images."""
+        self._build(score, bypass)
+        found, depth = [], len(adapter_of(self.model).blocks)
+        for first in (0, len(self.layers) // 2):
+            lowest = max(0.2, 1 - 2 * (1 - budget) * depth / (len(self.layers) - first))
+            ratios = bent_ramp(self.layers, first, 1.0)(lowest)
+            found.append(self._error(ratios, 0).mean().item())
+        return min(found)
+
+    def _scores_and_bypasses(self) -> tuple[list[str], list[str]]:
         """Scores that need no training, and bypasses after which every token is there."""
         class_token = adapter_of(self.model).class_token
         scores = [
@@ -132,8 +152,7 @@ class Search:
             for name, part in every(Score).items()
             if not part.learns and (class_token or not part.needs_class_token)
         ]
-        bypasses = [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
-        return [(score, bypass) for score in scores for bypass in bypasses]
+        return scores, [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
 
     def _build(self, score: str, bypass: str) -> None:
         self.probe = convert(copy.deepcopy(self.model), score=score, bypass=bypass, schedule="all", ratio=0.5)
@@ -142,35 +161,33 @@ class Search:
     def price(self, by: str, runtime: str) -> None:
         self.prices: Prices = price(self.probe, self.share_of, by, runtime, self.progress)
 
-    def measure(self, ratios: Ratios, first_only: bool = False) -> float:
-        """Mean error over the images, or those of the first batch."""
-        return torch.cat(self._errors(ratios, first_only)).mean().item()
+    def measure(self, ratios: Ratios) -> float:
+        """Mean error over the images."""
+        return torch.cat([self._error(ratios, part) for part in range(len(self.batches))]).mean().item()
 
-    def _errors(self, ratios: Ratios, first_only: bool = False) -> list[torch.Tensor]:
-        """Per batch, the error of each image."""
-        pairs = zip(self._observe(ratios, first_only), self.wanted, strict=not first_only)
-        return [error(found, wanted, self.keep) for found, wanted in pairs]
+    def _observe(self, ratios: Ratios, part: int) -> Outputs:
+        """What a batch gives with these ratios."""
+        set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
+        first = next((layer for layer in self.layers if ratios.get(layer, 1.0) < 1), self.layers[-1])
+        with resumed(self.probe, self.entering[part], first):
+            return observe(self.probe, self.batches[part])
+
+    def _error(self, ratios: Ratios, part: int) -> torch.Tensor:
+        """The error of each image of a batch."""
+        return error(self._observe(ratios, part), self.wanted[part], self.keep)
 
     def _weigh(self, ratios: Ratios) -> None:
         """Let images with large errors, with these ratios, count less from here on: otherwise the few with the largest
         would decide the plan."""
-        errors = self._errors(ratios)
+        errors = [self._error(ratios, part) for part in range(len(self.batches))]
         mean = torch.cat(errors).mean().clamp(min=1e-12)
         self.weights = [(mean / each.clamp(min=0.01 * mean.item())).sqrt() for each in errors]
-
-    def _scores(self, ratios: Ratios) -> torch.Tensor:
-        """(images,) weighted errors."""
-        return torch.cat([each * weight for each, weight in zip(self._errors(ratios), self.weights, strict=True)])
-
-    def _observe(self, ratios: Ratios, first_only: bool = False) -> list[Outputs]:
-        set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
-        return [observe(self.probe, batch) for batch in self.batches[: 1 if first_only else None]]
 
     def drop(self, ratios: Ratios) -> float:
         """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of
         logits the share of images whose top-1 changes, otherwise the mean loss of what is to be kept, and of patch
         tokens and class token whichever is more."""
-        found = self._observe(ratios)
+        found = [self._observe(ratios, part) for part in range(len(self.batches))]
         if self.labels is not None:
             outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
             main, metric = next(iter(self.task.metrics.items()))
@@ -213,31 +230,22 @@ class Search:
 
     def solve(self, budget: float) -> Plan:
         """The best ratios found within the budget."""
-        ratios = self._best_start(budget)
-        scores = self._scores(ratios)
-        fitted = sum(map(len, self.batches[: self.fitted]))
-        others = slice(fitted if len(scores) > fitted else 0, None)  # a single image judges itself
-        predicted = scores.mean().item()
-        beyond = self._share(ratios) - self.prices.total(ratios)
-        for turn, step in enumerate(STEPS, start=1):
-            found = curves(
-                self.probe,
-                ratios,
-                step,
-                self._judged(),
-                self.keep,
-                f"curves of each layer, round {turn}",
-                self.progress,
-            )
-            there = allocate(found, self.prices, budget - beyond)
-            new = self._scores(there)
-            if _ahead(new[others], scores[others]):
-                predicted = max(scores.mean().item() + predicted_change(found, there), 0.0)
-                scores, ratios = new, there
+        candidates = self._ramps(budget)
+        plain = candidates.get(PLAIN) or next(iter(candidates.values()))
+        self._weigh(plain)
+        trial = Trial(self._weighted, len(self.batches), self.progress)
+        best = trial.halve({**candidates, PLAIN: plain}, PLAIN, "ramps")
+        near = {name: fitted for name, shape in self._near(best).items() if (fitted := fit(shape, self.prices, budget))}
+        best = trial.halve({**near, best: candidates.get(best, plain), PLAIN: plain}, PLAIN, "ramps near the best")
+        ratios = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
         ratios = self._to_budget(ratios, budget)
-        scores = self._scores(ratios)
-        rivals = {name: self._scores(each).mean().item() for name, each in self._by_hand(budget).items()}
+        whole = dict.fromkeys(self.layers, 1.0)
+        rival = self._to_budget({**whole, **plain}, budget)
         chosen = {layer: ratio for layer, ratio in ratios.items() if self.prices.skips(ratio)}
+        measured, by_rival = (
+            torch.cat([self._weighted(each, part) for part in range(len(self.batches))]).mean().item()
+            for each in (ratios, rival)
+        )
         parts = self.probe.tosa_config
         return Plan(
             config=ConvertConfig(
@@ -248,36 +256,14 @@ class Search:
             budget=budget,
             drop=self.drop(chosen),
             cost=self.prices.total(chosen),
-            predicted=predicted,
-            measured=scores.mean().item(),
-            rivals=rivals,
+            measured=measured,
+            rivals={PLAIN: by_rival},
             parts={" × ".join(pair): value for pair, value in self.parts.items()},
-            images=len(scores),
+            images=sum(map(len, self.batches)),
         )
 
-    def _judged(self) -> list[Judged]:
-        """The first half of the images."""
-        return list(zip(self.batches, self.wanted, self.weights, strict=True))[: self.fitted]
-
-    def _best_start(self, budget: float) -> Ratios:
-        """The plain ramp, or the first one that reaches the budget, unless another ramp or one of the schedules made by
-        hand is clearly ahead."""
-        ramps, by_hand = self._ramps(budget), self._by_hand(budget)
-        plain = by_hand.get("ramp") or next(iter(ramps.values()))
-        self._weigh(plain)
-        candidates = {**ramps, **by_hand}
-        found = {name: self._scores(each) for name, each in candidates.items()}
-        best = min(found, key=lambda name: found[name].mean())
-        start = candidates[best] if _ahead(found[best], self._scores(plain)) else plain
-        return self._to_budget(start, budget)
-
-    def _by_hand(self, budget: float) -> dict[str, Ratios]:
-        """Schedules made by hand, at the budget."""
-        if budget not in self.made:
-            found = {name: self._to_budget(each, budget) for name, each in self._hand_made(budget).items()}
-            whole = dict.fromkeys(self.layers, 1.0)
-            self.made[budget] = {name: {**whole, **each} for name, each in found.items()}
-        return self.made[budget]
+    def _weighted(self, ratios: Ratios, part: int) -> torch.Tensor:
+        return self._error(ratios, part) * self.weights[part]
 
     def _share(self, ratios: Ratios) -> float:
         """Of the original's cost; multiply–adds are counted, latencies go by the prices."""
@@ -306,13 +292,11 @@ class Search:
         return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
-        """Ramps that begin at different layers, bent differently, each as high as the budget allows."""
-        count = len(self.layers)
-        shapes = {
-            f"from layer {self.layers[first]}, bent by {bend}": bent_ramp(self.layers, first, bend)
-            for first in sorted({0, count // 4, count // 2})
-            for bend in BENDS
-        }
+        """Ramps that begin at different layers, bent differently, each as high as the budget allows; the plain one too."""
+        firsts = {min(start, len(self.layers) - 1) for start in self.starts}
+        shapes = {_ramp_name(first, bend): self._shape(first, bend) for first in sorted(firsts) for bend in BENDS}
+        shapes[PLAIN] = lambda ratio: ramp(self.layers, ratio)
+        self.shapes = {_ramp_name(first, bend): (first, bend) for first in firsts for bend in BENDS} | {PLAIN: (0, 1.0)}
         found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
         if not any(found.values()):
             least = self.prices.total(dict.fromkeys(self.layers, FINE[-1]))
@@ -327,19 +311,17 @@ class Search:
             )
         return {name: ratios for name, ratios in found.items() if ratios}
 
-    def _hand_made(self, budget: float) -> dict[str, Ratios]:
-        shapes: dict[str, Callable[[float], Ratios]] = {
-            "all layers alike": lambda ratio: dict.fromkeys(self.layers, ratio),
-            "ramp": lambda ratio: ramp(self.layers, ratio),
-            "every second layer": lambda ratio: dict.fromkeys(self.layers[1::2], ratio),
-        }
-        found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
-        return {name: ratios for name, ratios in found.items() if ratios}
+    def _near(self, name: str) -> dict[str, Callable[[float], Ratios]]:
+        """Shapes that begin a layer earlier or later than a ramp, or are bent a little more or less."""
+        first, bend = self.shapes[name]
+        near = [(first - 1, bend), (first + 1, bend), *((first, max(0.0, bend + by)) for by in (-0.4, -0.2, 0.25, 0.5))]
+        near = [each for each in near if 0 <= each[0] < len(self.layers) and each not in self.shapes.values()]
+        self.shapes |= {_ramp_name(*each): each for each in near}
+        return {_ramp_name(*each): self._shape(*each) for each in near}
+
+    def _shape(self, first: int, bend: float) -> Callable[[float], Ratios]:
+        return bent_ramp(self.layers, first, bend)
 
 
-def _ahead(scores: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether the first errors, image by image, are lower by more than twice the standard error of the difference:
-    crops of one photo are similar, so one standard error would be too little."""
-    gain = others - scores
-    spread = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())
-    return (gain.mean() > 2 * spread).item()
+def _ramp_name(first: int, bend: float) -> str:
+    return f"from layer {first + 1}, bent by {bend:g}"

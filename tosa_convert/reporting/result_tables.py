@@ -193,7 +193,6 @@ def plan_table(results: dict) -> Table:
         ["share of the MACs, counted", percent(results["macs"])],
         *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
         ["drop (top-1, agreement or cosine)", f"{plan['drop']:.5f}"],
-        ["error, predicted", f"{plan['predicted']:.5f}"],
         ["error, measured", f"{plan['measured']:.5f}"],
         *([name, f"{value:.5f}"] for name, value in _fidelity(results)),
     ]

@@ -1,0 +1,56 @@
+"""Successive halving: all candidates on a few images, the better ones on more."""
+
+from collections.abc import Callable
+
+import torch
+
+from tosa_convert.base.progress import Progress
+from tosa_convert.planning.allocation import Ratios
+
+SURVIVORS = (8, 4)
+"""How many candidates go on to the second part of the images, and to all others."""
+
+
+class Trial:
+    """Errors of candidates, none measured twice.
+
+    Args:
+        measure: (ratios, part) → the errors of the images of that part.
+        parts: how many parts there are.
+    """
+
+    def __init__(self, measure: Callable[[Ratios, int], torch.Tensor], parts: int, progress: Progress):
+        self.measure, self.parts, self.progress = measure, parts, progress
+        self.candidates: dict[str, Ratios] = {}
+        self.found: dict[tuple[str, int], torch.Tensor] = {}
+
+    def halve(self, candidates: dict[str, Ratios], plain: str, what: str) -> str:
+        """The name of the best of the candidates on all images; the plain one is measured on all of them too."""
+        self.candidates |= candidates
+        going = list(candidates)
+        rungs = [range(1), range(1, min(2, self.parts)), range(2, self.parts)]
+        steps = len(going) + min(SURVIVORS[0], len(going)) + min(SURVIVORS[1], len(going)) * max(self.parts - 2, 0)
+        with self.progress.track(what, steps) as advance:
+            for rung, survivors in zip(rungs, (*SURVIVORS, 1), strict=True):
+                for name in {*going, plain}:
+                    for part in rung:
+                        self._measure(name, part)
+                        advance()
+                going = sorted(going, key=lambda name: self.scores(name).mean().item())[:survivors]
+        return going[0]
+
+    def _measure(self, name: str, part: int) -> None:
+        if (name, part) not in self.found:
+            self.found[name, part] = self.measure(self.candidates[name], part)
+
+    def scores(self, name: str) -> torch.Tensor:
+        """The errors of a candidate, image by image, as far as they were measured."""
+        return torch.cat([self.found[name, part] for part in range(self.parts) if (name, part) in self.found])
+
+
+def ahead(scores: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether the first errors, image by image, are lower by more than twice the standard error of the difference:
+    crops of one photo are similar, so one standard error would be too little."""
+    gain = others - scores
+    spread = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())
+    return (gain.mean() > 2 * spread).item()
