@@ -193,3 +193,22 @@ def test_a_grid_that_is_not_square_and_a_spectrogram():
         converted = convert(model, score="similarity", bypass="merge", layers={2: 0.5})
         found = next(iter(run(converted, torch.randn(2, channels, *known.size)).values()))
         assert found.isfinite().all()
+
+
+def test_the_command_proves_and_says_what(tosa, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES["hf BlipVisionModel"]().save_pretrained(tmp_path / "blip")
+    code, out, err = tosa("models", "blip", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["recognised"] == "by proof"
+    assert (found["layers"], found["heads"], found["prefix"], found["patches"]) == (6, 3, 1, [4, 4])
+    assert found["structure"]["selection"]
+    assert len(found["proofs"]) == 5
+    FAMILIES["hf Dinov2Model"]().save_pretrained(tmp_path / "dinov2")
+    code, out, err = tosa("models", "dinov2")
+    assert "DINOv2" in " ".join(out.split())
+    assert "proven" not in out
+    code, _, err = tosa("models", "BertModel")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "takes no images" in err

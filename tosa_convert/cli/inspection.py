@@ -127,13 +127,24 @@ def flops(
 
 
 def models(
-    pattern: Annotated[str | None, typer.Argument(help="part of a timm name, or a pattern such as '*dinov2*'")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            help="part of a timm name or a pattern such as '*dinov2*'; or a folder, hf:ORG/NAME or a class of "
+            "transformers, which is proven if it has to be"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List which models are supported, and which are refused and why."""
+    """List which models are supported, and which are refused and why; or prove that one is."""
     from tosa_convert.models import supported as catalog
     from tosa_convert.reporting.table import Table
 
+    if pattern and (Path(pattern).is_dir() or pattern.startswith("hf:") or catalog.is_class(pattern)):
+        from tosa_convert.workflows.inspection import examine_stage
+
+        show(examine_stage(pattern), "examine_table", as_json)
+        return
     if pattern:
         rows = catalog.models(pattern, bar(as_json))
         if not rows:

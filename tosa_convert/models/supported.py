@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from fnmatch import fnmatch
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from tosa_convert.base.errors import UnsupportedModelError
 from tosa_convert.base.progress import Progress
@@ -31,7 +33,37 @@ def families() -> list[dict[str, str]]:
                 "tome": _of_all(family, _takes_away, "no"),
             }
         )
-    return rows
+    proven = {"family": "transformers: any other ViT, by proof (`models CLASS` or `models FOLDER` runs it)"}
+    return [*rows, {**proven, "names": "", "positions": "added", "per head": "yes", "tome": "if no maps"}]
+
+
+def family_of(model: nn.Module) -> str:
+    """What the family calls itself that finds a model; empty if none does."""
+    found = next((family for family in adapters.families() if family.find(model) is not None), None)
+    return "" if found is None else _summary(found)
+
+
+def is_class(name: str) -> bool:
+    """Whether a name is that of a model class of transformers."""
+    return _class(name) is not None
+
+
+def default_of_class(name: str) -> nn.Module | None:
+    """A model of a class of transformers by its default config, with random weights; None if there is no such class."""
+    kind: Any = _class(name)
+    return None if kind is None else kind(kind.config_class()).eval()
+
+
+def _class(name: str) -> type | None:
+    if not name.isidentifier() or not name[0].isupper():  # transformers takes seconds to import
+        return None
+    try:
+        import transformers
+    except ImportError:
+        return None
+    kind = getattr(transformers, name, None)
+    model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if model and getattr(kind, "config_class", None) else None
 
 
 def refused() -> list[tuple[str, str]]:

@@ -266,6 +266,25 @@ def broken_notes(names: list[str]) -> list[str]:
     return [f"{len(names)} broken images skipped: {', '.join(names[:5])}{more}"]
 
 
+def examine_table(results: dict) -> Table:
+    """How a model is recognised, and what was proven of it."""
+    rows, columns = results["patches"]
+    found = [
+        ["class", results["class"]],
+        ["recognised", results["recognised"]],
+        ["layers", str(results["layers"])],
+        ["heads", str(results["heads"])],
+        ["prefix tokens", str(results["prefix"])],
+        ["patches", f"{rows}×{columns}"],
+    ]
+    notes = [f"proven: {proof}" for proof in results["proofs"]]
+    if results["structure"]:
+        where = ("row", "norm", "attention", "mlp")
+        found += [[name, str(results["structure"][name])] for name in where]
+        notes.append(f"in {results['seconds']['proof']:.1f} s")
+    return Table(f"{results['model']} can be converted", ["", "value"], found, notes)
+
+
 def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
     notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]

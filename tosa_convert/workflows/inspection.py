@@ -1,5 +1,6 @@
-"""What shows a model, on files: the work of the commands flops, show, features and report."""
+"""What shows a model, on files: the work of the commands flops, show, features, report and models."""
 
+import time
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,9 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import built_in_scenes
 from tosa_convert.export.features import write_features
 from tosa_convert.measure.macs import flops
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.models.supported import default_of_class, family_of
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
@@ -28,6 +32,45 @@ def flops_stage(source: str, options: dict, plot: Path | None, *, img_size=None,
         title = f"{Path(source.split(':')[-1]).name}: {cost['saved']:.1%} of the MACs saved"
         cost["plot"] = str(cost_plot(cost, title, plot))
     return cost
+
+
+def examine_stage(source: str) -> dict:
+    """How a model is recognised, and if by proof, what was proven.
+
+    Args:
+        source: a folder, hf:ORG/NAME, or a class of transformers, which is built with its default config.
+
+    Raises:
+        UnsupportedModelError: it cannot be converted; the message says why.
+    """
+    began = time.perf_counter()
+    model = default_of_class(source) or load(source, pretrained=False)
+    built = time.perf_counter()
+    adapter = adapter_of(model)
+    found = {"layers": len(adapter.blocks), "heads": adapter.heads, "prefix": adapter.prefix}
+    family, grid = family_of(model), list(adapter.grid(preprocessing_of(model).size))
+    if not family:
+        convert(model)  # which proves the rest
+    proven = getattr(model, "tosa_proof", None)
+    return {
+        "model": source,
+        "class": type(model).__name__,
+        "recognised": f"family {family}" if family else "by proof",
+        **found,
+        "patches": grid,
+        "proofs": PROOFS if proven else [],
+        "structure": proven,
+        "seconds": {"build": built - began, "proof": time.perf_counter() - built},
+    }
+
+
+PROOFS = [
+    "its blocks give the same tokens each time, change nothing in place and know no positions",
+    "its attention, worked out from the parts that were found, equals its own",
+    "its tokens are its patches in reading order, after its prefix tokens",
+    "with a selective layer at ratio 1.0 it gives what it gave",
+    "a selective layer at ratio 0.5 equals the original with its skipped tokens masked and restored",
+]
 
 
 def show_stage(

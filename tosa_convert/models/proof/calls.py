@@ -1,5 +1,6 @@
 """What the modules of a model are called with, and what they answer: the material of a proof."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,6 +66,27 @@ def record(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, C
         for handle in handles:
             handle.remove()
     return calls
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass of which no more is wanted."""
+
+
+def entering(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """The tokens that a module is called with first while something runs, which is stopped there."""
+    taken: list[torch.Tensor] = []
+
+    def stop(module, args, kwargs):
+        taken.append(next(value for value in (*args, *kwargs.values()) if is_tokens(value)))
+        raise _EnoughError
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), contextlib.suppress(_EnoughError):
+            run()
+    finally:
+        handle.remove()
+    return taken[0]
 
 
 def repeat(module: nn.Module, call: Call, tokens: torch.Tensor) -> torch.Tensor:

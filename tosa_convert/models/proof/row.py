@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tosa_convert.models.proof.calls import Call, NotProvenError, is_tokens, record
+from tosa_convert.models.proof.calls import Call, NotProvenError, entering, is_tokens, record
 
 
 class Row(NamedTuple):
@@ -110,13 +110,13 @@ def _prefix(block: nn.Module, run: Callable, image: torch.Tensor, grid: tuple[in
     """At which token the patches begin; that they follow in reading order is looked at in three places."""
     rows, columns = grid
     height, width = (side // count for side, count in zip(image.shape[-2:], grid, strict=True))
-    before = record({"": block}, lambda: run(image))[""].tokens
+    before = entering(block, lambda: run(image))
     places = {}
     for row, column in ((0, 0), (rows // 2, columns // 3), (rows - 1, columns - 1)):
         changed = image.clone()
         y, x = row * height + height // 2, column * width + width // 2
         changed[..., y - height // 4 : y + height // 4 + 1, x - width // 4 : x + width // 4 + 1] += 3.0
-        after = record({"": block}, lambda changed=changed: run(changed))[""].tokens
+        after = entering(block, lambda changed=changed: run(changed))
         places[row * columns + column] = (after - before).norm(dim=-1)[0].argmax().item()
     prefixes = {place - index for index, place in places.items()}
     prefix = prefixes.pop()
