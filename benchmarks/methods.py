@@ -24,7 +24,7 @@ from tosa_convert.planning.comparison import compare
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
-METHODS = ["plan", *BY_HAND, "tome", "evit", "idle", "tosa", "class_attention/merge", "random/merge"]
+METHODS = ["plan", *BY_HAND, "tome", "pitome", "evit", "idle", "tosa", "class_attention/merge", "random/merge"]
 MODELS = {
     "dinov2": (
         lambda weights: load("vit_small_patch14_dinov2", checkpoint=weights, img_size=224),
@@ -33,7 +33,7 @@ MODELS = {
     ),
     "clip": (
         load,
-        ["plan", "similarity/merge", "similarity/merge/all", "similarity/borrow", "tome"],
+        ["plan", "similarity/merge", "similarity/merge/all", "similarity/borrow", "tome", "pitome"],
         "methods_clip.json",
     ),
 }

@@ -145,6 +145,7 @@ FAMILIES = {
     "hf CLIPModel": _dual("CLIP"),
     "hf SiglipVisionModel": _hf("SiglipVisionModel"),
     "hf SiglipModel": _dual("Siglip"),
+    "hf Siglip2VisionModel": _hf("Siglip2VisionModel", num_patches=16),
     "hf Aimv2VisionModel": _hf("Aimv2VisionModel"),
     "hf DepthAnything": _dinov2_inside("DepthAnything"),
     "hf DPT": _hf("DPTForDepthEstimation", is_hybrid=False, backbone_out_indices=[1, 3, 4, 5], **HEAD),

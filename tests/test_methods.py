@@ -26,6 +26,7 @@ from tosa_convert import (
     save,
 )
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.matching import choose_by_energy
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
 from tosa_convert.models.adapter import adapter_of, run
@@ -89,6 +90,35 @@ def _tome(model, tokens: torch.Tensor, r: int) -> torch.Tensor:
     for token, group in zip(tokens, members, strict=True):
         result[group] = token
     return result
+
+
+def test_pitome_is_the_papers():
+    """PiToMe's matching (arXiv 2405.16148, section 3.2) written out token by token."""
+    features = torch.randn(2, 2 + 12, 8, generator=torch.Generator().manual_seed(0))
+    margin, kept = 0.3, 8
+    choice = choose_by_energy(features, 2, kept, margin)
+    for image in range(2):
+        unit = F.normalize(features[image, 2:], dim=-1)
+        energies = []
+        for token in unit:
+            cosines = [(token @ other).item() for other in unit]
+            energies.append(sum(c if c >= margin else math.exp(c - margin) - 1 for c in cosines) / 12)
+        by_energy = sorted(range(12), key=lambda place: -energies[place])
+        merged, into = by_energy[0:8:2], by_energy[1:8:2]
+        assert choice.skipped[image].tolist() == [place + 2 for place in merged]
+        assert choice.attended[image].tolist() == [0, 1, *(place + 2 for place in [*into, *by_energy[8:]])]
+        for index, place in enumerate(merged):
+            best = max(into, key=lambda other: (unit[place] @ unit[other]).item())
+            assert choice.attended[image, choice.partners[image, index]] == best + 2
+    with pytest.raises(TosaError, match="at most half"):
+        choose_by_energy(features, 2, 5, margin)
+
+
+def test_pitome_leaves_the_same_share_in_each_layer(vit):
+    config = convert(vit, method="pitome", ratio=0.8).tosa_config
+    shares = [after / before for before, after in zip([1.0, *config.ratio], config.ratio, strict=False)]
+    assert shares == pytest.approx([shares[0]] * len(shares), abs=1e-5)
+    assert math.prod(config.ratio) ** (1 / len(config.ratio)) == pytest.approx(0.8, abs=1e-5)
 
 
 def test_evit_is_the_papers(images):

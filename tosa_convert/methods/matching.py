@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, flat_positions, gather_tokens, leading, ordered, pick
 
 SKETCH_WIDTH = 96
@@ -206,3 +207,32 @@ def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
     ones = torch.arange(1 + 2 * hidden, count, 2, device=features.device).expand(batch, -1)
     attended = torch.cat([leading(features, prefix), rest * 2 + start, ones], dim=1)
     return Choice(attended, closest * 2 + start, pick(partner, closest) + prefix + rest.shape[1])
+
+
+def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: float) -> Choice:
+    """Energy-based bipartite matching (PiToMe, arXiv 2405.16148, section 3.2): of the patches with the highest energy,
+    twice as many as are skipped, every second one is skipped for the nearest of the others; the rest is left alone.
+
+    Args:
+        features: (B, prefix + N, D), in the paper the mean of the keys over the heads.
+        kept: how many patches attend, at least half of them.
+        margin: from which cosine on tokens count as similar.
+
+    Raises:
+        TosaError: fewer than half are to attend.
+    """
+    batch, count, _ = features.shape
+    patches = count - prefix
+    surplus = patches - kept
+    if isinstance(surplus, int) and 2 * surplus > patches:
+        raise TosaError(
+            f"score energy skips at most half of the patches of a layer, not {surplus} of {patches}; raise the ratio"
+        )
+    units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
+    cosines = units @ units.mT
+    energy = torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1).mean(-1)
+    pairs, alone = ordered(energy, descending=True).indices.split([2 * surplus, patches - 2 * surplus], dim=1)
+    skipped, others = pairs.reshape(batch, surplus, 2).unbind(-1)
+    nearest_one = (gather_tokens(units, skipped) @ gather_tokens(units, others).mT).argmax(-1)
+    attended = torch.cat([leading(features, prefix), others + prefix, alone + prefix], dim=1)
+    return Choice(attended, skipped + prefix, nearest_one + prefix)

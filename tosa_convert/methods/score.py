@@ -34,6 +34,7 @@ class Site(NamedTuple):
         width: channels of a token.
         acts: where the bypass acts that it is combined with.
         seed: of the conversion.
+        depth: layers of the model.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class Site(NamedTuple):
     width: int
     acts: Acts
     seed: int
+    depth: int = 12
 
 
 class View(NamedTuple):

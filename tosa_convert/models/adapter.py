@@ -83,6 +83,10 @@ class Adapter(ABC):
         """The module that gives the patches on their grid, (B, C, rows, columns), or in a row with the grid, as
         ((B, N, C), (rows, columns))."""
 
+    def grid_of(self, inputs: tuple, output: Any) -> tuple | None:
+        """Rows and columns of the patches in a forward pass, by what :attr:`patch_projection` took and gave."""
+        return output[1] if isinstance(output, tuple) else output.shape[-2:]
+
     @property
     @abstractmethod
     def classifies_by_class_token(self) -> bool:

@@ -131,7 +131,7 @@ class _Surgeon:
     """One conversion: what all of its layers share."""
 
     def __init__(self, adapter: Adapter, config: ConvertConfig, own: dict[str, Part]):
-        self.adapter, self.config, self.current = adapter, config, CurrentForward()
+        self.adapter, self.config, self.current = adapter, config, CurrentForward(adapter)
         self.score = cast(Score, own.get("score")) or config.make(Score)
         self.bypass = cast(Bypass, own.get("bypass")) or config.make(Bypass)
 
@@ -180,7 +180,8 @@ class _Surgeon:
 
     def _add_score(self, block: Any, selection: Selection) -> None:
         weight, adapter = next(block.parameters()), self.adapter
-        site = Site(selection.layer, adapter.heads, adapter.prefix, adapter.width, self.config.acts, self.config.seed)
+        layer, depth, config = selection.layer, len(adapter.blocks), self.config
+        site = Site(layer, adapter.heads, adapter.prefix, adapter.width, config.acts, config.seed, depth)
         with torch.random.fork_rng(devices=[]):
             # The CPU's only: a GPU's stays as it is.
             torch.default_generator.manual_seed(self.config.seed * 1009 + selection.layer)

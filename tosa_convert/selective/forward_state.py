@@ -10,6 +10,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.token_ops import Choice
+from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.hooks import Hook, Tap
 
 
@@ -42,15 +43,19 @@ class ForwardState:
 
 
 class CurrentForward(Hook):
-    """The state of the forward pass that is under way, for each thread its own. One per converted model."""
+    """The state of the forward pass that is under way, for each thread its own. One per converted model.
 
-    def __init__(self):
+    Args:
+        adapter: of the model.
+    """
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
         self._state = PerThread()
         self.taps: list[Tap] = []
 
     def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
-        """A forward hook on the patch projection: (B, D, rows, columns) tells the grid, or it comes with the tokens as
-        (tokens, (rows, columns)).
+        """A forward hook on the patch projection, which tells the grid.
 
         Raises:
             TosaError: the TorchScript exporter is at work, which silently fixes batch size and choices in its file.
@@ -60,7 +65,7 @@ class CurrentForward(Hook):
                 "torch.onnx.export(dynamo=False), which optimum calls, cannot export a token-selective model; use "
                 "dynamo=True, or tosa-convert export, which also checks the file"
             )
-        grid = output[1] if isinstance(output, tuple) else output.shape[-2:]
+        grid = self.adapter.grid_of(inputs, output)
         # In a trace, such as fvcore's, which is of one size, sizes are tensors.
         whole = tuple(int(side) if isinstance(side, torch.Tensor) else side for side in grid or ())
         self._state.set(ForwardState(whole or None))

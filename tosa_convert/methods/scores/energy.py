@@ -1,0 +1,31 @@
+"""PiToMe's score (arXiv 2405.16148, section 3.2): tokens with much company are merged, those that stand alone stay."""
+
+import torch
+
+from tosa_convert.methods.matching import choose_by_energy
+from tosa_convert.methods.score import Acts, Reads, Score, Site, View
+from tosa_convert.methods.token_ops import Choice, keep_count
+
+
+class Energy(Score):
+    """A token's energy is its mean similarity to the others; those below a margin, which falls from layer to layer,
+    count little. The tokens with the highest energy are matched with each other."""
+
+    chooses = finds_partners = True
+
+    @classmethod
+    def reads_at(cls, acts):
+        """The keys of its own layer, as in the paper; around a block these are not there yet, and it is the tokens."""
+        return Reads.TOKENS if acts is Acts.AROUND else Reads.QUERIES_KEYS
+
+    def setup(self, site: Site) -> None:
+        self.prefix = site.prefix
+        self.margin = 0.9 - 0.9 * site.layer / site.depth
+
+    def read(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) twice → (B, N, D), the mean of the keys over the heads."""
+        return keys.mean(1)
+
+    def score(self, view: View) -> Choice:
+        features = view.normed if view.reading is None else view.reading
+        return choose_by_energy(features, self.prefix, keep_count(view.patches, view.steps), self.margin)

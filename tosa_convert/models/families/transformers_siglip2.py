@@ -1,0 +1,64 @@
+"""transformers: SigLIP 2 (NaFlex) on images of one size.
+
+Images are cut into patches before the model sees them.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class, row_of
+from tosa_convert.models.preprocessing import Preprocessing
+
+TRANSFORMERS = ("Siglip2EncoderLayer",)
+
+
+def find(model: nn.Module) -> Adapter | None:
+    row = row_of(model, _sees_patches)
+    return None if row is None else TransformersSiglip2(model, row)
+
+
+def _sees_patches(layer: nn.Module) -> bool:
+    """In the vision tower: the text tower is built from the same layers."""
+    configs = [getattr(module, "config", None) for module in layer.children()]
+    return layer_class(layer, TRANSFORMERS) is not None and any(hasattr(config, "num_patches") for config in configs)
+
+
+class TransformersSiglip2(TransformersVit):
+    """Input that a processor has padded comes with a mask of the valid patches, and is refused with it."""
+
+    def _prefix_tokens(self, block):
+        return 0
+
+    @property
+    def patch_projection(self):
+        """The embeddings, which are told the grid."""
+        return next(module for module in self.model.modules() if hasattr(module, "resize_positional_embeddings"))
+
+    def grid_of(self, inputs, output):
+        if torch.compiler.is_compiling():  # a graph is of the model's own size
+            return self.grid(self.preprocessing().size)
+        shapes = inputs[1]
+        if not bool((shapes == shapes[:1]).all()):
+            raise TosaError("the images of this batch have different grids of patches; give images of one size")
+        rows, columns = shapes[0].tolist()
+        return rows, columns
+
+    def preprocessing(self) -> Preprocessing:
+        side = math.isqrt(self._vision_config.num_patches) * self._vision_config.patch_size
+        return Preprocessing(size=(side, side), channels=self.channels, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    def inputs(self, images):
+        """Patches (B, N, P·P·C), as transformers' processor cuts them."""
+        height, width = self.patch
+        rows, columns = images.shape[-2] // height, images.shape[-1] // width
+        patches = images.unflatten(-2, (rows, height)).unflatten(-1, (columns, width)).permute(0, 2, 4, 3, 5, 1)
+        shapes = torch.tensor([[rows, columns]], device=images.device).expand(len(images), 2)
+        return {
+            "pixel_values": patches.flatten(3).flatten(1, 2),
+            "pixel_attention_mask": None,
+            "spatial_shapes": shapes,
+        }
