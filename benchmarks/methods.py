@@ -33,7 +33,7 @@ MODELS = {
     ),
     "clip": (
         load,
-        ["plan", "similarity/merge", "similarity/merge/all", "similarity/borrow", "tome", "pitome"],
+        ["plan", "similarity/merge", "tome", "pitome"],
         "methods_clip.json",
     ),
 }

@@ -114,6 +114,11 @@ def test_pitome_is_the_papers():
         choose_by_energy(features, 2, 5, margin)
 
 
+def test_a_score_that_cannot_skip_most_of_a_layer_says_so(vit):
+    with pytest.raises(UsageError, match=r"fewer than 0\.5 of a layer's patches, and a ratio is 0\.3"):
+        convert(vit, score="energy", bypass="merge", layers={3: 0.8, 4: 0.3})
+
+
 def test_pitome_leaves_the_same_share_in_each_layer(vit):
     config = convert(vit, method="pitome", ratio=0.8).tosa_config
     shares = [after / before for before, after in zip([1.0, *config.ratio], config.ratio, strict=False)]

@@ -86,6 +86,7 @@ class Score(Part, nn.Module):
         needs_class_token: whether it reads the class token's attention.
         weighs: whether its scores are shares of the class token's attention.
         learns: whether it has to be trained before it is of use, see :meth:`lesson`.
+        least: the smallest share of a layer's patches that it can choose.
         ordinary_before: whether the layer that it reads must not be selective itself.
     """
 
@@ -99,6 +100,7 @@ class Score(Part, nn.Module):
     needs_class_token: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    least: ClassVar[float] = 0.0
     ordinary_before: ClassVar[bool] = False
 
     def setup(self, site: Site) -> None:

@@ -145,12 +145,12 @@ class Search:
         return min(found)
 
     def _scores_and_bypasses(self) -> tuple[list[str], list[str]]:
-        """Scores that need no training, and bypasses after which every token is there."""
+        """Scores that need no training and can do any ratio, and bypasses after which every token is there."""
         class_token = adapter_of(self.model).class_token
         scores = [
             name
             for name, part in every(Score).items()
-            if not part.learns and (class_token or not part.needs_class_token)
+            if not part.learns and not part.least and (class_token or not part.needs_class_token)
         ]
         return scores, [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
 

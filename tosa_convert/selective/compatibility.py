@@ -8,8 +8,8 @@ from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.reducing_block import check_halves
 
 
-def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
-    """Refuse what this model lacks the parts for.
+def check_fit(adapter: Adapter, config: ConvertConfig, ratios: dict[int, float]) -> None:
+    """Refuse what this model lacks the parts for, and ratios, by layer, that the score cannot do.
 
     Raises:
         UsageError: score or bypass look for something that is not there.
@@ -18,6 +18,12 @@ def check_fit(adapter: Adapter, config: ConvertConfig) -> None:
     bypass = config.make(Bypass)
     if config.part(Score).needs_class_token and not adapter.class_token:
         raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
+    least, lowest = config.part(Score).least, min(ratios.values())
+    if not config.reduces and lowest < least:
+        raise UsageError(
+            f"score {config.score} cannot choose fewer than {least:g} of a layer's patches, and a ratio is {lowest:g}; "
+            "raise the ratio, or use similarity"
+        )
     if not bypass.puts_back and not adapter.classifies_by_class_token:
         raise UsageError(
             f"bypass {config.bypass} removes patch tokens and never puts them back: it is for models that classify by "

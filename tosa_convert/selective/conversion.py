@@ -53,7 +53,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
         stages = config.stages(depth=len(adapter.blocks))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    check_fit(adapter, config)
+    check_fit(adapter, config, dict(plan))
     _prove(model)
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))

@@ -12,6 +12,7 @@ class Energy(Score):
     count little. The tokens with the highest energy are matched with each other."""
 
     chooses = finds_partners = True
+    least = 0.5
 
     @classmethod
     def reads_at(cls, acts):
