@@ -14,6 +14,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+# Threads that wait for each other by spinning make small models several times slower where processors are shared, as in
+# virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tosa_convert.base.errors import TosaError, TosaWarning
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.conversion import takes_conversion
