@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tosa_convert.models import unsupported
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.hooks import PairTap, ProjectionTap
@@ -41,6 +42,8 @@ def find(model: nn.Module) -> Adapter | None:
         return ProvenVit(model, Structure(**known))
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or image_config(model) is None:
+        return None
+    if model.config.model_type in unsupported.TRANSFORMERS:  # a reason that is known says more than a proof that fails
         return None
     structure = prove(model)
     model.tosa_proof = structure.model_dump()

@@ -26,7 +26,8 @@ def work_out(attention: nn.Module, call: Call, where: str) -> Heads:
         NotProvenError: nothing that was tried gives the module's own output.
     """
     tokens, wanted = call.tokens, call.result
-    assert tokens is not None and wanted is not None
+    assert tokens is not None
+    assert wanted is not None
     with torch.no_grad():
         for heads in _candidates(attention, tokens.shape[-1]):
             try:

@@ -120,6 +120,6 @@ def _prefix(block: nn.Module, run: Callable, image: torch.Tensor, grid: tuple[in
         places[row * columns + column] = (after - before).norm(dim=-1)[0].argmax().item()
     prefixes = {place - index for index, place in places.items()}
     prefix = prefixes.pop()
-    if prefixes or not 0 <= prefix:
+    if prefixes or prefix < 0:
         raise NotProvenError(f"the tokens of {model}'s blocks are not its patches in reading order")
     return prefix
