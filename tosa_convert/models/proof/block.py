@@ -89,7 +89,7 @@ def _attention(block: nn.Module, calls: dict[str, Call], where: str) -> str:
 def _mixes(module: nn.Module, call: Call) -> bool:
     changed = call.tokens.clone()
     changed[:, -1] = changed[:, -1].roll(1, dims=-1)
-    difference = (repeat(module, call, changed) - repeat(module, call, call.tokens))[:, :-1].abs().max()
+    difference = (repeat(module, call, changed) - call.result)[:, :-1].abs().max()
     return bool(difference > 1e-6 * call.result.abs().max())
 
 
