@@ -89,5 +89,11 @@ def test_unknown_recipes_name_the_nearest():
         find_recipe("quickstrat")
 
 
+@pytest.mark.parametrize("name", ["nope.yaml", "folder/mine", "nope.yml"])
+def test_a_missing_recipe_file_is_called_missing(name):
+    with pytest.raises(UsageError, match=f"there is no file {name}"):
+        find_recipe(name)
+
+
 def test_every_field_has_a_default_but_the_model():
     assert [name for name, field in Recipe.model_fields.items() if field.is_required()] == ["model"]

@@ -73,6 +73,8 @@ def find_recipe(name: str) -> Path:
     ours = recipes_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
     if ours.is_file() and path.parent == Path():
         return ours
+    if path.suffix in (".yaml", ".yml") or path.parent != Path():
+        raise UsageError(f"there is no file {name}; give a recipe file, or one of `tosa-convert recipes ls`")
     known = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
     near = difflib.get_close_matches(path.stem, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(known)}"
