@@ -188,7 +188,7 @@ def test_models_are_told_apart_by_the_code_that_converts(tosa):
         (["distill", "quickstart", "--device", "warp"], 2, "device"),
         (["finetune", "nowhere"], 2, "nowhere"),
         (["eval", "/nonexistent"], 2, "no folder"),
-        (["run", "nowhere.yaml"], 2, "no recipe"),
+        (["run", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
         (["export", "quickstart", "--threshold", "7"], 2, "threshold"),
         (["flops", "quickstart", "--img-size", "29"], 2, "multiple of the patch size"),
     ],
