@@ -50,6 +50,9 @@ class ConvertConfig(BaseModel):
             (ToMe). Fused and merged tokens are put back after the last layer.
         schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean) or
             "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
+        segment: how many selective layers in a row share one choice: 1, another number, or a list with the number of
+            each segment, in order. The first layer chooses, and its groups run the others too, which saves choosing
+            again. For bypasses that form groups, borrow and merge.
         seed: of the selectors' initial weights and of the random control.
     """
 
@@ -61,6 +64,7 @@ class ConvertConfig(BaseModel):
     score: str = "attention"
     bypass: str = "identity"
     schedule: str = "pairs"
+    segment: int | list[int] = 1
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
@@ -110,6 +114,13 @@ class ConvertConfig(BaseModel):
                 raise ValueError(f"layer {lower} is listed twice; name each layer once")
         return layers
 
+    @field_validator("segment")
+    @classmethod
+    def _at_least_one_layer(cls, segment: int | list[int]) -> int | list[int]:
+        if not segment or min(segment if isinstance(segment, list) else [segment]) < 1:
+            raise ValueError(f"{segment} is out of range; a segment has 1 layer or more, such as 3, or 2,3,3 for three")
+        return segment
+
     @model_validator(mode="after")
     def _one_ratio_each(self) -> "ConvertConfig":
         if isinstance(self.ratio, list) and self.layers is not None and len(self.ratio) != len(self.layers):
@@ -147,6 +158,9 @@ class ConvertConfig(BaseModel):
         if bypass.per_head and not score.scores_heads:
             fits = [name for name, part in parts.every(Score).items() if part.scores_heads]
             raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {' or '.join(fits)}")
+        if self.segment != 1 and not bypass.groups:
+            fits = [name for name, part in parts.every(Bypass).items() if part.groups]
+            raise ValueError(f"segment is for bypasses that form groups: {' and '.join(fits)}, not {self.bypass}")
         if self.layers is not None:
             self._check_reading(self.layers)
         return self
@@ -187,8 +201,9 @@ class ConvertConfig(BaseModel):
         if self.reads_before and min(layers) == 1:
             raise ValueError("layer 1 cannot be selective: there is no layer before it to read; start at 2")
         if self.part(Score).ordinary_before or self.make(Bypass).per_head:
+            choosing = {segment[0] for segment in self.segments(layers)}
             for lower, upper in itertools.pairwise(sorted(layers)):
-                if lower + 1 == upper:
+                if lower + 1 == upper and upper in choosing:
                     raise ValueError(
                         f"layers {lower} and {upper} are neighbours: layer {upper} reads layer {lower}, which "
                         "must be ordinary; leave one layer between selective layers, or use another score"
@@ -209,10 +224,62 @@ class ConvertConfig(BaseModel):
             raise ValueError(f"layer {max(layers)} does not exist: the model has layers 1 to {depth}")
         self._check_reading(layers)
         if not isinstance(self.ratio, list):
-            return list(zip(sorted(layers), schedule.ratios(self.ratio, len(layers), self.acts), strict=True))
+            ratios = schedule.ratios(self.ratio, len(layers), self.acts)
+            return self._evened(dict(zip(sorted(layers), ratios, strict=True)))
         if len(self.ratio) != len(layers):
             raise ValueError(f"{len(self.ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
-        return sorted(zip(layers, self.ratio, strict=True))
+        ratios = dict(sorted(zip(layers, self.ratio, strict=True)))
+        for segment in self.segments(layers):
+            if len({ratios[layer] for layer in segment}) > 1:
+                raise ValueError(
+                    f"layers {segment[0]} to {segment[-1]} share one choice (segment {len(segment)}), so one ratio, not "
+                    f"{', '.join(f'{ratios[layer]:g}' for layer in segment)}; give them the same, or leave segment out"
+                )
+        return list(ratios.items())
+
+    def _evened(self, ratios: dict[int, float]) -> list[tuple[int, float]]:
+        """A schedule's ratios with their mean in each segment."""
+        means = {
+            layer: sum(ratios[each] for each in segment) / len(segment)
+            for segment in self.segments(list(ratios))
+            for layer in segment
+        }
+        return [(layer, round(mean, 6)) for layer, mean in means.items()]
+
+    def segments(self, layers: list[int]) -> list[list[int]]:
+        """These layers, in order, by segments.
+
+        Raises:
+            ValueError: segments that these layers do not fill, or none in which there are two.
+        """
+        layers = sorted(layers)
+        if isinstance(self.segment, list):
+            return self._listed_segments(layers, self.segment)
+        found: list[list[int]] = []
+        for layer in layers:
+            if found and found[-1][-1] == layer - 1 and len(found[-1]) < self.segment:
+                found[-1].append(layer)
+            else:
+                found.append([layer])
+        if self.segment > 1 and len(found) == len(layers):
+            raise ValueError("no two selective layers follow one another, so no choice can be shared; leave segment out")
+        return found
+
+    @staticmethod
+    def _listed_segments(layers: list[int], lengths: list[int]) -> list[list[int]]:
+        if sum(lengths) != len(layers):
+            raise ValueError(
+                f"segments of {', '.join(map(str, lengths))} layers make {sum(lengths)}, and {len(layers)} layers are "
+                "selective; let the numbers add up to that"
+            )
+        ends = list(itertools.accumulate(lengths))
+        found = [layers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        for segment in found:
+            if segment[-1] - segment[0] >= len(segment):
+                raise ValueError(
+                    f"layers {', '.join(map(str, segment))} do not follow one another, so they cannot share a choice"
+                )
+        return found
 
     def stages(self, depth: int) -> list[tuple[int, float]]:
         """:meth:`plan`; and where tokens are gone after a layer, every layer after the first selective one too, with

@@ -22,6 +22,20 @@ class Groups(NamedTuple):
     places: torch.Tensor
 
 
+class Gathered(NamedTuple):
+    """What runs a layer in place of all tokens.
+
+    Attributes:
+        tokens: (B, K, D).
+        sizes: (B, K) for how many tokens each stands in the attention; None where each stands for itself.
+        normed: (B, K, D) in place of what the norm before the layer's attention gives; None to leave that to it.
+    """
+
+    tokens: torch.Tensor
+    sizes: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
+
+
 class Bypass(Part):
     """What skipped tokens get.
 
@@ -34,6 +48,8 @@ class Bypass(Part):
         gives_normed: whether it says what the norm before the layer's attention gives.
         puts_back: whether every token of the image is there again after the last layer.
         proportional: whether the layers after weigh tokens by how many they stand for.
+        groups: whether a skipped token gets what its group gets, so that it can stay in it for several layers: define
+            :meth:`gather` in place of :meth:`apply`.
     """
 
     kind: ClassVar[str] = "bypass"
@@ -45,6 +61,7 @@ class Bypass(Part):
     gives_normed: ClassVar[bool] = False
     puts_back: ClassVar[bool] = True
     proportional: ClassVar[bool] = False
+    groups: ClassVar[bool] = False
 
     @property
     def per_head(self) -> bool:
@@ -61,6 +78,15 @@ class Bypass(Part):
             normed: the same after the norm before its attention, where :attr:`partners` are needed.
         """
         raise NotImplementedError(f"{type(self).__name__} acts around a block, so it has to define apply")
+
+    def gather(self, tokens: torch.Tensor, normed: torch.Tensor | None, choice: Choice) -> Gathered:
+        """(B, N, D) → the groups, which run the layer; each token then adds the update of its own to itself.
+
+        Args:
+            tokens: that enter the layer.
+            normed: the same after the norm before its attention; None in a layer that only goes on with the groups.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps groups, so it has to define gather")
 
     def reduce(
         self, tokens: torch.Tensor, choice: Choice, groups: Groups, weights: torch.Tensor | None

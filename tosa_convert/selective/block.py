@@ -7,6 +7,7 @@ layer, in order. Layers after which tokens are gone are in :mod:`tosa_convert.se
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +17,7 @@ from tosa_convert.methods.matching import features_of
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.per_head_attention import attend_per_head
+from tosa_convert.selective.segment import form, hand_on, leave, take_up
 
 
 @functools.cache
@@ -33,20 +35,46 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         adapter.check_arguments(selection.layer, args, kwargs)
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
+        if selection.bypass.groups:
+            return adapter.given_back(_by_groups(self, functools.partial(_run, self, base, args, kwargs), tokens))
         choice, normed = _choose(self, tokens)
         if selection.per_head:
             attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
             with answered(adapter.attention(self), attend):
                 return base.forward(self, tokens, *args, **kwargs)
 
-        def run(some, sizes=None, normed=None):
-            norm = None if normed is None else adapter.norm(self)
-            with nullcontext() if norm is None else answered(norm, lambda *given, **named: normed):
-                return adapter.call(self, base.forward, some, args, kwargs, choice.attended, sizes)
-
+        run = functools.partial(_run, self, base, args, kwargs, choice.attended)
         return adapter.given_back(selection.bypass.apply(run, tokens, normed, choice))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
+
+
+def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, attended, tokens, sizes=None, normed=None):
+    """A block's own forward on the tokens at some places, with ``normed`` in place of what its first norm gives."""
+    adapter = block.adapter
+    norm = None if normed is None else adapter.norm(block)
+    with nullcontext() if norm is None else answered(norm, lambda *given, **named: normed):
+        return adapter.call(block, base.forward, tokens, args, kwargs, attended, sizes)
+
+
+def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) → (B, N, D), by way of the groups that the layer forms, or that it goes on with."""
+    selection, normed = block.selection, None
+    state, bypass, layer = selection.current.state, selection.bypass, selection.layer
+    if selection.follows:
+        segment = selection.arrive(state, tokens).segment
+        course = take_up(bypass, tokens, segment, state.left.pop(layer - 1, None))
+        state.choices[layer] = segment.choice
+        if selection.segment[0] in state.scores:
+            state.scores[layer] = state.scores[selection.segment[0]]
+    else:
+        choice, normed = _choose(block, tokens)
+        segment, course, normed = form(bypass, tokens, normed, choice)
+    course = course._replace(groups=run(segment.choice.attended, course.groups, segment.sizes, normed))
+    output = leave(segment, course)
+    if selection.goes_on:
+        hand_on(state, layer, segment, course, output)
+    return output
 
 
 def _choose(block: nn.Module, tokens: torch.Tensor):

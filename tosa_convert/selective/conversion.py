@@ -140,8 +140,10 @@ class _Surgeon:
         adapter, before, previous = self.adapter, 1.0, None
         if self.config.reduces:
             _guard_maps(adapter.model, self.config.bypass)
+        segments = self.config.segments([layer for layer, _ in stages])
         for layer, ratio in stages:
             selection = self._selection(layer, ratio)
+            selection.segment = next(tuple(segment) for segment in segments if layer in segment)
             if self.config.reduces:
                 selection.reduces, before = ratio < before, ratio
             elif previous is not None and previous.layer == layer - 1 and selection.reads_before:
@@ -166,13 +168,15 @@ class _Surgeon:
 
     def _convert(self, block: Any, selection: Selection) -> None:
         adapter = self.adapter
-        self._add_score(block, selection)
+        block.selector = block.matcher = None
+        if not selection.follows:
+            self._add_score(block, selection)
         for module, method in self._steered(block):
             steer(module, method)
         kind: Callable[[type], type] = reducing_class if self.config.reduces else selective_class
         block.__class__ = kind(type(block))
         block.selection, block.adapter = selection, adapter
-        if selection.reads is Reads.QUERIES_KEYS:
+        if selection.reads is Reads.QUERIES_KEYS and not selection.follows:
             read = adapter.blocks[selection.layer - 2] if selection.reads_before else block
             self.current.taps.append(adapter.tap(read, block.listen))
         if block.matcher is not None and self.config.reduces:

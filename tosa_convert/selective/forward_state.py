@@ -14,6 +14,60 @@ from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.hooks import Hook, Tap
 
 
+class Segment(NamedTuple):
+    """A choice that serves several layers, see :mod:`tosa_convert.selective.segment`.
+
+    Attributes:
+        choice: of the first of them.
+        places: (B, N) in which group each token is.
+        sizes: (B, K) for how many tokens each group stands in the attention, if that is weighed.
+    """
+
+    choice: Choice
+    places: torch.Tensor
+    sizes: torch.Tensor | None
+
+
+class Course(NamedTuple):
+    """Groups on their way through layers.
+
+    Attributes:
+        entered: (B, N, D), the tokens that formed them.
+        before: (B, K, D), the groups then.
+        groups: (B, K, D), the groups now.
+    """
+
+    entered: torch.Tensor
+    before: torch.Tensor
+    groups: torch.Tensor
+
+
+class Left(NamedTuple):
+    """What a layer leaves to one that has the same choice.
+
+    Attributes:
+        segment, course: its groups.
+        tokens: (B, N, D), the tokens that left it.
+        version: of these, since a hook may change them in place; None where torch does not count that.
+    """
+
+    segment: Segment
+    course: Course
+    tokens: torch.Tensor
+    version: int | None
+
+
+def version_of(tokens: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count that."""
+    return tokens._version if may_run_again() else None
+
+
+def may_run_again() -> bool:
+    """Whether gradient checkpointing could run a block once more for this forward pass."""
+    # Not only with gradients or in training: re-entrant checkpointing runs its first pass without, in eval mode too.
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled())
+
+
 class ForwardState:
     """One per forward pass, begun anew at the patch embedding. Layers are counted from 1.
 
@@ -24,6 +78,7 @@ class ForwardState:
         scores: layer → (B, N).
         choices: layer → what it chose.
         groups: layer → where the tokens are after it, once some were merged.
+        left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
     """
 
     def __init__(self, grid: tuple[int, int] | None):
@@ -33,6 +88,7 @@ class ForwardState:
         self.scores: dict[int, torch.Tensor] = {}
         self.choices: dict[int, Choice] = {}
         self.groups: dict[int, Groups | None] = {}
+        self.left: dict[int, Left] = {}
 
     @property
     def patches(self) -> int:
@@ -99,6 +155,7 @@ class Arrival(NamedTuple):
     groups: Groups | None
     scores: torch.Tensor | None
     attended: torch.Tensor | None
+    segment: Segment | None = None
 
 
 class Recollection:

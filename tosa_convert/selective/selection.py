@@ -13,7 +13,7 @@ from tosa_convert.methods.bypass import Bypass, Groups
 from tosa_convert.methods.matching import match
 from tosa_convert.methods.score import Reads, Score, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
-from tosa_convert.selective.forward_state import Arrival, CurrentForward, ForwardState, Recollection
+from tosa_convert.selective.forward_state import Arrival, CurrentForward, ForwardState, Left, Recollection, may_run_again
 
 
 class Matcher(nn.Module):
@@ -43,6 +43,7 @@ class Selection:
             those they had there.
         reduces: whether tokens are gone after this layer; False as well where a layer only lives with what is left.
         last: whether it is the model's last layer.
+        segment: the layers in a row that share one choice, this one among them.
     """
 
     layer: int
@@ -55,6 +56,7 @@ class Selection:
     previous: "Selection | None" = None
     reduces: bool = True
     last: bool = False
+    segment: tuple[int, ...] = ()
     active: bool = True
     recollection: Recollection = field(default_factory=Recollection)
 
@@ -71,20 +73,30 @@ class Selection:
         """Whether there is anything to choose."""
         return self.active and self.reduces and (self.per_head or self.steps < RATIO_STEPS)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the choice is that of the layer before."""
+        return self.layer in self.segment[1:]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next layer has the same choice."""
+        return self.layer in self.segment[:-1]
+
     def keep(self, patches: int) -> int:
         """How many of so many patch tokens attend."""
         return keep_count(patches, self.steps)
 
     def listen(self, score: Score, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """Let the score read queries and keys, (B, H, N, D); no more of them is kept than it needs."""
-        if self.selects:
+        if self.selects and not self.follows:
             with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
                 self.current.state.readings[self.layer] = score(queries, keys)
 
     def arrive(self, state: ForwardState, tokens: torch.Tensor) -> Arrival:
         """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run
         once more on these tokens."""
-        kept = _may_run_again()
+        kept = may_run_again()
         known = self.recollection.find(tokens) if kept else None
         if known is not None:
             return known
@@ -94,10 +106,24 @@ class Selection:
             groups=state.groups.get(self.layer - 1),
             scores=None if before is None else state.scores[before.layer],
             attended=None if before is None else state.choices[before.layer].attended,
+            segment=self._left(state).segment if self.follows else None,
         )
         if kept:
             self.recollection.keep(tokens, arrival)
         return arrival
+
+    def _left(self, state: ForwardState) -> Left:
+        """What the layer before left.
+
+        Raises:
+            TosaError: it has not run in this forward pass.
+        """
+        if self.layer - 1 not in state.left:
+            raise TosaError(
+                f"layer {self.layer} goes on with the tokens that layer {self.segment[0]} chose, and layer "
+                f"{self.layer - 1} has not run in this forward pass; run the model from its images on"
+            )
+        return state.left[self.layer - 1]
 
     def choose(self, score: Score, state: ForwardState, arrival: Arrival, view: View) -> Choice:
         """Who attends; noted in the state.
@@ -137,16 +163,15 @@ class Selection:
         return Groups(tokens.new_ones(batch, count), torch.arange(count, device=tokens.device).expand(batch, count))
 
 
-def _may_run_again() -> bool:
-    """Whether gradient checkpointing could run a block once more for this forward pass."""
-    # Not only with gradients or in training: re-entrant checkpointing runs its first pass without, in eval mode too.
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled())
-
-
 def selective_blocks(model: nn.Module) -> list[Any]:
     """The selective blocks of a converted model, in order of their layers; empty for an ordinary model."""
     found = [module for module in model.modules() if isinstance(getattr(module, "selection", None), Selection)]
     return sorted(found, key=lambda block: block.selection.layer)
+
+
+def choosing_blocks(model: nn.Module) -> list[Any]:
+    """Those of them that choose, rather than going on with the tokens of the layer before."""
+    return [block for block in selective_blocks(model) if not block.selection.follows]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted
-from tosa_convert.selective.selection import all_tokens, selective_blocks
+from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.training.engine import Stage, make_accelerator, train
 
 
@@ -76,7 +76,7 @@ class SelectorDistillation(nn.Module):
     def __init__(self, model: nn.Module, **settings: str):
         super().__init__()
         self.model = model
-        adapter, blocks = adapter_of(model), selective_blocks(model)
+        adapter, blocks = adapter_of(model), choosing_blocks(model)
         self.lessons = [block.selector.lesson(block.selection.keep, **settings) for block in blocks]
         self.taps = []
         model.requires_grad_(False)

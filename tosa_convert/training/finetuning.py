@@ -13,7 +13,7 @@ from tosa_convert.models.adapter import run
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted, original
-from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.loss import Situation, every_loss
@@ -61,7 +61,7 @@ def finetune(
             Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress()
         )
     finally:
-        for block in selective_blocks(model):
+        for block in choosing_blocks(model):
             block.selector.requires_grad_(True)
         objective.close()
         model.to(home).eval()
@@ -91,7 +91,7 @@ class SelectiveFinetuning(nn.Module):
         self.model, self.weights = model, weights
         teacher = original(model).eval().requires_grad_(False)
         self.teacher = (teacher,)  # in a tuple, so that it is neither trained nor checkpointed nor wrapped
-        for block in selective_blocks(model):
+        for block in choosing_blocks(model):
             block.selector.requires_grad_(False)
         wanted = [kind for kind in every_loss() if weights[kind.name()]]
         self.losses = [kind(model, teacher, settings) for kind in wanted]

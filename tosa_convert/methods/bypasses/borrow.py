@@ -1,14 +1,13 @@
 """A skipped token adds the update that its most similar attended token received."""
 
-from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.token_ops import gather_tokens, stand_ins
+from tosa_convert.methods.bypass import Bypass, Gathered
+from tosa_convert.methods.token_ops import gather_tokens
 
 
 class Borrow(Bypass):
     """Each skipped token borrows an update."""
 
-    partners = True
+    partners = groups = True
 
-    def apply(self, run, tokens, normed, choice):
-        attended = gather_tokens(tokens, choice.attended)
-        return tokens + gather_tokens(run(attended) - attended, stand_ins(choice))
+    def gather(self, tokens, normed, choice):
+        return Gathered(gather_tokens(tokens, choice.attended))

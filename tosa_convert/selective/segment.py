@@ -1,0 +1,44 @@
+"""Segments: layers in a row that share one choice, with the bypasses that form groups.
+
+The groups of the first layer run all of them, so that choosing tokens and moving them is paid once. All tokens leave
+every layer nevertheless, each with the whole update of its group so far: hidden states are there and hooks work. Where
+nobody looks at them inside a segment, compilers leave them out.
+"""
+
+import torch
+
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.token_ops import Choice, gather_tokens, stand_ins
+from tosa_convert.selective.forward_state import Course, ForwardState, Left, Segment, version_of
+
+
+def form(bypass: Bypass, tokens: torch.Tensor, normed: torch.Tensor, choice: Choice):
+    """The groups of a choice when they enter its first layer; and what that layer's norm gives for them, None where
+    that is left to it."""
+    gathered = bypass.gather(tokens, normed, choice)
+    segment = Segment(choice, stand_ins(choice), gathered.sizes)
+    return segment, Course(tokens, gathered.tokens, gathered.tokens), gathered.normed
+
+
+def take_up(bypass: Bypass, tokens: torch.Tensor, segment: Segment, left: Left | None) -> Course:
+    """The groups that the layer before left, or those that the tokens form now.
+
+    All tokens of a group have got the same update, so both are equal up to rounding. The second way is for tokens that
+    a hook has changed, and for gradients: checkpointing runs a layer again on tokens that are cut off from what came
+    before.
+    """
+    differentiable = torch.is_grad_enabled() and tokens.requires_grad
+    if left is not None and left.tokens is tokens and left.version == version_of(tokens) and not differentiable:
+        return left.course
+    groups = bypass.gather(tokens, None, segment.choice).tokens
+    return Course(tokens, groups, groups)
+
+
+def leave(segment: Segment, course: Course) -> torch.Tensor:
+    """(B, N, D), the tokens that leave a layer together with its groups."""
+    return course.entered + gather_tokens(course.groups - course.before, segment.places)
+
+
+def hand_on(state: ForwardState, layer: int, segment: Segment, course: Course, tokens: torch.Tensor) -> None:
+    """Leave groups to the next layer, and the tokens that leave this one with them."""
+    state.left[layer] = Left(segment, course, tokens, version_of(tokens))
