@@ -18,6 +18,7 @@ from tosa_convert.models.subclassing import steer
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
 AROUND = [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
+GROUPING = [name for name, part in every(Bypass).items() if part.groups]
 BETWEEN = [name for name, part in every(Bypass).items() if part.acts is Acts.BETWEEN]
 SCORE = {"fuse": "class_attention"}
 """Where the bypass needs a certain one; similarity otherwise."""
@@ -65,12 +66,18 @@ def test_so_it_does_with_partners_of_a_matcher_and_at_other_sizes(family, score,
     compare_with_loops(family, score, bypass, size)
 
 
-def compare_with_loops(model, score: str, bypass: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("bypass", GROUPING)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_so_do_layers_that_share_a_choice(name, bypass):
+    compare_with_loops(built(name), "similarity", bypass, (32, 32), segment=[3, 1])
+
+
+def compare_with_loops(model, score: str, bypass: str, size: tuple[int, int], **options) -> None:
     """Groups are averaged and weighed token by token, the block is the original's."""
     adapter_of(model).resize(size)
     images = photos(size)
     ratio = 0.3 if score == "similarity" else 0.6
-    converted = convert(copy.deepcopy(model), layers=[2, 3, 4, 6], ratio=ratio, score=score, bypass=bypass)
+    converted = convert(copy.deepcopy(model), layers=[2, 3, 4, 6], ratio=ratio, score=score, bypass=bypass, **options)
     found = run(converted, images)
     choices = last_choices(converted)
     reference = copy.deepcopy(model)
@@ -79,7 +86,7 @@ def compare_with_loops(model, score: str, bypass: str, size: tuple[int, int]) ->
         choice = choices[layer]
         if bypass != "identity" and choice.partners is None:
             choice = choice._replace(partners=_partners(converted, block, images))
-        _spell_out(adapter_of(reference), layer, choice, bypass)
+        _spell_out(adapter_of(reference), layer, choice, bypass, block.selection.follows)
     for name, value in run(reference, images).items():
         assert close(found[name], value), name
     assert not torch.allclose(first(found), first(run(model, images)), atol=1e-3)
@@ -94,7 +101,7 @@ def _partners(converted, block, images):
     return caught[0]
 
 
-def _spell_out(adapter, layer: int, choice, bypass: str) -> None:
+def _spell_out(adapter, layer: int, choice, bypass: str, follows: bool) -> None:
     block = adapter.blocks[layer - 1]
     own = _own_forward(adapter, block)
 
@@ -106,7 +113,7 @@ def _spell_out(adapter, layer: int, choice, bypass: str) -> None:
             rows = [tokens[image, members if merged else members[:1]].mean(0) for members in groups.values()]
             taken = torch.stack(rows)[None]
             sizes = torch.tensor([[len(members) if merged else 1 for members in groups.values()]])
-            norm = adapter.norm(block)
+            norm = None if follows else adapter.norm(block)  # groups that go on are normed as tokens are
             if merged and norm is not None:
                 means = [norm.forward(tokens[image, members]).mean(0) for members in groups.values()]
                 norm.forward = lambda _, means=means: torch.stack(means)[None]

@@ -48,11 +48,14 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp
             assert np.allclose(ours, theirs, atol=1e-4)
 
 
+MERGE = {"score": "similarity", "bypass": "merge"}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("timm vit", {"method": "tome", "ratio": 0.7, "layers": [2, 4]}),
-        ("hf Dinov2Model", {"score": "similarity", "bypass": "merge", "layers": {2: 0.7, 3: 0.4}}),
+        ("hf Dinov2Model", {**MERGE, "layers": {2: 0.7, 3: 0.4, 4: 0.4}, "segment": [1, 2]}),
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "idle", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"score": "norm", "bypass": "borrow", "layers": {3: 0.5}}, marks=pytest.mark.long),

@@ -24,6 +24,7 @@ DESCRIBED = {
     "--lr": ["the stage's"],
     "--layers": ["the schedule's"],
     "--keep": ["logits of a classifier, otherwise patches"],
+    "--segment": ["1, or searched for --by latency"],
     "--device": ["a GPU if there is one"],
     "--labels": ["1 with labels"],
     "--logits": ["1 without labels"],

@@ -20,7 +20,7 @@ from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.allocation import FINE, bent_ramp, fit
+from tosa_convert.planning.allocation import FINE, Allocation, bent_ramp, fit
 from tosa_convert.planning.comparison import at_budget
 from tosa_convert.planning.cost_model import Prices
 from tosa_convert.planning.resuming import catching, resumed
@@ -40,10 +40,10 @@ def test_a_ramp_is_fitted_to_the_budget_and_never_rises(first, bend, budget):
     layers = list(range(1, 7))
     ratios = fit(bent_ramp(layers, first, bend), LINE, budget)
     if ratios is None:
-        assert LINE.total(bent_ramp(layers, first, bend)(FINE[-1])) > budget
+        assert LINE.total(bent_ramp(layers, first, bend)(FINE[-1]).ratios) > budget
         return
-    assert LINE.total(ratios) <= budget
-    in_order = [ratios[layer] for layer in layers]
+    assert LINE.total(ratios.ratios) <= budget
+    in_order = [ratios.ratios[layer] for layer in layers]
     assert in_order == sorted(in_order, reverse=True)
     assert all(ratio == 1 for ratio in in_order[:first])
 
@@ -106,10 +106,12 @@ def check_plan(model, photos, planned):
     cost = flops(converted)
     assert 0.77 <= cost.macs / cost.original <= 0.8
     wanted, found = observe(model, photos), observe(converted, photos)
-    search = Search(model, photos, None, None, 16, Progress())
+    search = Search(model, photos, None, None, None, 16, Progress())
     search._build(planned.config.score, planned.config.bypass)
     ratios = dict(zip(planned.config.layers, planned.config.ratio, strict=True))
-    assert error(found, wanted, search.keep).mean().item() == pytest.approx(search.measure(ratios), rel=1e-3)
+    assert error(found, wanted, search.keep).mean().item() == pytest.approx(
+        search.measure(Allocation(ratios)), rel=1e-3
+    )
     assert not hasattr(model, "tosa_config"), "the model is left as it is"
 
 

@@ -20,6 +20,7 @@ METHODS = {
     "per head": {"layers": [2, 4], "ratio": 0.5, "selection": "per_head"},
     "idle": {"method": "idle", "ratio": 0.7},
     "similarity merge": {"score": "similarity", "bypass": "merge", "schedule": "ramp", "ratio": 0.7},
+    "segments": {"score": "similarity", "bypass": "merge", "schedule": "ramp", "ratio": 0.7, "segment": 2},
     "norm borrow": {"score": "norm", "bypass": "borrow", "schedule": "all", "ratio": 0.6},
     "tome": {"method": "tome", "ratio": 0.7},
     "norm persist": {"score": "norm", "bypass": "persist", "schedule": "stages", "ratio": 0.7},
@@ -28,6 +29,7 @@ METHODS = {
 CASES = [
     *(("timm vit", method) for method in METHODS),
     *(("hf ViT classifier", method) for method in ("tosa", "similarity merge", "tome", "evit")),
+    *((family, "segments") for family in ("timm eva02", "timm beit", "hf ViT classifier", "hf DPT")),
     *((family, "tosa") for family in ("timm eva02", "hf DINOv3ViTModel")),
     *((family, "similarity merge") for family in ("timm beit", "timm cait", "hf BeitModel", "hf DPT")),
 ]

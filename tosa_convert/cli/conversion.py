@@ -43,6 +43,10 @@ class _Options:
     schedule: Annotated[
         Schedule | None, typer.Option(help="which layers, and how the ratio varies over them", show_default="pairs")
     ]
+    segment: Annotated[
+        str | None,
+        typer.Option(help="layers in a row that share one choice, such as 3 or 2,3,3", show_default="1"),
+    ]
     selection: Annotated[
         Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")
     ]
@@ -89,6 +93,9 @@ def _values(options: dict) -> dict:
         found["layers"] = _layers(found["layers"])
     if "rows" in found:
         found["rows"] = _query_rows(found["rows"])
+    if "segment" in found:
+        lengths = numbers(found["segment"], int, "--segment")
+        found["segment"] = lengths[0] if len(lengths) == 1 else lengths
     if "ratio" in found:
         ratios = numbers(found["ratio"], float, "--ratio")
         found["ratio"] = ratios[0] if len(ratios) == 1 else ratios

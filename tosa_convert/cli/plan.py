@@ -49,6 +49,14 @@ def plan(
     ] = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
     runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,
+    segment: Annotated[
+        int | None,
+        typer.Option(
+            help="layers in a row that share one choice: faster, and a little less like the original",
+            show_default="1, or searched for --by latency",
+            callback=at_least(1),
+        ),
+    ] = None,
     data: Sample = None,
     images: SampleSize = 24,
     labels: Labels = True,
@@ -72,6 +80,7 @@ def plan(
         keep=keep.value if keep else None,
         by=by.value,
         runtime=runtime.value,
+        segment=segment,
         checkpoint=checkpoint and str(checkpoint),
         img_size=img_size,
         num_classes=num_classes,

@@ -228,14 +228,14 @@ class ConvertConfig(BaseModel):
             return self._evened(dict(zip(sorted(layers), ratios, strict=True)))
         if len(self.ratio) != len(layers):
             raise ValueError(f"{len(self.ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
-        ratios = dict(sorted(zip(layers, self.ratio, strict=True)))
+        given = dict(sorted(zip(layers, self.ratio, strict=True)))
         for segment in self.segments(layers):
-            if len({ratios[layer] for layer in segment}) > 1:
+            if len({given[layer] for layer in segment}) > 1:
                 raise ValueError(
-                    f"layers {segment[0]} to {segment[-1]} share one choice (segment {len(segment)}), so one ratio, not "
-                    f"{', '.join(f'{ratios[layer]:g}' for layer in segment)}; give them the same, or leave segment out"
+                    f"layers {segment[0]} to {segment[-1]} share one choice, so one ratio, not "
+                    f"{', '.join(f'{given[layer]:g}' for layer in segment)}; give them the same, or leave segment out"
                 )
-        return list(ratios.items())
+        return list(given.items())
 
     def _evened(self, ratios: dict[int, float]) -> list[tuple[int, float]]:
         """A schedule's ratios with their mean in each segment."""
@@ -262,7 +262,9 @@ class ConvertConfig(BaseModel):
             else:
                 found.append([layer])
         if self.segment > 1 and len(found) == len(layers):
-            raise ValueError("no two selective layers follow one another, so no choice can be shared; leave segment out")
+            raise ValueError(
+                "no two selective layers follow one another, so no choice can be shared; leave segment out"
+            )
         return found
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What a selective layer saves at which keep ratio: in multiply–adds, or in time measured on this machine."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,15 @@ from torch import nn
 from tosa_convert.base.progress import Progress
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import original, set_ratios
 
 RATIOS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
+CHOOSING = (0.75, 0.4)
+"""Ratios at which the time is taken that choosing takes: a graph with many choices takes long to write."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +28,35 @@ class Prices:
     Attributes:
         by: "macs" or "latency".
         ratios: ascending, the last one 1.0.
-        saved: at each of them; 0.0 at 1.0, and negative where choosing the tokens costs more than it saves.
+        saved: at each of them, by a layer that chooses its tokens; 0.0 at 1.0, and negative where choosing costs more
+            than it saves.
+        following: the same of a layer that goes on with the tokens of the one before; None where none does.
         patches: of an image, since whole tokens attend.
     """
 
     by: str
     ratios: tuple[float, ...]
     saved: tuple[float, ...]
+    following: tuple[float, ...] | None = None
     patches: int = 10_000
 
     def skips(self, ratio: float) -> bool:
         """Whether there is a token to skip at this ratio."""
         return self._share(ratio) < 1
 
-    def at(self, ratio: float) -> float:
+    def at(self, ratio: float, follows: bool = False) -> float:
         if not self.skips(ratio):
             return 0.0
-        return float(np.interp(self._share(ratio), list(map(self._share, self.ratios)), self.saved))
+        values = self.following if follows and self.following else self.saved
+        return float(np.interp(self._share(ratio), list(map(self._share, self.ratios)), values))
 
     def _share(self, ratio: float) -> float:
         return keep_count(self.patches, ratio_steps(ratio)) / self.patches
 
-    def total(self, ratios: dict[int, float]) -> float:
-        """Share of the original's cost that is left with these ratios by layer."""
-        return 1 - sum(map(self.at, ratios.values()))
+    def total(self, ratios: dict[int, float], segments: list[list[int]] | None = None) -> float:
+        """Share of the original's cost that is left with these ratios by layer, and layers that share a choice."""
+        follow = {layer for segment in segments or [] for layer in segment[1:]}
+        return 1 - sum(self.at(ratio, layer in follow) for layer, ratio in ratios.items())
 
 
 def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress: Progress) -> Prices:
@@ -55,31 +64,51 @@ def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress
 
     Each ratio is set in all layers at once; what that saves is shared out among them.
     """
-    layers = probe.tosa_config.layers
-    shares = _latencies(probe, runtime, progress) if by == "latency" else _macs(probe, share_of, progress)
-    saved = [(1 - share) / len(layers) for share in shares]
-    # Just below 1.0 the selection has its full cost already: the line to 1.0 itself starts from what it costs alone.
+    layers, shares = probe.tosa_config.layers, functools.partial(_shares, probe, share_of, by, runtime, progress)
+    if len(layers) > 1 and probe.tosa_config.part(Bypass).groups:
+        chosen = RATIOS if by == "macs" else CHOOSING
+        found = shares([*((ratio, True) for ratio in RATIOS), *((ratio, False) for ratio in chosen)])
+        together, each = found[: len(RATIOS)], found[len(RATIOS) :]
+        # In one segment all layers but the first follow.
+        shared = [share for ratio, share in zip(RATIOS, together, strict=True) if ratio in chosen]
+        extra = [(a - b) / (len(layers) - 1) for a, b in zip(each, shared, strict=True)]
+        choosing = np.interp(RATIOS, chosen[::-1], extra[::-1])
+        saved = [
+            (1 - share - cost) / len(layers) for share, cost in zip(together, choosing * (len(layers) - 1), strict=True)
+        ]
+        following = _line([one + cost for one, cost in zip(saved, choosing, strict=True)])
+    else:
+        saved = [(1 - share) / len(layers) for share in shares([(ratio, False) for ratio in RATIOS])]
+        following = None
+    patches = adapter_of(probe).patches(preprocessing_of(probe).size)
+    return Prices(by, (*RATIOS[::-1], 0.999, 1.0), _line(saved), following, patches)
+
+
+def _line(saved: list[float]) -> tuple[float, ...]:
+    """What is saved at each of the ratios, ascending, up to 1.0: just below it the selection has its full cost already,
+    so the line to 1.0 itself starts from what it costs alone."""
     slope = (saved[1] - saved[0]) / (RATIOS[0] - RATIOS[1])
-    nearly = saved[0] - slope * (0.999 - RATIOS[0])
-    ratios, values = (*RATIOS[::-1], 0.999, 1.0), (*saved[::-1], nearly, 0.0)
-    return Prices(by, ratios, values, adapter_of(probe).patches(preprocessing_of(probe).size))
+    return (*saved[::-1], saved[0] - slope * (0.999 - RATIOS[0]), 0.0)
 
 
-def _macs(probe: nn.Module, share_of: MacsShare, progress: Progress) -> list[float]:
-    shares, layers = [], probe.tosa_config.layers
-    with progress.track("count MACs", len(RATIOS)) as advance:
-        for ratio in RATIOS:
-            shares.append(share_of.of(set_ratios(probe, dict.fromkeys(layers, ratio))))
+def _shares(probe, share_of: MacsShare, by: str, runtime: str, progress: Progress, wanted: list[tuple[float, bool]]):
+    """The share of the original's cost for each (ratio, whether one choice serves all layers)."""
+    layers = probe.tosa_config.layers
+
+    def with_ratio(model: nn.Module, ratio: float, shared: bool) -> nn.Module:
+        segments = [layers] if shared else [[layer] for layer in layers]
+        return set_ratios(model, dict.fromkeys(layers, ratio), segments)
+
+    if by == "latency":
+        models = {str(each): with_ratio(copy.deepcopy(probe), *each) for each in wanted}
+        timed = time_models({"original": original(probe), **models}, runtime, progress)
+        return [timed[str(each)] / timed["original"] for each in wanted]
+    shares = []
+    with progress.track("count MACs", len(wanted)) as advance:
+        for each in wanted:
+            shares.append(share_of.of(with_ratio(probe, *each)))
             advance()
     return shares
-
-
-def _latencies(probe: nn.Module, runtime: str, progress: Progress) -> list[float]:
-    models, layers = {"original": original(probe)}, probe.tosa_config.layers
-    for ratio in RATIOS:
-        models[str(ratio)] = set_ratios(copy.deepcopy(probe), dict.fromkeys(layers, ratio))
-    timed = time_models(models, runtime, progress)
-    return [timed[str(ratio)] / timed["original"] for ratio in RATIOS]
 
 
 def time_models(models: dict[str, nn.Module], runtime: str, progress: Progress) -> dict[str, float]:

@@ -31,6 +31,7 @@ def find_plan(
     keep: str | None = None,
     by: str = "macs",
     runtime: str = "eager",
+    segment: int | None = None,
     batch_size: int = 6,
     progress: Progress | None = None,
 ) -> Plan:
@@ -46,6 +47,7 @@ def find_plan(
             features or the embedding, or a dense head's "map". None is logits for classifiers and patches otherwise.
         by: "macs" or "latency", measured here, batch 1, one thread.
         runtime: "eager" or "onnx", for the latency.
+        segment: how many layers in a row share one choice; None is 1 for a budget of MACs, and searched for a latency.
 
     Raises:
         UsageError: a model that is converted already, or a budget or drop that cannot be reached.
@@ -65,10 +67,12 @@ def find_plan(
         raise UsageError(f"by {by!r} is not known; choose macs or latency")
     if keep is not None and keep not in list(Keep):
         raise UsageError(f"keep {keep!r} is not known; choose {', '.join(Keep)}")
+    if segment is not None and segment < 1:
+        raise UsageError(f"segment {segment} is out of range; give 1 layer or more")
     training = model.training
     try:
         kept = None if keep is None else Keep(keep)
-        search = Search(model.eval(), images, labels, kept, batch_size, progress or Progress())
+        search = Search(model.eval(), images, labels, kept, segment, batch_size, progress or Progress())
         search.settle_on_parts(budget)
         search.price(by, runtime)
         return search.solve(budget) if target_drop is None else search.solve_for(target_drop)

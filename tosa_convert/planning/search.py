@@ -12,8 +12,8 @@ more than twice the standard error of the difference.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -37,22 +37,20 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.planning.allocation import FINE, Ratios, bent_ramp, fit, nudged, ramp
+from tosa_convert.planning.allocation import FINE, Allocation, Shape, bent_ramp, fit, nudged
 from tosa_convert.planning.cost_model import Prices, price
 from tosa_convert.planning.resuming import Entering, catching, resumed
+from tosa_convert.planning.shapes import PLAIN, Shapes, starts
 from tosa_convert.planning.trial import Trial, ahead
 from tosa_convert.selective.conversion import convert, set_ratios
 from tosa_convert.tasks.task import task_of
 
-STARTS = (0.0, 0.17, 0.34, 0.5, 0.67)
-"""Where ramps begin, as shares of the layers."""
-BENDS = (0.0, 0.6, 1.0, 1.7)
-"""Exponents of the ramps that are tried; 0 is all layers alike."""
+SPANS = (1, 2, 3, 4)
+"""How many layers share a choice, where the budget is a latency."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
 COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
-PLAIN = "ramp"
 
 
 @dataclass
@@ -93,18 +91,18 @@ class Search:
         images: torch.Tensor,
         labels: torch.Tensor | None,
         keep: Keep | None,
+        segment: int | None,
         batch_size: int,
         progress: Progress,
     ):
-        self.model, self.progress, self.task = model, progress, task_of(model)
+        self.model, self.progress, self.task, self.segment = model, progress, task_of(model), segment
         device, count = next(model.parameters()).device, len(images)
         # Each batch is spread over all images: neighbours may be crops of one photo.
         parts = -(-count // batch_size)
         order = torch.cat([torch.arange(part, count, parts) for part in range(parts)])
         self.labels = None if labels is None else labels[order]
         self.batches = [images[order[order % parts == part]].to(device) for part in range(parts)]
-        depth = len(adapter_of(model).blocks)
-        self.starts = sorted({round(share * depth) for share in STARTS})
+        self.starts = starts(len(adapter_of(model).blocks))
         self.wanted: list[Outputs] = []
         self.entering: list[Entering] = []
         for batch in self.batches:
@@ -140,8 +138,8 @@ class Search:
         found, depth = [], len(adapter_of(self.model).blocks)
         for first in (0, len(self.layers) // 2):
             lowest = max(0.2, 1 - 2 * (1 - budget) * depth / (len(self.layers) - first))
-            ratios = bent_ramp(self.layers, first, 1.0)(lowest)
-            found.append(self._error(ratios, 0).mean().item())
+            allocation = bent_ramp(self.layers, first, 1.0, self.segment or 1)(lowest)
+            found.append(self._error(allocation, 0).mean().item())
         return min(found)
 
     def _scores_and_bypasses(self) -> tuple[list[str], list[str]]:
@@ -152,34 +150,43 @@ class Search:
             for name, part in every(Score).items()
             if not part.learns and not part.least and (class_token or not part.needs_class_token)
         ]
-        return scores, [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
+        grouping = (self.segment or 1) > 1
+        bypasses = {name: part for name, part in every(Bypass).items() if part.acts is Acts.AROUND}
+        return scores, [name for name, part in bypasses.items() if part.groups or not grouping]
 
     def _build(self, score: str, bypass: str) -> None:
         self.probe = convert(copy.deepcopy(self.model), score=score, bypass=bypass, schedule="all", ratio=0.5)
         self.layers = self.probe.tosa_config.layers
 
     def price(self, by: str, runtime: str) -> None:
+        """Take what a layer saves; where that is time, choosing is a good part of it, and layers may share it."""
+        several = by == "latency" and self.segment is None and self.probe.tosa_config.part(Bypass).groups
+        self.spans = SPANS if several else (self.segment or 1,)
         self.prices: Prices = price(self.probe, self.share_of, by, runtime, self.progress)
 
-    def measure(self, ratios: Ratios) -> float:
+    def measure(self, allocation: Allocation) -> float:
         """Mean error over the images."""
-        return torch.cat([self._error(ratios, part) for part in range(len(self.batches))]).mean().item()
+        return torch.cat([self._error(allocation, part) for part in range(len(self.batches))]).mean().item()
 
-    def _observe(self, ratios: Ratios, part: int) -> Outputs:
-        """What a batch gives with these ratios."""
-        set_ratios(self.probe, {layer: ratios.get(layer, 1.0) for layer in self.layers})
-        first = next((layer for layer in self.layers if ratios.get(layer, 1.0) < 1), self.layers[-1])
+    def _set(self, allocation: Allocation) -> nn.Module:
+        """The probe with an allocation."""
+        return set_ratios(self.probe, dict.fromkeys(self.layers, 1.0) | allocation.ratios, allocation.segments)
+
+    def _observe(self, allocation: Allocation, part: int) -> Outputs:
+        """What a batch gives with an allocation."""
+        self._set(allocation)
+        first = next(iter(allocation.segments), self.layers[-1:])[0]
         with resumed(self.probe, self.entering[part], first):
             return observe(self.probe, self.batches[part])
 
-    def _error(self, ratios: Ratios, part: int) -> torch.Tensor:
+    def _error(self, allocation: Allocation, part: int) -> torch.Tensor:
         """The error of each image of a batch."""
-        return error(self._observe(ratios, part), self.wanted[part], self.keep)
+        return error(self._observe(allocation, part), self.wanted[part], self.keep)
 
-    def _weigh(self, ratios: Ratios) -> list[torch.Tensor]:
-        """Let images with large errors, with these ratios, count less from here on: otherwise the few with the largest
-        would decide the plan. Gives the weighted errors of these ratios, per batch."""
-        errors = [self._error(ratios, part) for part in range(len(self.batches))]
+    def _weigh(self, allocation: Allocation) -> list[torch.Tensor]:
+        """Let images with large errors, with an allocation, count less from here on: otherwise the few with the largest
+        would decide the plan. Gives the weighted errors of the allocation, per batch."""
+        errors = [self._error(allocation, part) for part in range(len(self.batches))]
         mean = torch.cat(errors).mean().clamp(min=1e-12)
         self.weights = [(mean / each.clamp(min=0.01 * mean.item())).sqrt() for each in errors]
         return [each * weights for each, weights in zip(errors, self.weights, strict=True)]
@@ -187,11 +194,11 @@ class Search:
     def _weighted_mean(self, errors: list[torch.Tensor]) -> float:
         return torch.cat([each * weights for each, weights in zip(errors, self.weights, strict=True)]).mean().item()
 
-    def drop(self, ratios: Ratios) -> float:
-        """What these ratios lose: with labels in the first metric of the model's task, such as top-1; without them of
+    def drop(self, allocation: Allocation) -> float:
+        """What an allocation loses: with labels in the first metric of the model's task, such as top-1; without them of
         logits the share of images whose top-1 changes, otherwise the mean loss of what is to be kept, and of patch
         tokens and class token whichever is more."""
-        return self._lost([self._observe(ratios, part) for part in range(len(self.batches))])
+        return self._lost([self._observe(allocation, part) for part in range(len(self.batches))])
 
     def _lost(self, found: list[Outputs]) -> float:
         """:meth:`drop` of what the batches gave."""
@@ -231,105 +238,96 @@ class Search:
         return BUDGETS[first - 1]
 
     def _within(self, target: float, budget: float) -> bool:
-        shapes = (fit(bent_ramp(self.layers, 0, bend), self.prices, budget) for bend in (1.5, 0.6, 0.0))
-        ratios = next((found for found in shapes if found), None)
-        return ratios is not None and self.drop(ratios) <= target
+        shapes = (fit(bent_ramp(self.layers, 0, bend, self.spans[0]), self.prices, budget) for bend in (1.5, 0.6, 0.0))
+        allocation = next((found for found in shapes if found), None)
+        return allocation is not None and self.drop(allocation) <= target
 
     def solve(self, budget: float) -> Plan:
         """The best ratios found within the budget."""
-        candidates = self._ramps(budget)
+        shapes = Shapes(self.layers, self.starts, self.spans)
+        candidates = self._fitted(shapes.first(), budget) or self._refuse(budget)
         plain = candidates.get(PLAIN) or next(iter(candidates.values()))
         trial = Trial(self._weighted, len(self.batches), self.progress)
         for part, errors in enumerate(self._weigh(plain)):
             trial.found[PLAIN, part] = errors
         best = trial.halve({**candidates, PLAIN: plain}, PLAIN, "ramps")
-        near = {name: fitted for name, shape in self._near(best).items() if (fitted := fit(shape, self.prices, budget))}
+        near = self._fitted(shapes.near(best), budget)
         best = trial.halve({**near, best: candidates.get(best, plain), PLAIN: plain}, PLAIN, "ramps near the best")
-        ratios = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
-        ratios = self._to_budget(ratios, budget)
-        whole = dict.fromkeys(self.layers, 1.0)
-        chosen = {layer: ratio for layer, ratio in ratios.items() if self.prices.skips(ratio)}
-        found = [self._observe(ratios, part) for part in range(len(self.batches))]
+        better = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
+        allocation = self._to_budget(better, budget)
+        # At this size a ratio near 1 may skip no token.
+        chosen = Allocation(
+            {layer: ratio for layer, ratio in allocation.ratios.items() if self.prices.skips(ratio)}, allocation.span
+        )
+        found = [self._observe(chosen, part) for part in range(len(self.batches))]
         measured = self._weighted_mean([error(*pair, self.keep) for pair in zip(found, self.wanted, strict=True)])
-        rival = self._to_budget({**whole, **plain}, budget)
-        same = rival == ratios
+        rival = self._to_budget(plain, budget)
+        same = rival == allocation
         by_rival = measured if same else self._weighted_mean([self._error(rival, p) for p in range(len(found))])
-        parts = self.probe.tosa_config
+        parts = self._set(chosen).tosa_config
+        lengths = list(map(len, chosen.segments))
         return Plan(
             config=ConvertConfig(
-                score=parts.score, bypass=parts.bypass, schedule="all", layers=list(chosen), ratio=list(chosen.values())
+                score=parts.score,
+                bypass=parts.bypass,
+                schedule="all",
+                layers=list(chosen.ratios),
+                ratio=list(chosen.ratios.values()),
+                segment=lengths if max(lengths) > 1 else 1,
             ),
             by=self.prices.by,
             keep=self.keep.value,
             budget=budget,
             drop=self._lost(found),
-            cost=self.prices.total(chosen),
+            cost=self.prices.total(chosen.ratios, chosen.segments),
             measured=measured,
             rivals={PLAIN: by_rival},
             parts={" × ".join(pair): value for pair, value in self.parts.items()},
             images=sum(map(len, self.batches)),
         )
 
-    def _weighted(self, ratios: Ratios, part: int) -> torch.Tensor:
-        return self._error(ratios, part) * self.weights[part]
+    def _weighted(self, allocation: Allocation, part: int) -> torch.Tensor:
+        return self._error(allocation, part) * self.weights[part]
 
-    def _share(self, ratios: Ratios) -> float:
+    def _share(self, allocation: Allocation) -> float:
         """Of the original's cost; multiply–adds are counted, latencies go by the prices."""
         if self.prices.by != "macs":
-            return self.prices.total(ratios)
-        whole = {layer: ratios.get(layer, 1.0) for layer in self.layers}
+            return self.prices.total(allocation.ratios, allocation.segments)
         # Ratios at which as many tokens attend cost the same.
-        key = tuple(keep_count(self.prices.patches, ratio_steps(ratio)) for ratio in whole.values())
+        counts = (keep_count(self.prices.patches, ratio_steps(ratio)) for ratio in allocation.ratios.values())
+        key = (allocation.span, *counts)
         if key not in self.shares:
-            self.shares[key] = self.share_of.of(set_ratios(self.probe, whole))
+            self.shares[key] = self.share_of.of(self._set(allocation))
         return self.shares[key]
 
-    def _to_budget(self, ratios: Ratios, budget: float) -> Ratios:
+    def _to_budget(self, allocation: Allocation, budget: float) -> Allocation:
         """Up to the budget and not above it, by what is really counted: prices are shared out among layers and
         interpolated, and a price of error can leave some of the budget unspent."""
         if self.prices.by != "macs":
-            return ratios
-        ratios = {layer: round(ratio, 2) for layer, ratio in ratios.items()}
+            return allocation
         per_hundredth = (self.prices.at(0.5) - self.prices.at(0.75)) / 25
         for turn in range(1, 1 + COUNTS):
-            gap = budget - self._share(ratios)
-            if 0 <= gap < 2 * per_hundredth or (gap > 0 and turn > COUNTS // 2):
+            gap = budget - self._share(allocation)
+            if 0 <= gap < (1 + allocation.span) * per_hundredth or (gap > 0 and turn > COUNTS // 2):
                 break
             # With few tokens a hundredth may change nothing, so what is over comes down faster each time.
-            ratios = nudged(ratios, math.floor(gap / per_hundredth) * (turn if gap < 0 else 1))
-        return ratios
+            allocation = nudged(allocation, math.floor(gap / per_hundredth) * (turn if gap < 0 else 1))
+        return allocation
 
-    def _ramps(self, budget: float) -> dict[str, Ratios]:
-        """Ramps that begin at different layers, bent differently, and the plain one: as high as the budget allows."""
-        firsts = {min(start, len(self.layers) - 1) for start in self.starts}
-        shapes = {_ramp_name(first, bend): self._shape(first, bend) for first in sorted(firsts) for bend in BENDS}
-        shapes[PLAIN] = lambda ratio: ramp(self.layers, ratio)
-        self.shapes = {_ramp_name(first, bend): (first, bend) for first in firsts for bend in BENDS} | {PLAIN: (0, 1.0)}
+    def _fitted(self, shapes: dict[str, Shape], budget: float) -> dict[str, Allocation]:
+        """Those that come down to the budget, as high as it allows."""
         found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
-        if not any(found.values()):
-            least = self.prices.total(dict.fromkeys(self.layers, FINE[-1]))
-            if least >= 1:
-                raise UsageError(
-                    f"there is no gain in {self.prices.by} at this size: token selection takes longer than it saves; "
-                    "try a larger --img-size, or --runtime onnx"
-                )
+        return {name: allocation for name, allocation in found.items() if allocation}
+
+    def _refuse(self, budget: float) -> NoReturn:
+        lowest = Allocation(dict.fromkeys(self.layers, FINE[-1]), self.spans[-1])
+        least = self.prices.total(lowest.ratios, lowest.segments)
+        if least >= 1:
             raise UsageError(
-                f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
-                f"{least:.2f}; give that or more"
+                f"there is no gain in {self.prices.by} at this size: token selection takes longer than it saves; "
+                "try a larger --img-size, or --runtime onnx"
             )
-        return {name: ratios for name, ratios in found.items() if ratios}
-
-    def _near(self, name: str) -> dict[str, Callable[[float], Ratios]]:
-        """Shapes that begin a layer earlier or later than a ramp, or are bent a little more or less."""
-        first, bend = self.shapes[name]
-        near = [(first - 1, bend), (first + 1, bend), *((first, max(0.0, bend + by)) for by in (-0.4, -0.2, 0.25, 0.5))]
-        near = [each for each in near if 0 <= each[0] < len(self.layers) and each not in self.shapes.values()]
-        self.shapes |= {_ramp_name(*each): each for each in near}
-        return {_ramp_name(*each): self._shape(*each) for each in near}
-
-    def _shape(self, first: int, bend: float) -> Callable[[float], Ratios]:
-        return bent_ramp(self.layers, first, bend)
-
-
-def _ramp_name(first: int, bend: float) -> str:
-    return f"from layer {first + 1}, bent by {bend:g}"
+        raise UsageError(
+            f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
+            f"{least:.2f}; give that or more"
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from tosa_convert.base.progress import Progress
-from tosa_convert.planning.allocation import Ratios
+from tosa_convert.planning.allocation import Allocation
 
 SURVIVORS = (8, 4)
 """How many candidates go on to the second part of the images, and to all others."""
@@ -15,16 +15,16 @@ class Trial:
     """Errors of candidates, none measured twice.
 
     Args:
-        measure: (ratios, part) → the errors of the images of that part.
+        measure: (allocation, part) → the errors of the images of that part.
         parts: how many parts there are.
     """
 
-    def __init__(self, measure: Callable[[Ratios, int], torch.Tensor], parts: int, progress: Progress):
+    def __init__(self, measure: Callable[[Allocation, int], torch.Tensor], parts: int, progress: Progress):
         self.measure, self.parts, self.progress = measure, parts, progress
-        self.candidates: dict[str, Ratios] = {}
+        self.candidates: dict[str, Allocation] = {}
         self.found: dict[tuple[str, int], torch.Tensor] = {}
 
-    def halve(self, candidates: dict[str, Ratios], plain: str, what: str) -> str:
+    def halve(self, candidates: dict[str, Allocation], plain: str, what: str) -> str:
         """The name of the best of the candidates on all images; the plain one is measured on all of them too."""
         self.candidates |= candidates
         going = list(candidates)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tosa_convert.base.files import read_json, write_text
+from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
@@ -188,7 +189,7 @@ def plan_table(results: dict) -> Table:
     rows = [
         ["keeps", plan["keep"]],
         ["score × bypass", f"{config['score']} × {config['bypass']}"],
-        ["ratios by layer", ", ".join(f"{layer}: {ratio:g}" for layer, ratio in _pairs(config))],
+        ["ratios by layer", ", ".join(f"{layers}: {ratio:g}" for layers, ratio in _shared(config))],
         [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
         ["share of the MACs, counted", percent(results["macs"])],
         *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
@@ -215,9 +216,13 @@ PRICED = {"macs": "MACs", "latency": "latency"}
 FIDELITY = {"patch": "patch cos", "class": "class cos", "pooled": "pooled cos", "agreement": "agree"}
 
 
-def _pairs(config: dict) -> list[tuple[int, float]]:
-    ratios = config["ratio"] if isinstance(config["ratio"], list) else [config["ratio"]] * len(config["layers"])
-    return list(zip(config["layers"], ratios, strict=True))
+def _shared(config: dict) -> list[tuple[str, float]]:
+    """Layers that share a choice, such as 3–5, and their ratio."""
+    given = config["ratio"] if isinstance(config["ratio"], list) else [config["ratio"]] * len(config["layers"])
+    ratios = dict(zip(config["layers"], given, strict=True))
+    segments = ConvertConfig(**config).segments(config["layers"])
+    ends = [(str(layers[0]), str(layers[-1])) for layers in segments]
+    return [("–".join(dict.fromkeys(pair)), ratios[int(pair[0])]) for pair in ends]
 
 
 def _fidelity(figures: dict) -> list[tuple[str, float]]:

@@ -96,19 +96,37 @@ def _take_objects(options: dict[str, Any]) -> tuple[dict[str, Part], dict[str, A
     return own, {**options, **theirs, **named}
 
 
-def set_ratios(model: nn.Module, ratios: dict[int, float]) -> nn.Module:
+def set_ratios(model: nn.Module, ratios: dict[int, float], segments: list[list[int]] | None = None) -> nn.Module:
     """Change the keep ratios, by layer, of a converted model all of whose tokens leave every layer; in place.
 
+    Args:
+        segments: layers in a row that are to share one choice; None leaves that as it is.
+
     Raises:
-        UsageError: later layers have fewer tokens, so the ratios cannot change.
+        UsageError: later layers have fewer tokens, so the ratios cannot change; different ratios for one choice; a
+            layer that is to choose, and was converted to follow.
     """
-    if model.tosa_config.reduces:
-        raise UsageError(f"the ratios of bypass {model.tosa_config.bypass} are fixed; convert original(model) again")
-    selections: list[Selection] = [block.selection for block in selective_blocks(model)]
-    for selection in selections:
-        selection.ratio = ratios.get(selection.layer, selection.ratio)
     config: Any = model.tosa_config
-    _note(model, config, [each.layer for each in selections], [each.ratio for each in selections])
+    if config.reduces:
+        raise UsageError(f"the ratios of bypass {config.bypass} are fixed; convert original(model) again")
+    blocks = selective_blocks(model)
+    selections: dict[int, Selection] = {block.selection.layer: block.selection for block in blocks}
+    for layer, selection in selections.items():
+        selection.ratio = ratios.get(layer, selection.ratio)
+        if segments is not None:
+            selection.segment = next((tuple(segment) for segment in segments if layer in segment), (layer,))
+    for block in blocks:
+        selection = block.selection
+        if selection.ratio != selections[selection.segment[0]].ratio:
+            raise UsageError(
+                f"layers {selection.segment[0]} to {selection.segment[-1]} share one choice, so one ratio; give each "
+                "of them the same"
+            )
+        if block.selector is None and not selection.follows:
+            raise UsageError(f"layer {selection.layer} cannot choose: it was converted to follow another layer")
+    lengths = [len(each.segment) for each in selections.values() if not each.follows]
+    config = config.model_copy(update={"segment": lengths if max(lengths) > 1 else 1})
+    _note(model, config, list(selections), [each.ratio for each in selections.values()])
     return model
 
 

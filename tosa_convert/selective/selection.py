@@ -13,7 +13,14 @@ from tosa_convert.methods.bypass import Bypass, Groups
 from tosa_convert.methods.matching import match
 from tosa_convert.methods.score import Reads, Score, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
-from tosa_convert.selective.forward_state import Arrival, CurrentForward, ForwardState, Left, Recollection, may_run_again
+from tosa_convert.selective.forward_state import (
+    Arrival,
+    CurrentForward,
+    ForwardState,
+    Left,
+    Recollection,
+    may_run_again,
+)
 
 
 class Matcher(nn.Module):
