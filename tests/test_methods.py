@@ -114,6 +114,43 @@ def test_pitome_is_the_papers():
         choose_by_energy(features, 2, 5, margin)
 
 
+def test_mutual_pair_merging_is_the_papers(images):
+    """MPM (arXiv 2604.05718): pairs of nearest neighbours of each other are averaged, plainly, and copied back at the
+    end. Written out on timm's parts, for as many pairs as there are, which may differ from image to image."""
+    model = lively(FAMILIES["timm vit"]())
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for index, token in enumerate(tokens):
+        wanted, pairs = _mpm(model, token, layer=3)
+        keep = 1 - pairs / 16
+        options = {"score": "mutual", "bypass": "average", "schedule": "all", "layers": {3: keep}}
+        found = convert(copy.deepcopy(model), **options).forward_features(images[index : index + 1])
+        assert pairs > 1
+        assert torch.allclose(found[0], model.norm(wanted), atol=1e-5)
+
+
+def _mpm(model, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, int]:
+    groups = [[place] for place in range(len(tokens))]
+    for number, block in enumerate(model.blocks, start=1):
+        tokens = tokens + block.ls1(block.attn(block.norm1(tokens)[None]))[0]
+        if number == layer:
+            unit = F.normalize(tokens, dim=-1)
+            best = {a: max(set(range(1, 17)) - {a}, key=lambda b: (unit[a] @ unit[b]).item()) for a in range(1, 17)}
+            pairs = [[a, b] for a, b in best.items() if best[b] == a and a < b]
+            groups = [[0], *pairs, *([a] for a, b in best.items() if best[b] != a)]
+            tokens = torch.stack([tokens[members].mean(0) for members in groups])
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)[None]))[0]
+    result = torch.empty(17, tokens.shape[1])
+    for token, members in zip(tokens, groups, strict=True):
+        result[members] = token
+    return result, len(pairs)
+
+
+def test_merging_once_is_as_late_as_the_ratio_allows(vit):
+    assert convert(copy.deepcopy(vit), method="mpm", ratio=0.9).tosa_config.ratio == [1.0] * 8 + [0.7] * 4
+    assert convert(copy.deepcopy(vit), method="mpm", ratio=0.6).tosa_config.ratio == [0.6] * 12
+    assert convert(copy.deepcopy(vit), method="mpm", ratio=1.0).tosa_config.ratio == 1.0
+
+
 def test_a_score_that_cannot_skip_most_of_a_layer_says_so(vit):
     with pytest.raises(UsageError, match=r"fewer than 0\.5 of a layer's patches, and a ratio is 0\.3"):
         convert(vit, score="energy", bypass="merge", layers={3: 0.8, 4: 0.3})

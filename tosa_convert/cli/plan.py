@@ -97,10 +97,10 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="plan, tosa, tome, pitome, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, comma-separated; "
+            help="plan, tosa, tome, pitome, mpm, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, comma-separated; "
             "random is added"
         ),
-    ] = "plan,similarity/merge,tome,pitome,evit,idle,tosa",
+    ] = "plan,similarity/merge,tome,pitome,mpm,evit,idle,tosa",
     data: Sample = None,
     images: SampleSize = 32,
     labels: Labels = True,

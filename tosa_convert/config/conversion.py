@@ -36,7 +36,7 @@ class ConvertConfig(BaseModel):
 
     Attributes:
         method: a published method by name, which sets score, bypass and schedule: "tosa" (the default
-            of all three), "tome", "pitome", "idle", "evit", or "random", the control.
+            of all three), "tome", "pitome", "mpm", "idle", "evit", or "random", the control.
         layers: the selective layers, counted from 1, or {layer: ratio}. None: the schedule's.
         ratio: share of the patch tokens that attend in a selective layer, one number or one per layer.
             With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
