@@ -4,7 +4,7 @@
     python benchmarks/plan_speed.py dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
 
 ViT-S/14 at 224 px, batch 1, one thread; the models are timed in turn. Error = 1 − cosine to the original's tokens, on
-photos that the plans have not seen; plans are made on the built-in ones. Takes a quarter of an hour on two cores.
+photos that the plans have not seen; plans are made on the built-in ones. Takes twenty minutes on two cores.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from tosa_convert.methods.schedules.ramp import Ramp
 from tosa_convert.methods.score import Acts
 from tosa_convert.planning.cost_model import Prices
 
-FINE = tuple(round(1 - 0.01 * step, 2) for step in range(78))
+FINE = tuple(round(1 - 0.01 * step, 2) for step in range(88))
 """Keep ratios that a plan may choose from."""
 
 

@@ -47,6 +47,8 @@ from tosa_convert.tasks.task import task_of
 
 SPANS = (1, 2, 3, 4)
 """How many layers share a choice, where the budget is a latency."""
+STEPS = 3
+"""How often the neighbours of the best are tried."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
 COUNTS = 8
@@ -251,8 +253,11 @@ class Search:
         for part, errors in enumerate(self._weigh(plain)):
             trial.found[PLAIN, part] = errors
         best = trial.halve({**candidates, PLAIN: plain}, PLAIN, "ramps")
-        near = self._fitted(shapes.near(best), budget)
-        best = trial.halve({**near, best: candidates.get(best, plain), PLAIN: plain}, PLAIN, "ramps near the best")
+        for _ in range(STEPS):
+            last, near = best, self._fitted(shapes.near(best), budget)
+            best = trial.halve({**near, best: trial.candidates[best]}, PLAIN, "ramps near the best")
+            if best == last:
+                break
         better = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
         allocation = self._to_budget(better, budget)
         # At this size a ratio near 1 may skip no token.
