@@ -33,6 +33,7 @@ from tosa_convert.measure.similarity import (
     observe,
 )
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.method import control, published
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
@@ -47,7 +48,7 @@ from tosa_convert.tasks.task import task_of
 
 SPANS = (1, 2, 3, 4)
 """How many layers share a choice, where the budget is a latency."""
-STEPS = 3
+STEPS = 2
 """How often the neighbours of the best are tried."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
@@ -145,12 +146,14 @@ class Search:
         return min(found)
 
     def _scores_and_bypasses(self) -> tuple[list[str], list[str]]:
-        """Scores that need no training and can do any ratio, and bypasses after which every token is there."""
+        """Scores that need no training and can do any ratio, but for the control; bypasses that leave every token."""
         class_token = adapter_of(self.model).class_token
         scores = [
             name
             for name, part in every(Score).items()
-            if not part.learns and not part.least and (class_token or not part.needs_class_token)
+            if name != published()[control()].score
+            and not (part.learns or part.least)
+            and (class_token or not part.needs_class_token)
         ]
         grouping = (self.segment or 1) > 1
         bypasses = {name: part for name, part in every(Bypass).items() if part.acts is Acts.AROUND}
