@@ -92,7 +92,7 @@ def test_the_version_is_told(tosa):
         ["flops", "{run}"],
         ["flops", "deit_tiny", "--layers", "2,4"],
         ["eval", "{run}"],
-        ["export", "{run}", "--onnx", "--out", "made"],
+        pytest.param(["export", "{run}", "--onnx", "--out", "made"], marks=pytest.mark.long),
         ["models", "deit_tiny"],
         ["models"],
         ["recipes", "ls"],

@@ -25,7 +25,7 @@ from tosa_convert.models.provenance import preprocessing_of
     ("name", "selection"),
     [
         ("timm dinov2 registers", "per_head"),
-        ("hf Dinov2Model", "shared"),
+        pytest.param("hf Dinov2Model", "shared", marks=pytest.mark.long),
         pytest.param("timm vit", "shared", marks=pytest.mark.long),
         pytest.param("hf Dinov2Model", "per_head", marks=pytest.mark.long),
     ],
