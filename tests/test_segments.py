@@ -12,11 +12,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import ConvertConfig, TosaError, UsageError, convert, find_plan, original
 from tosa_convert.base.progress import Progress
+from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.methods.bypasses.merge import Merge
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.planning.allocation import Allocation, bent_ramp, nudged
 from tosa_convert.planning.cost_model import price
-from tosa_convert.selective.conversion import set_ratios
+from tosa_convert.selective.conversion import make_config, set_ratios
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 MERGE = {"score": "similarity", "bypass": "merge", "schedule": "all", "ratio": 0.5}
@@ -45,11 +47,16 @@ def test_a_choice_is_made_once_and_serves_the_segment():
     assert not torch.equal(tokens[3], tokens[4])
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("bypass", ["borrow", "merge"])
 @pytest.mark.parametrize("change", ["none", "a copy", "in place", "other tokens"])
-def test_the_groups_go_on_unless_the_tokens_have_changed(bypass, change):
+def test_the_groups_go_on_unless_the_tokens_have_changed(bypass, change, mode):
     """They then are what the changed tokens form."""
+    with mode():
+        check_changed(bypass, change)
+
+
+def check_changed(bypass, change):
     model = made(bypass=bypass, segment=3)
     hooks = {
         "none": lambda module, inputs, output: None,
@@ -136,6 +143,8 @@ def test_ratios_of_a_segment_change_together():
     model = made(segment=2)
     with pytest.raises(UsageError, match="share one choice"):
         set_ratios(model, {1: 0.7})
+    with torch.no_grad():
+        assert torch.equal(model(photos()), made(segment=2)(photos())), "what is refused changes nothing"
     with pytest.raises(UsageError, match="cannot choose"):
         set_ratios(made(segment=2), {}, [])
     model = set_ratios(made(segment=2), {1: 0.7, 2: 0.7})
@@ -143,6 +152,36 @@ def test_ratios_of_a_segment_change_together():
     same = convert(original(model), model.tosa_config)
     with torch.no_grad():
         assert torch.equal(model(photos()), same(photos()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"segment": 3}, {"segment": [2, 4]}, {"layers": [1, 2], "segment": 2}], ids=str)
+def test_the_control_has_the_same_segments_but_for_layer_1(options):
+    control = random_control(made(**options))
+    shared = [block.selection.segment for block in selective_blocks(control)]
+    wanted = [block.selection.segment for block in selective_blocks(made(**options))][1:]
+    assert shared == [tuple(layer for layer in segment if layer > 1) for segment in wanted]
+    run(control, photos())
+
+
+@torch.no_grad()
+def test_a_bypass_that_runs_a_layer_itself_does():
+    class Doubled(Merge):
+        def apply(self, run, tokens, normed, choice):
+            return tokens + 2 * (super().apply(run, tokens, normed, choice) - tokens)
+
+    plain, doubled = made(layers=[6]), made(layers=[6], bypass=Doubled)
+    states = [model.forward_intermediates(photos(), norm=False, intermediates_only=True) for model in (plain, doubled)]
+    assert torch.allclose(states[1][5] - states[1][4], 2 * (states[0][5] - states[0][4]), atol=1e-4)
+    with pytest.raises(UsageError, match="borrow and merge"):
+        made(bypass=Doubled, segment=2)
+
+
+def test_what_takes_the_place_of_a_bypass_takes_its_segments_along():
+    config = ConvertConfig(**MERGE, layers=[2, 3], segment=[2])
+    for options in ({"method": "tome"}, {"bypass": "identity"}, {"layers": [2, 4]}):
+        assert make_config(config, options).segment == 1
+    assert make_config(config, {"layers": [2, 3, 4], "segment": 3}).segment == 3
 
 
 @given(st.integers(1, 5), st.floats(0, 2), st.integers(0, 4), st.integers(-30, 30))

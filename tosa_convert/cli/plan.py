@@ -52,7 +52,7 @@ def plan(
     segment: Annotated[
         int | None,
         typer.Option(
-            help="layers in a row that share one choice: faster, and a little less like the original",
+            help="layers in a row that share one choice, which saves time beside the MACs",
             show_default="1, or searched for --by latency",
             callback=at_least(1),
         ),

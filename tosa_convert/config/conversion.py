@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tosa_convert.config.segments import in_segments
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import published
@@ -42,14 +43,15 @@ class ConvertConfig(BaseModel):
             With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
         score: which tokens attend. "attention" is ToSA's learned selector, "class_attention" takes the
             tokens that the class token looks at, "similarity" skips those that another one can stand
-            in for, "norm" takes those with the longest keys, "random" is the control.
+            in for, "mutual" one of each pair that are most like each other, "energy" those with much company, "norm"
+            takes those with the longest keys, "random" is the control.
         bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most
             similar attended token; "merge": they are averaged into it before the layer and get its
             update; all tokens leave such a layer, in order. Between attention and MLP: "drop": they are removed
             (classification only); "fuse": they become one token (EViT); "persist": they stay merged into their partner
-            (ToMe). Fused and merged tokens are put back after the last layer.
-        schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean) or
-            "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
+            (ToMe), "average": the same without weights (MPM). Fused and merged tokens come back after the last layer.
+        schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean),
+            "geometric" (PiToMe), "once" (MPM) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
         segment: how many selective layers in a row share one choice: 1, another number, or a list with the number of
             each segment, in order. The first layer chooses, and its groups run the others too, which saves choosing
             again. For bypasses that form groups, borrow and merge.
@@ -158,7 +160,7 @@ class ConvertConfig(BaseModel):
         if bypass.per_head and not score.scores_heads:
             fits = [name for name, part in parts.every(Score).items() if part.scores_heads]
             raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {' or '.join(fits)}")
-        if self.segment != 1 and not bypass.groups:
+        if self.segment != 1 and not bypass.shares:
             fits = [name for name, part in parts.every(Bypass).items() if part.groups]
             raise ValueError(f"segment is for bypasses that form groups: {' and '.join(fits)}, not {self.bypass}")
         if self.layers is not None:
@@ -247,41 +249,8 @@ class ConvertConfig(BaseModel):
         return [(layer, round(mean, 6)) for layer, mean in means.items()]
 
     def segments(self, layers: list[int]) -> list[list[int]]:
-        """These layers, in order, by segments.
-
-        Raises:
-            ValueError: segments that these layers do not fill, or none in which there are two.
-        """
-        layers = sorted(layers)
-        if isinstance(self.segment, list):
-            return self._listed_segments(layers, self.segment)
-        found: list[list[int]] = []
-        for layer in layers:
-            if found and found[-1][-1] == layer - 1 and len(found[-1]) < self.segment:
-                found[-1].append(layer)
-            else:
-                found.append([layer])
-        if self.segment > 1 and len(found) == len(layers):
-            raise ValueError(
-                "no two selective layers follow one another, so no choice can be shared; leave segment out"
-            )
-        return found
-
-    @staticmethod
-    def _listed_segments(layers: list[int], lengths: list[int]) -> list[list[int]]:
-        if sum(lengths) != len(layers):
-            raise ValueError(
-                f"segments of {', '.join(map(str, lengths))} layers make {sum(lengths)}, and {len(layers)} layers are "
-                "selective; let the numbers add up to that"
-            )
-        ends = list(itertools.accumulate(lengths))
-        found = [layers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        for segment in found:
-            if segment[-1] - segment[0] >= len(segment):
-                raise ValueError(
-                    f"layers {', '.join(map(str, segment))} do not follow one another, so they cannot share a choice"
-                )
-        return found
+        """These layers, in order, by segments; see :func:`tosa_convert.config.segments.in_segments`."""
+        return in_segments(layers, self.segment)
 
     def stages(self, depth: int) -> list[tuple[int, float]]:
         """:meth:`plan`; and where tokens are gone after a layer, every layer after the first selective one too, with
@@ -296,7 +265,7 @@ class ConvertConfig(BaseModel):
         for (_, before), (layer, ratio) in itertools.pairwise([(0, 1.0), *plan]):
             if ratio > before:
                 raise ValueError(f"layer {layer}: with bypass {self.bypass} tokens do not come back; ratios only fall")
-            if self.part(Score).finds_partners and ratio < before * SMALLEST_RATIO_STEP:
+            if self.part(Score).half_at_most and ratio < before * SMALLEST_RATIO_STEP:
                 raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens at once")
         known, left = dict(plan), 1.0
         return [(layer, left := known.get(layer, left)) for layer in range(plan[0][0], depth + 1)]
@@ -339,6 +308,8 @@ def over(config: dict, options: dict) -> dict:
         given = {
             name: value for name, value in given.items() if name in ConvertConfig.model_fields and name not in KINDS
         }
+    if any(options.get(name) is not None for name in ("method", "bypass", "layers", "schedule")):
+        given.pop("segment", None)
     for kind, base in KINDS.items():
         before = given.get(kind, ConvertConfig.model_fields[kind].default)
         if options.get(kind, before) != before:

@@ -113,10 +113,16 @@ def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
     bypass = config.make(Bypass)
     parts = {"score": published()[control()].score, "bypass": bypass.without_weights or config.bypass}
     ratios = dict(config.plan(depth=len(adapter_of(model).blocks)))
-    chosen = build(ConvertConfig, {**over(config.model_dump(), parts), "method": None, "layers": None, "seed": seed})
+    segments = config.segments(list(ratios))
+    chosen = build(
+        ConvertConfig, {**over(config.model_dump(), parts), "method": None, "layers": None, "segment": 1, "seed": seed}
+    )
     if chosen.reads_before:
         ratios.pop(1, None)
+        segments = [[layer for layer in segment if layer > 1] for segment in segments]
     if not ratios:
         raise UsageError("random selection cannot be in the first layer, and this model has no other selective one")
-    chosen = chosen.model_copy(update={"layers": list(ratios), "ratio": list(ratios.values())})
+    lengths = [len(segment) for segment in segments if segment]
+    shared = lengths if max(lengths) > 1 and chosen.make(Bypass).shares else 1
+    chosen = chosen.model_copy(update={"layers": list(ratios), "ratio": list(ratios.values()), "segment": shared})
     return convert(original(model), chosen).train(model.training)

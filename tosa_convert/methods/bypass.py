@@ -7,7 +7,7 @@ import torch
 
 from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import Choice
+from tosa_convert.methods.token_ops import Choice, gather_tokens, stand_ins
 
 
 class Groups(NamedTuple):
@@ -68,6 +68,11 @@ class Bypass(Part):
         """Whether each head attends over tokens of its own; the layer's attention then does all there is to do."""
         return False
 
+    @property
+    def shares(self) -> bool:
+        """Whether layers may share a choice: not if it says itself how a layer is run."""
+        return self.groups and type(self).apply is Bypass.apply
+
     def apply(self, run: Callable, tokens: torch.Tensor, normed: torch.Tensor | None, choice: Choice) -> torch.Tensor:
         """(B, N, D) → (B, N, D).
 
@@ -77,7 +82,10 @@ class Bypass(Part):
             tokens: that enter the layer.
             normed: the same after the norm before its attention, where :attr:`partners` are needed.
         """
-        raise NotImplementedError(f"{type(self).__name__} acts around a block, so it has to define apply")
+        if not self.groups:
+            raise NotImplementedError(f"{type(self).__name__} acts around a block, so it has to define apply")
+        gathered = self.gather(tokens, normed, choice)
+        return tokens + gather_tokens(run(*gathered) - gathered.tokens, stand_ins(choice))
 
     def gather(self, tokens: torch.Tensor, normed: torch.Tensor | None, choice: Choice) -> Gathered:
         """(B, N, D) → the groups, which run the layer; each token then adds the update of its own to itself.

@@ -82,6 +82,7 @@ class Score(Part, nn.Module):
             otherwise it then reads its own layer.
         chooses: whether :meth:`score` gives a :class:`~tosa_convert.methods.token_ops.Choice` in place of scores.
         finds_partners: whether that choice names a partner for each skipped token.
+        half_at_most: whether it skips at most half of the tokens at once where tokens are gone after a layer.
         scores_heads: whether its scores may be taken head by head, see bypass identity.
         needs_class_token: whether it reads the class token's attention.
         weighs: whether its scores are shares of the class token's attention.
@@ -96,6 +97,7 @@ class Score(Part, nn.Module):
     always_before: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     finds_partners: ClassVar[bool] = False
+    half_at_most: ClassVar[bool] = False
     scores_heads: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
     weighs: ClassVar[bool] = False

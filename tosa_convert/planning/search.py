@@ -243,8 +243,8 @@ class Search:
         return BUDGETS[first - 1]
 
     def _within(self, target: float, budget: float) -> bool:
-        shapes = (fit(bent_ramp(self.layers, 0, bend, self.spans[0]), self.prices, budget) for bend in (1.5, 0.6, 0.0))
-        allocation = next((found for found in shapes if found), None)
+        ramps = [bent_ramp(self.layers, 0, bend, span) for span in self.spans[:2] for bend in (1.5, 0.6, 0.0)]
+        allocation = next((found for ramp in ramps if (found := fit(ramp, self.prices, budget))), None)
         return allocation is not None and self.drop(allocation) <= target
 
     def solve(self, budget: float) -> Plan:

@@ -35,7 +35,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         adapter.check_arguments(selection.layer, args, kwargs)
         if not selection.selects:
             return base.forward(self, tokens, *args, **kwargs)
-        if selection.bypass.groups:
+        if selection.bypass.shares:
             return adapter.given_back(_by_groups(self, functools.partial(_run, self, base, args, kwargs), tokens))
         choice, normed = _choose(self, tokens)
         if selection.per_head:
@@ -63,7 +63,8 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor) -> torch.T
     state, bypass, layer = selection.current.state, selection.bypass, selection.layer
     if selection.follows:
         segment = selection.arrive(state, tokens).segment
-        course = take_up(bypass, tokens, segment, state.left.pop(layer - 1, None))
+        left = state.left.pop(layer - 1, None)
+        course = take_up(bypass, tokens, segment, None if block._forward_pre_hooks else left)
         state.choices[layer] = segment.choice
         if selection.segment[0] in state.scores:
             state.scores[layer] = state.scores[selection.segment[0]]
@@ -73,7 +74,7 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor) -> torch.T
     course = course._replace(groups=run(segment.choice.attended, course.groups, segment.sizes, normed))
     output = leave(segment, course)
     if selection.goes_on:
-        hand_on(state, layer, segment, course, output)
+        hand_on(state, layer, segment, None if block._forward_hooks else course, output)
     return output
 
 

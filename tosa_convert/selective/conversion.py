@@ -109,24 +109,25 @@ def set_ratios(model: nn.Module, ratios: dict[int, float], segments: list[list[i
     config: Any = model.tosa_config
     if config.reduces:
         raise UsageError(f"the ratios of bypass {config.bypass} are fixed; convert original(model) again")
-    blocks = selective_blocks(model)
-    selections: dict[int, Selection] = {block.selection.layer: block.selection for block in blocks}
-    for layer, selection in selections.items():
-        selection.ratio = ratios.get(layer, selection.ratio)
-        if segments is not None:
-            selection.segment = next((tuple(segment) for segment in segments if layer in segment), (layer,))
-    for block in blocks:
-        selection = block.selection
-        if selection.ratio != selections[selection.segment[0]].ratio:
+    blocks = {block.selection.layer: block for block in selective_blocks(model)}
+    own: dict[int, float] = {layer: block.selection.ratio for layer, block in blocks.items()}
+    whole = own | {layer: ratio for layer, ratio in ratios.items() if layer in own}
+    shared = {layer: block.selection.segment for layer, block in blocks.items()}
+    if segments is not None:
+        shared = {layer: next((tuple(each) for each in segments if layer in each), (layer,)) for layer in blocks}
+    for layer, (first, *_) in shared.items():
+        if whole[layer] != whole[first]:
             raise UsageError(
-                f"layers {selection.segment[0]} to {selection.segment[-1]} share one choice, so one ratio; give each "
-                "of them the same"
+                f"layers {first} to {shared[layer][-1]} share one choice, so one ratio; give each of them the same"
             )
-        if block.selector is None and not selection.follows:
-            raise UsageError(f"layer {selection.layer} cannot choose: it was converted to follow another layer")
-    lengths = [len(each.segment) for each in selections.values() if not each.follows]
+        if blocks[layer].selector is None and layer == first:
+            raise UsageError(f"layer {layer} cannot choose: it was converted to follow another layer")
+    for layer, block in blocks.items():
+        block.selection.ratio, block.selection.segment = whole[layer], shared[layer]
+    selections = [block.selection for block in blocks.values()]
+    lengths = [len(each.segment) for each in selections if not each.follows]
     config = config.model_copy(update={"segment": lengths if max(lengths) > 1 else 1})
-    _note(model, config, list(selections), [each.ratio for each in selections.values()])
+    _note(model, config, list(blocks), list(whole.values()))
     return model
 
 

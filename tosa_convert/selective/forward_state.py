@@ -46,13 +46,13 @@ class Left(NamedTuple):
     """What a layer leaves to one that has the same choice.
 
     Attributes:
-        segment, course: its groups.
+        segment, course: its groups; without the latter where they may have been changed on the way.
         tokens: (B, N, D), the tokens that left it.
         version: of these, since a hook may change them in place; None where torch does not count that.
     """
 
     segment: Segment
-    course: Course
+    course: Course | None
     tokens: torch.Tensor
     version: int | None
 

@@ -28,7 +28,8 @@ def take_up(bypass: Bypass, tokens: torch.Tensor, segment: Segment, left: Left |
     before.
     """
     differentiable = torch.is_grad_enabled() and tokens.requires_grad
-    if left is not None and left.tokens is tokens and left.version == version_of(tokens) and not differentiable:
+    unchanged = left is not None and left.tokens is tokens and left.version == version_of(tokens)
+    if left is not None and left.course is not None and unchanged and not differentiable:
         return left.course
     groups = bypass.gather(tokens, None, segment.choice).tokens
     return Course(tokens, groups, groups)
@@ -39,6 +40,7 @@ def leave(segment: Segment, course: Course) -> torch.Tensor:
     return course.entered + gather_tokens(course.groups - course.before, segment.places)
 
 
-def hand_on(state: ForwardState, layer: int, segment: Segment, course: Course, tokens: torch.Tensor) -> None:
-    """Leave groups to the next layer, and the tokens that leave this one with them."""
+def hand_on(state: ForwardState, layer: int, segment: Segment, course: Course | None, tokens: torch.Tensor) -> None:
+    """Leave groups to the next layer, and the tokens that leave this one with them; without a course where hooks look
+    at these, which may change them unseen."""
     state.left[layer] = Left(segment, course, tokens, version_of(tokens))

@@ -11,7 +11,7 @@ class Energy(Score):
     """A token's energy is its mean similarity to the others; those below a margin, which falls from layer to layer,
     count little. The tokens with the highest energy are matched with each other."""
 
-    chooses = finds_partners = True
+    chooses = finds_partners = half_at_most = True
     least = 0.5
 
     @classmethod

@@ -20,7 +20,7 @@ class Mutual(Score):
         self.prefix = site.prefix
 
     def score(self, view: View):
-        units = F.normalize(view.tokens, dim=-1)
+        units = F.normalize(view.tokens.float(), dim=-1)  # in half precision many pairs would be alike
         patches = units.narrow(1, self.prefix, units.shape[1] - self.prefix)
         place = torch.arange(patches.shape[1], device=patches.device)
         same = place[:, None] == place[None]

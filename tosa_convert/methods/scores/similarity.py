@@ -18,7 +18,7 @@ class Similarity(Score):
     """
 
     reads = Reads.TOKENS
-    chooses = finds_partners = True
+    chooses = finds_partners = half_at_most = True
 
     @classmethod
     def reads_at(cls, acts):
