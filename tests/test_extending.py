@@ -218,7 +218,7 @@ def test_a_task_in_a_file_of_its_own(photos, tmp_path):
     compared = compare(model, photos, budgets=[0.9], methods=["norm/merge"], images=8, runtime=None)
     assert compared["original"]["mae"] == pytest.approx(errors[0], rel=1e-5)
     assert "mean error" in compare_table(compared).columns
-    search = Search(model, read[0], read[2], None, 4, Progress())
+    search = Search(model, read[0], read[2], None, None, 4, Progress())
     search._build("norm", "merge")
     drop = search.drop(dict.fromkeys(search.layers, 0.5))
     with torch.no_grad():
