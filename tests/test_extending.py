@@ -38,6 +38,7 @@ from tosa_convert.models import adapter as adapters
 from tosa_convert.models.adapter import run
 from tosa_convert.models.families.timm_vit import TimmVit
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.allocation import Allocation
 from tosa_convert.planning.search import Search
 from tosa_convert.reporting.result_tables import compare_table
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
@@ -220,7 +221,7 @@ def test_a_task_in_a_file_of_its_own(photos, tmp_path):
     assert "mean error" in compare_table(compared).columns
     search = Search(model, read[0], read[2], None, None, 4, Progress())
     search._build("norm", "merge")
-    drop = search.drop(dict.fromkeys(search.layers, 0.5))
+    drop = search.drop(Allocation(dict.fromkeys(search.layers, 0.5)))
     with torch.no_grad():
         after = (search.probe(read[0])[:, 0] - read[2]).abs().mean().item()
     assert drop == pytest.approx(after - errors[0], abs=1e-4)

@@ -50,7 +50,7 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
     testing = ["--data", test, *everywhere]
     converted = f"{planned}/convert"
     return [
-        ["plan", "quickstart", "--budget", BUDGET, "--images", "24", "--data", train, "--out", plan],
+        ["plan", "quickstart", "--budget", BUDGET, "--segment", "3", "--images", "24", "--data", train, "--out", plan],
         ["run", f"{plan}/plan.yaml", "--out", planned],
         ["eval", converted, *testing],
         ["distill", "quickstart", *selective, "--steps", "60", *training, "--out", distilled],
