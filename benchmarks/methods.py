@@ -14,6 +14,8 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import record
@@ -80,25 +82,32 @@ def main() -> None:
     arguments = parser.parse_args()
     opened, methods, name = MODELS[arguments.model]
     model, out = opened(arguments.weights), arguments.out or Path("benchmarks/results") / name
-    with tempfile.TemporaryDirectory() as folder:
-        scenes = [path for path in sorted(arguments.photos.iterdir()) if path.stem in SCENES]
-        if len(scenes) != len(SCENES):
-            raise UsageError(f"{arguments.photos} holds {len(scenes)} of the {len(SCENES)} photos; install opencv-doc")
-        for path in scenes:
-            shutil.copy(path, folder)
-        chosen = arguments.only.split(",") if arguments.only else methods
+    chosen = arguments.only.split(",") if arguments.only else methods
+    with scenes_of(arguments.photos) as folder:
         results = compare(
-            model, folder, budgets=BUDGETS, methods=chosen, images=len(scenes), runtime=None, progress=Progress(True)
+            model, folder, budgets=BUDGETS, methods=chosen, images=len(SCENES), runtime=None, progress=Progress(True)
         )
     if arguments.only:
         results = with_rows(json.loads(out.read_text()), [row for row in results["rows"] if row["method"] in chosen])
-    results["data"] = f"{len(scenes)} photos of Debian's opencv-doc"
+    results["data"] = f"{len(SCENES)} photos of Debian's opencv-doc"
     results["targets"] = [_target(results["rows"], budget) for budget in BUDGETS]
     record.write(out, results)
     for found in results["targets"]:
         print(found)
     for row in results["rows"]:
         print(f"{row['budget']} {row['method']:24s} {row['macs']:.4f} {row.get('patch', 0):.5f} {row['class']:.5f}")
+
+
+@contextmanager
+def scenes_of(photos: Path) -> Iterator[str]:
+    """A folder with those of the photos that are compared on."""
+    scenes = [path for path in sorted(photos.iterdir()) if path.stem in SCENES]
+    if len(scenes) != len(SCENES):
+        raise UsageError(f"{photos} holds {len(scenes)} of the {len(SCENES)} photos; install opencv-doc")
+    with tempfile.TemporaryDirectory() as folder:
+        for path in scenes:
+            shutil.copy(path, folder)
+        yield folder
 
 
 def with_rows(recorded: dict, rows: list[dict]) -> dict:

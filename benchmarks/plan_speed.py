@@ -9,13 +9,12 @@ photos that the plans have not seen; plans are made on the built-in ones. Takes 
 
 import argparse
 import copy
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import record
-from methods import SCENES
+from methods import SCENES, scenes_of
 
 from tosa_convert import convert, load
 from tosa_convert.data.images import sample
@@ -42,7 +41,9 @@ def main() -> None:
     tuning = sample(None, preprocessing_of(model), 24)[0]
     plans = {f"segments of {span}": find_plan(model, tuning, BUDGET, segment=span).config for span in SEGMENTS}
     models = {name: convert(copy.deepcopy(model), config) for name, config in plans.items()}
-    figures = mean_figures(model, models, unseen(model, arguments.photos), None)
+    with scenes_of(arguments.photos) as folder:
+        unseen = sample(folder, preprocessing_of(model), len(SCENES))[0]
+    figures = mean_figures(model, models, unseen, None)
     rows = {}
     for name, converted in models.items():
         cost = flops(converted)
@@ -56,15 +57,6 @@ def main() -> None:
             rows[name][runtime] = case["original"]["ms"] / case[name]["ms"]
         print(runtime, {name: round(row[runtime], 3) for name, row in rows.items()}, flush=True)
     record.write(arguments.out, {"budget": BUDGET, "rounds": arguments.rounds, "segments": rows})
-
-
-def unseen(model, photos: Path):
-    """24 images of the photos of the other comparisons."""
-    with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(photos.iterdir()):
-            if path.stem in SCENES:
-                shutil.copy(path, folder)
-        return sample(folder, preprocessing_of(model), 24)[0]
 
 
 def seconds_to_export(model) -> float:

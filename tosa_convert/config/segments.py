@@ -1,6 +1,7 @@
 """Which layers share a choice, by the option ``segment``."""
 
 import itertools
+from collections.abc import Sequence
 
 
 def in_segments(layers: list[int], segment: int | list[int]) -> list[list[int]]:
@@ -24,6 +25,12 @@ def in_segments(layers: list[int], segment: int | list[int]) -> list[list[int]]:
     if segment > 1 and len(found) == len(layers):
         raise ValueError("no two selective layers follow one another, so no choice can be shared; leave segment out")
     return found
+
+
+def as_option(segments: Sequence[Sequence[int]]) -> int | list[int]:
+    """The option ``segment`` that makes these of their layers."""
+    lengths = list(map(len, segments))
+    return lengths if max(lengths) > 1 else 1
 
 
 def _of_lengths(layers: list[int], lengths: list[int]) -> list[list[int]]:

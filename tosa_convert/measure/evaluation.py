@@ -10,6 +10,7 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig, over
+from tosa_convert.config.segments import as_option
 from tosa_convert.config.validation import build
 from tosa_convert.data.images import loader
 from tosa_convert.methods.bypass import Bypass
@@ -114,15 +115,12 @@ def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
     parts = {"score": published()[control()].score, "bypass": bypass.without_weights or config.bypass}
     ratios = dict(config.plan(depth=len(adapter_of(model).blocks)))
     segments = config.segments(list(ratios))
-    chosen = build(
-        ConvertConfig, {**over(config.model_dump(), parts), "method": None, "layers": None, "segment": 1, "seed": seed}
-    )
+    chosen = build(ConvertConfig, {**over(config.model_dump(), parts), "method": None, "layers": None, "seed": seed})
     if chosen.reads_before:
         ratios.pop(1, None)
         segments = [[layer for layer in segment if layer > 1] for segment in segments]
     if not ratios:
         raise UsageError("random selection cannot be in the first layer, and this model has no other selective one")
-    lengths = [len(segment) for segment in segments if segment]
-    shared = lengths if max(lengths) > 1 and chosen.make(Bypass).shares else 1
+    shared = as_option([segment for segment in segments if segment]) if chosen.make(Bypass).shares else 1
     chosen = chosen.model_copy(update={"layers": list(ratios), "ratio": list(ratios.values()), "segment": shared})
     return convert(original(model), chosen).train(model.training)

@@ -21,6 +21,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.config.segments import as_option
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import (
     Keep,
@@ -273,7 +274,6 @@ class Search:
         same = rival == allocation
         by_rival = measured if same else self._weighted_mean([self._error(rival, p) for p in range(len(found))])
         parts = self._set(chosen).tosa_config
-        lengths = list(map(len, chosen.segments))
         return Plan(
             config=ConvertConfig(
                 score=parts.score,
@@ -281,7 +281,7 @@ class Search:
                 schedule="all",
                 layers=list(chosen.ratios),
                 ratio=list(chosen.ratios.values()),
-                segment=lengths if max(lengths) > 1 else 1,
+                segment=as_option(chosen.segments),
             ),
             by=self.prices.by,
             keep=self.keep.value,

@@ -9,6 +9,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import KINDS, ConvertConfig, over
+from tosa_convert.config.segments import as_option
 from tosa_convert.config.validation import build
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import Part
@@ -124,9 +125,7 @@ def set_ratios(model: nn.Module, ratios: dict[int, float], segments: list[list[i
             raise UsageError(f"layer {layer} cannot choose: it was converted to follow another layer")
     for layer, block in blocks.items():
         block.selection.ratio, block.selection.segment = whole[layer], shared[layer]
-    selections = [block.selection for block in blocks.values()]
-    lengths = [len(each.segment) for each in selections if not each.follows]
-    config = config.model_copy(update={"segment": lengths if max(lengths) > 1 else 1})
+    config = config.model_copy(update={"segment": as_option(list(dict.fromkeys(shared.values())))})
     _note(model, config, list(blocks), list(whole.values()))
     return model
 
