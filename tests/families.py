@@ -81,6 +81,13 @@ def _vitpose():
     return transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=3))
 
 
+def _llama4():
+    """A class token behind the patches, positions as complex numbers, patches cut before they are projected."""
+    widths = {"vision_output_dim": 48, "projector_input_dim": 48, "projector_output_dim": 48}
+    small = {**HF_SMALL, "intermediate_size": 192}
+    return transformers.Llama4VisionModel(transformers.Llama4VisionConfig(**small, **widths))
+
+
 def _beit_inside_dpt():
     backbone = transformers.BeitConfig(
         **HF_SMALL, use_relative_position_bias=True, out_indices=[2, 4, 5, 6], reshape_hidden_states=False
@@ -94,6 +101,9 @@ PROVEN = {
     "hf ChineseCLIPModel": _dual("ChineseCLIP"),
     "hf IJepaModel": _hf("IJepaModel"),
     "hf VitPose": _vitpose,
+    "hf MLCDVisionModel": _hf("MLCDVisionModel"),
+    "hf YolosModel": _hf("YolosModel", num_detection_tokens=4, image_size=[32, 32]),
+    "hf Llama4VisionModel": _llama4,
     "hf Eomt": _hf("EomtForUniversalSegmentation", num_queries=5, num_blocks=1, num_hidden_layers=7),
 }
 """Those that no family knows by name."""

@@ -18,6 +18,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs import flops
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.subclassing import steer
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
@@ -106,11 +107,13 @@ def _mask(adapter, layer: int, chosen: torch.Tensor) -> None:
     block = adapter.blocks[layer - 1]
     forward = block.forward
 
-    def masked(tokens, *args, **kwargs):
+    def masked(*args, **kwargs):
+        tokens = adapter.entering(args, kwargs)[0]
         attends = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter(1, chosen, True)
-        with _attending(block, attends):
-            updated = forward(tokens, *args, **kwargs)
-        return torch.where(attends[..., None], updated, tokens)
+        attends = adapter.restored(attends[..., None], tokens)
+        with _attending(block, attends[..., 0]):
+            updated = first_of(forward(*args, **kwargs))
+        return adapter.given_back(torch.where(attends, updated, tokens))
 
     block.forward = masked
 
@@ -156,7 +159,8 @@ def test_a_token_of_size_two_counts_as_two_tokens(name, images):
     )
     run(model, images)
     handle.remove()
-    (tokens, *args), kwargs = caught["args"], caught["kwargs"]
+    entering, args, kwargs = adapter.entering(caught["args"], caught["kwargs"])
+    tokens = adapter.taken(entering)
     places = torch.arange(adapter.prefix + 9).expand(len(images), -1)
     twice = torch.cat([places, places[:, -1:]], dim=1)
     forward = type(block).forward

@@ -17,7 +17,7 @@ def random(*shape, seed=0):
 
 @given(height=sides, width=sides, levels=st.integers(1, 5))
 def test_a_pyramid_thins_out_the_grid_evenly(height, width, levels):
-    grid = pyramid(height, width, levels)
+    grid = pyramid((height, width), levels)
     assert sorted(grid.order.tolist()) == list(range(height * width))
     assert len(grid.counts) == levels
     for level, count in enumerate(grid.counts):
@@ -34,7 +34,7 @@ def test_a_pyramid_thins_out_the_grid_evenly(height, width, levels):
 
 @given(height=sides, width=sides, most=st.integers(1, 81))
 def test_a_pyramid_goes_down_to_what_is_asked_for(height, width, most):
-    assert pyramid(height, width, 1, most).counts[-1] <= most
+    assert pyramid((height, width), 1, most).counts[-1] <= most
 
 
 @given(
@@ -48,7 +48,7 @@ def test_a_pyramid_goes_down_to_what_is_asked_for(height, width, most):
 def test_redundant_tokens_are_those_with_the_nearest_stand_ins(height, width, prefix, batch, ratio, seed):
     patches, steps = height * width, ratio_steps(ratio)
     kept = keep_count(patches, steps)
-    grid = pyramid(height, width, thinnings(steps), kept)
+    grid = pyramid((height, width), thinnings(steps), kept)
     features = random(batch, prefix + patches, 3, seed=seed).double()
     choice = choose_redundant(features, prefix, grid, kept)
     for image in range(batch):
@@ -140,7 +140,7 @@ def test_a_sketch_keeps_distances_roughly():
 
 
 def test_nobody_is_skipped_at_ratio_one():
-    grid = pyramid(4, 4, thinnings(ratio_steps(1.0)))
+    grid = pyramid((4, 4), thinnings(ratio_steps(1.0)))
     choice = choose_redundant(random(1, 17, 3), 1, grid, 16)
     assert isinstance(choice, Choice)
     assert choice.skipped.shape == choice.partners.shape == (1, 0)

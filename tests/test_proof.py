@@ -15,7 +15,9 @@ from tosa_convert.models import proven
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.proof.block import take_apart
 from tosa_convert.models.proof.calls import Call, NotProvenError, record
+from tosa_convert.reporting.token_maps import look
 from tosa_convert.selective import conversion
+from tosa_convert.selective.selection import chosen_tokens
 
 WIDTH, HEADS = 24, 3
 
@@ -136,16 +138,15 @@ SMALL = {**HF_SMALL, "num_hidden_layers": 3}
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("YolosModel", {"num_detection_tokens": 4}, "4 tokens after its patches"),
-        ("MLCDVisionModel", {}, "knows positions"),
-        ("VideoMAEModel", {"num_frames": 4}, "does not run on an image alone"),
+        ("Phi4MultimodalVisionModel", {}, "knows positions: .* a causal mask"),
+        ("PixtralVisionModel", {}, "packs the tokens of a batch of images"),
+        ("TimesformerModel", {"num_frames": 4}, "along times and along places in turn"),
         ("ViltModel", {}, "convert its vision part"),
     ],
 )
 def test_a_model_that_fails_a_proof_is_left_as_it_was(kind, options, message):
     torch.manual_seed(0)
-    size = [32, 32] if kind == "YolosModel" else 32
-    config = getattr(transformers, kind.removesuffix("Model") + "Config")(**{**SMALL, **options, "image_size": size})
+    config = getattr(transformers, kind.removesuffix("Model") + "Config")(**{**SMALL, **options})
     model = lively(getattr(transformers, kind)(config)).train()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     with pytest.raises(UnsupportedModelError, match=message):
@@ -212,3 +213,45 @@ def test_the_command_proves_and_says_what(tosa, tmp_path):
     code, _, err = tosa("models", "BertModel")
     assert (code, err.count("\n")) == (1, 1)
     assert "takes no images" in err
+
+
+VIDEO = {**SMALL, "num_frames": 4}
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("VideoMAEModel", 0), ("VivitModel", 1)])
+def test_a_video_is_a_grid_of_three_axes(kind, prefix, tmp_path):
+    torch.manual_seed(0)
+    size = {"tubelet_size": [2, 8, 8]} if kind == "VivitModel" else {"tubelet_size": 2}
+    config = getattr(transformers, kind.removesuffix("Model") + "Config")(**VIDEO, **size)
+    model = lively(getattr(transformers, kind)(config))
+    adapter = adapter_of(model)
+    assert (adapter.grid((32, 32)), adapter.prefix, adapter.patch) == ((2, 4, 4), prefix, (8, 8))
+    videos = torch.randn(2, 4, 3, 32, 32)
+    wanted = run(model, videos)["tokens"]
+    converted = convert(model, score="similarity", bypass="merge", layers={2: 0.5})
+    assert chosen_tokens_of(converted, videos).shape == (2, prefix + 16)
+    # In a video that stands still every patch has a twin in time, which the pyramid has to find.
+    still = torch.randn(2, 3, 32, 32)
+    pairs = look(converted, still)[0][0].partners
+    assert len(pairs) > 8
+    save(converted, tmp_path / "run")
+    opened = load(tmp_path / "run")
+    found = run(opened, videos)["tokens"]
+    assert found.shape == wanted.shape
+    assert torch.allclose(found, run(converted, videos)["tokens"], atol=1e-5)
+
+
+def chosen_tokens_of(model, images):
+    run(model, images)
+    return chosen_tokens(model)[2]
+
+
+def test_only_the_stage_that_holds_the_patches_becomes_selective():
+    """GroupViT's first; the others run on groups."""
+    torch.manual_seed(0)
+    options = {"depths": [3, 2, 2], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 0]}
+    model = lively(transformers.GroupViTVisionModel(transformers.GroupViTVisionConfig(**{**HF_SMALL, **options})))
+    adapter = adapter_of(model)
+    assert (len(adapter.blocks), adapter.prefix) == (3, 8)
+    convert(model, layers=[2], ratio=0.5)
+    assert run(model, torch.randn(2, 3, 32, 32))["tokens"].isfinite().all()

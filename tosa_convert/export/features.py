@@ -1,6 +1,7 @@
 """Patch and class-token features of many images, written batch by batch: memory does not grow with the folder."""
 
 import json
+import math
 import shutil
 import tempfile
 import zipfile
@@ -86,7 +87,7 @@ def _features(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]
     tokens = adapter.tokens(images.to(next(model.parameters()).dtype))
     grid = adapter.grid(images.shape[-2:])
     patches = tokens[:, adapter.prefix :]
-    if patches.shape[1] != grid[0] * grid[1]:
+    if patches.shape[1] != math.prod(grid):
         raise UsageError("this model removes patch tokens, so it has no features of every patch; use another bypass")
     found = {"patches": patches.unflatten(1, grid)}
     return {**found, "classes": tokens[:, 0]} if adapter.class_token else found

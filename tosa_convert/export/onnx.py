@@ -81,7 +81,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model in eval mode if it is in float32 on the CPU, else a copy that is: the caller's stays where it is."""
     weight = next(model.parameters())
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return (model if plain else copy.deepcopy(model).to("cpu", torch.float32)).eval()
+    return (model if plain else copy.deepcopy(model).cpu().float()).eval()
 
 
 class FailedCheckError(TosaError):

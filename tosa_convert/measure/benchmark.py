@@ -196,7 +196,7 @@ def _run(
         for name, model in models.items():
             if case.runtime == "onnx":
                 if not files[name].exists():
-                    write_graph(model.to("cpu", torch.float32).eval(), files[name], settings.opset)
+                    write_graph(model.cpu().float().eval(), files[name], settings.opset)
                 contestants[name] = runtimes.onnx_runner(files[name], images[name], settings.threads, case.device)
             else:
                 model.to(case.device, kind).eval()

@@ -39,19 +39,23 @@ def thinnings(steps: int) -> int:
 
 
 def pyramid(
-    height: int, width: int, levels: int, most: int | None = None, device: torch.device | None = None
+    sides: tuple[int, ...], levels: int, most: int | None = None, device: torch.device | None = None
 ) -> Pyramid:
-    """The grid thinned out ``levels`` times, and further until at most ``most`` patches are left.
+    """A grid of two axes or more, thinned out ``levels`` times, and further until at most ``most`` patches are left.
 
-    Height and width may be symbolic; ``most`` must be an int or None then.
+    Its sides may be symbolic; ``most`` must be an int or None then.
     """
-    if isinstance(height, int) and isinstance(width, int):
-        key = "pyramid", height, width, levels, most, device
-        return _remembered(key, lambda: _known_pyramid(height, width, levels, most, device))
+    sides = tuple(sides)
+    if all(isinstance(side, int) for side in sides):
+        return _remembered(
+            ("pyramid", sides, levels, most, device), lambda: _known_pyramid(sides, levels, most, device)
+        )
     # Not by dividing positions: the remainder by a symbolic number does not export.
-    row = torch.arange(height, device=device)[:, None].expand(height, width).reshape(-1)
-    column = torch.arange(width, device=device)[None].expand(height, width).reshape(-1)
-    depth, counts = _thinned(row, column, height, width, levels, None)
+    places = [
+        torch.arange(side, device=device).reshape(-1, *[1] * (len(sides) - axis - 1)).expand(sides).reshape(-1)
+        for axis, side in enumerate(sides)
+    ]
+    depth, counts = _thinned(places, sides, levels, None)
     return Pyramid(ordered(depth, descending=True).indices, counts)
 
 
@@ -72,38 +76,53 @@ def _remembered(key: tuple, make: Callable):
     return made
 
 
-def _known_pyramid(height: int, width: int, levels: int, most: int | None, device: torch.device | None) -> Pyramid:
-    row, column = np.divmod(np.arange(height * width), width)
-    depth, counts = _thinned(row, column, height, width, levels, most)
+def _known_pyramid(sides: tuple[int, ...], levels: int, most: int | None, device: torch.device | None) -> Pyramid:
+    depth, counts = _thinned(np.unravel_index(np.arange(math.prod(sides)), sides), sides, levels, most)
     return Pyramid(torch.from_numpy(np.argsort(-depth, kind="stable")).to(device), counts)
 
 
-def _thinned(row, column, height, width, levels: int, most: int | None):
-    """How many thinnings each patch outlives, and how many patches each leaves; arrays of numpy or of torch."""
-    depth, counts, level = row * 0, [], 0
+def _thinned(places, sides, levels: int, most: int | None):
+    """How many thinnings each patch outlives, and how many patches each leaves; arrays of numpy or of torch.
+
+    Args:
+        places: of all patches, axis by axis.
+    """
+    depth, counts, level = places[0] * 0, [], 0
     while level < levels or (most is not None and counts[-1] > most):
-        stays, count = _stays(row, column, height, width, level)
+        stays, count = _stays(places, sides, level)
         depth = depth + 1 * stays
         counts.append(count)
         level += 1
     return depth, counts
 
 
-def _stays(row, column, height, width, level: int):
-    """Which patches the level-th thinning keeps, and how many: by turns a checkerboard of the grid that is
-    left, and one of each 2×2 window of it."""
-    step = 2 ** ((level + 1) // 2)
-    down, across = ((side + step - 1) // step for side in (height, width))  # ONNX divides negatives otherwise
-    stays = (row % step == 0) & (column % step == 0)
-    if level % 2:
-        return stays, down * across
-    return stays & ((row // step + column // step) % 2 == 0), (down * across + 1) // 2
+def _stays(places, sides, level: int):
+    """Which patches the level-th thinning keeps, and how many. On a grid of two axes: by turns a checkerboard of the
+    grid that is left, and one of each 2×2 window of it. On one of three, where the first is time: a checkerboard in all
+    three, every second time and a checkerboard in space, one of each 2×2×2 block."""
+    step, halved = 2 ** (level // len(sides)), level % len(sides)
+    whole = halved == len(sides) - 1
+    steps = [step * (2 if whole or axis < halved else 1) for axis in range(len(sides))]
+    # ONNX divides negatives otherwise.
+    left = [(side + by - 1) // by for side, by in zip(sides, steps, strict=True)]
+    stays = places[0] % steps[0] == 0
+    for place, by in zip(places[1:], steps[1:], strict=True):
+        stays = stays & (place % by == 0)
+    if whole:
+        return stays, math.prod(left)
+    fine = sum(place // by for place, by in zip(places[halved:], steps[halved:], strict=True))
+    return stays & (fine % 2 == 0), math.prod(left[:halved]) * ((math.prod(left[halved:]) + 1) // 2)
 
 
 def features_of(tokens: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
     """(B, N, D) tokens before and after a norm → (B, N, about 96), by whose distances tokens are compared:
     half-way (geometric mean) between those of the tokens and those of the normed tokens."""
     return sketch(normed) * tokens.norm(dim=-1, keepdim=True).sqrt()
+
+
+def apart(tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Tokens (B, N, D) with those that are none, (B, N), all alike and far from the others."""
+    return tokens if padding is None else tokens.masked_fill(padding[..., None], 1e3)
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:

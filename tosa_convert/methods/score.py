@@ -52,7 +52,7 @@ class View(NamedTuple):
     Attributes:
         steps: the keep ratio, see :func:`tosa_convert.methods.token_ops.ratio_steps`.
         patches: patch tokens of the image, those that are gone by now included.
-        grid: rows and columns of the patches.
+        grid: rows and columns of the patches; of a video's, times before them.
         reading: what :meth:`Score.read` gave; None for a score that reads tokens.
         tokens: (B, N, C), the tokens that enter the layer, or its MLP where the bypass acts before that; None for a
             score that reads queries and keys.
@@ -62,7 +62,7 @@ class View(NamedTuple):
 
     steps: int
     patches: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     reading: Any = None
     tokens: torch.Tensor | None = None
     normed: torch.Tensor | None = None

@@ -35,11 +35,13 @@ class Choice(NamedTuple):
         skipped: (B, S) the others.
         partners: (B, S) who stands in for each skipped token, as an index into ``attended``; None
             where none does.
+        padding: (B, N) which tokens are none: nobody looks at them. None where all are tokens.
     """
 
     attended: torch.Tensor
     skipped: torch.Tensor
     partners: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:
@@ -119,7 +121,7 @@ def put(values: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor) ->
 
 def stand_ins(choice: Choice) -> torch.Tensor:
     """(B, N): for each token the index into ``choice.attended`` of itself, or of its partner."""
-    attended, skipped, partners = choice
+    attended, skipped, partners = choice[:3]
     own = torch.arange(attended.shape[1], device=attended.device).expand(attended.shape)
     everyone = torch.cat([attended, skipped], dim=1)
     return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))

@@ -22,6 +22,9 @@ from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.unsupported import why_not
 
+TOKENS = ("hidden_states", "hidden_state", "x")
+"""What blocks call the tokens that they take."""
+
 
 class Adapter(ABC):
     """A model seen as a row of blocks over tokens.
@@ -80,12 +83,12 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def patch_projection(self) -> nn.Module:
-        """The module that gives the patches on their grid, (B, C, rows, columns), or in a row with the grid, as
-        ((B, N, C), (rows, columns))."""
+        """The module that gives the patches on their grid, (B, C, rows, columns) or, of videos, (B, C, times, rows,
+        columns); or in a row with the grid, as ((B, N, C), (rows, columns))."""
 
     def grid_of(self, inputs: tuple, output: Any) -> tuple | None:
-        """Rows and columns of the patches in a forward pass, by what :attr:`patch_projection` took and gave."""
-        return output[1] if isinstance(output, tuple) else output.shape[-2:]
+        """The grid of the patches in a forward pass, by what :attr:`patch_projection` took and gave."""
+        return output[1] if isinstance(output, tuple) else output.shape[2:]
 
     @property
     @abstractmethod
@@ -111,8 +114,27 @@ class Adapter(ABC):
         """What a block is called with after its tokens, without what means nothing."""
         return args, kwargs
 
+    def entering(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+        """What a block is called with → what holds its tokens, and the rest."""
+        if args:
+            return args[0], args[1:], kwargs
+        name = next(name for name in TOKENS if name in kwargs)
+        return kwargs[name], (), {other: value for other, value in kwargs.items() if other != name}
+
+    def taken(self, entering: torch.Tensor) -> torch.Tensor:
+        """What a block is called with as tokens (B, N, C), those that are no patches first."""
+        return entering
+
+    def padding(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        """Which tokens are none, (B, N), by the mask that a block is called with; None where all are tokens."""
+        return None
+
+    def restored(self, tokens: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, C) in the order of :meth:`taken` → in the form and order of what the block was called with."""
+        return tokens
+
     def given_back(self, tokens: torch.Tensor) -> Any:
-        """What a block's forward returns when these tokens leave it."""
+        """What a block's forward returns when these tokens leave it, in the form in which they entered."""
         return tokens
 
     def check_arguments(self, layer: int, args: tuple, kwargs: dict) -> None:
@@ -244,8 +266,9 @@ class Adapter(ABC):
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the patches that images of this size (H, W) are cut into."""
+    def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Rows and columns of the patches that images of this size (H, W) are cut into; of a model of videos, times
+        before them."""
         height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
         return height, width
 

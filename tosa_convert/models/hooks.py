@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Receive = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes queries and keys, both (B, H, N, D)."""
+PARTS = ("first", "second")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -115,14 +116,19 @@ class ProjectionTap(Tap):
 class PairTap(Tap):
     """On what gives an attention's queries and what gives its keys, whichever runs first."""
 
+    parts = 2
+    """How many outputs make queries and keys."""
+
     def _take(self, name, output):
         taken = {**(self.pending.get() or {}), name: output}
-        if "first" in taken and "second" in taken:
-            self.pending.set({key: value for key, value in taken.items() if key not in ("first", "second")} or None)
-            self.receive(*self.formed(taken["first"], taken["second"]))
+        wanted = PARTS[: self.parts]
+        if all(part in taken for part in wanted):
+            self.pending.set({key: value for key, value in taken.items() if key not in wanted} or None)
+            self.receive(*self.formed(*(taken[part] for part in wanted)))
         else:
             self.pending.set(taken)
 
-    def formed(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was taken → queries and keys (B, H, N, D), as the attention compares them."""
+    def formed(self, *parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was taken, of queries and of keys → these (B, H, N, D), as the attention compares them."""
+        queries, keys = parts
         return queries, keys

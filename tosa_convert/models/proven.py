@@ -7,6 +7,7 @@ the model as ``tosa_proof``, and with its runs.
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models import unsupported
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit
-from tosa_convert.models.hooks import PairTap, ProjectionTap
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
 from tosa_convert.models.proof.block import take_apart
 from tosa_convert.models.proof.calls import NotProvenError, first_of
+from tosa_convert.models.proof.positions import named, read, turned
 from tosa_convert.models.proof.row import find_row
 from tosa_convert.models.proof.structure import Structure
-from tosa_convert.models.subclassing import answered
+from tosa_convert.models.relative_bias import mask_at, total
+from tosa_convert.models.rotary import RotaryTap, positions_at
+from tosa_convert.models.subclassing import answered, plain_class
 
 MASK = "attention_mask"
 
@@ -53,7 +57,11 @@ def find(model: nn.Module) -> Adapter | None:
 def image_config(model: nn.Module) -> Any:
     """The config that says how large images and patches are; None where none does."""
     configs = (getattr(module, "config", None) for module in model.modules())
-    return next((config for config in configs if getattr(config, "patch_size", None) and _size(config)), None)
+    return next((config for config in configs if _cuts(config) and _size(config)), None)
+
+
+def _cuts(config: Any) -> bool:
+    return any(getattr(config, name, None) for name in ("patch_size", "tubelet_size"))
 
 
 def prove(model: nn.Module) -> Structure:
@@ -63,32 +71,38 @@ def prove(model: nn.Module) -> Structure:
         NotProvenError: which proof failed, and where.
     """
     config, weight = image_config(model), next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, channels_of(config), *_size(config), generator=generator).to(weight)
+    frames = frames_of(config) if takes_videos(model) else 0
+    shape = (*([frames] if frames else []), channels_of(config), *_size(config))
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
     with _in_eval(model):
         try:
             name = input_name(model)
-            row = find_row(model, lambda image: forward_of(model)(**{name: as_taken(name, image)}), image)
+            run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
+            row = find_row(model, run, image, _by_config(config))
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise NotProvenError(
                 f"{type(model).__name__} does not run on an image alone ({' '.join(str(error).split())[:120]}); "
                 "convert its vision part"
             ) from error
-        if row.suffix:
-            raise NotProvenError(
-                f"the blocks of {type(model).__name__} run on {row.suffix} tokens after its patches (for detection or "
-                "grouping), which are not supported yet"
-            )
         where = f"{row.name}.0 ({type(row.blocks[0]).__name__})"
-        parts = take_apart(row.blocks[0], row.first, where)
+        parts = take_apart(row.blocks[0], row.first, where, math.prod(row.grid))
     return Structure(
         row=row.name,
         layers=len(row.blocks),
         projection=row.projection,
         prefix=row.prefix,
+        suffix=row.suffix,
+        frames=frames,
         width=row.first.tokens.shape[-1],
         **parts._asdict(),
     )
+
+
+def _by_config(config: Any) -> tuple[int, ...]:
+    """Rows and columns of the patches."""
+    cut = getattr(config, "patch_size", 1)
+    cut = (cut, cut) if isinstance(cut, int) else tuple(cut)[-2:]
+    return tuple(side // patch for side, patch in zip(_size(config), cut, strict=True))
 
 
 def channels_of(config: Any) -> int:
@@ -105,6 +119,16 @@ def input_name(model: Any) -> str:
     """The keyword of the images."""
     taken = inspect.signature(getattr(forward_of(model), "forward", forward_of(model))).parameters
     return next((name for name in ("pixel_values", "input_values") if name in taken), model.main_input_name)
+
+
+def takes_videos(model: Any) -> bool:
+    """Whether patches are cut from several pictures at once."""
+    return any(isinstance(module, nn.Conv3d) for module in model.modules())
+
+
+def frames_of(config: Any) -> int:
+    """Pictures of a video."""
+    return getattr(config, "num_frames", None) or config.frames_per_clip
 
 
 def as_taken(name: str, images: torch.Tensor) -> torch.Tensor:
@@ -132,17 +156,48 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 class ProvenVit(TransformersVit):
-    """A model whose parts were proven."""
+    """A model whose parts were proven.
+
+    Tokens after the patches, as for detection, count as prefix tokens: they are moved before the patches when a
+    selective layer takes its tokens, and back when these leave it.
+    """
 
     def __init__(self, model: nn.Module, structure: Structure):
         self.structure = structure
+        self.running = PerThread()  # the places of the tokens that a block runs on, while it does
         super().__init__(model, list(model.get_submodule(structure.row))[: structure.layers])
-        taken = inspect.signature(type(self.blocks[0]).forward).parameters
+        taken = inspect.signature(plain_class(self.blocks[0]).forward).parameters
         self.bias_name = MASK if MASK in taken else None
         self.halves = structure.mlp is not None
+        self.relative = self.positions is not None
+        self.own_heads = not structure.suffix
 
     def _prefix_tokens(self, block):
-        return self.structure.prefix
+        return self.structure.prefix + self.structure.suffix
+
+    @property
+    def positions(self):
+        """How queries and keys are turned, if they are."""
+        return self.structure.heads.positions
+
+    def taken(self, entering):
+        return self.patches_last(entering, 1)
+
+    def patches_last(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """With what stands after the patches moved before them."""
+        prefix, suffix = self.structure.prefix, self.structure.suffix
+        if not suffix:
+            return tensor
+        patches = tensor.shape[axis] - prefix - suffix
+        before, middle, after = tensor.split([prefix, patches, suffix], dim=axis)
+        return torch.cat([before, after, middle], dim=axis)
+
+    def restored(self, tokens, entering):
+        prefix, suffix = self.structure.prefix, self.structure.suffix
+        if not suffix:
+            return tokens
+        before, after, middle = tokens.split([prefix, suffix, tokens.shape[1] - prefix - suffix], dim=1)
+        return torch.cat([before, middle, after], dim=1)
 
     @property
     def _vision_config(self):
@@ -166,14 +221,30 @@ class ProvenVit(TransformersVit):
         return self.structure.heads.count
 
     def tap(self, block, receive, detach=True):
-        kind = _PairTap if self.structure.heads.order == "apart" else _FusedTap
-        return kind(self, block, receive, detach)
+        return _ProvenTap(self, block, receive, detach)
 
     def projections(self, attention):
         return tuple(attention.get_submodule(name) for name in self.structure.heads.projections)
 
     def project(self, attention, tokens, arguments):
-        return project(attention, self.structure.heads, tokens)
+        queries, keys, values = project(attention, self.structure.heads, tokens)
+        if self.positions is None:
+            return queries, keys, values
+        angles = self.angles(arguments[self.positions.name])
+        return (*(turned(self.positions, each, *angles) for each in (queries, keys)), values)
+
+    def angles(self, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the tokens that a block runs on, from what its attention is called with."""
+        cosines, sines = read(self.positions, value)
+        places = self.running.get()
+        if places is None:
+            return cosines, sines
+        if self.positions.patches_only:
+            places = places[:, self.prefix :] - self.prefix
+        else:
+            cosines, sines = (self.patches_last(each, -2) for each in (cosines, sines))
+        cosines, sines = (positions_at(each[0, 0] if len(each) == 1 else each, places) for each in (cosines, sines))
+        return cosines, sines
 
     def attend(self, attention, queries, keys, values, bias):
         dropout = self.attention_dropout(attention) if attention.training else 0.0
@@ -188,7 +259,7 @@ class ProvenVit(TransformersVit):
     def as_attention_output(self, tokens, weights=None):
         return _packed(self.structure.attention_returns, tokens, weights)
 
-    def given_back(self, tokens):
+    def given_back(self, tokens, entering=None):
         return _packed(self.structure.returns, tokens)
 
     def attention_dropout(self, attention):
@@ -198,17 +269,31 @@ class ProvenVit(TransformersVit):
     def steered(self, block):
         return [(self.attention(block), "forward")]
 
-    def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
-        """Where tokens stand for several, the attention is answered for by what it was proven to do."""
-        if sizes is None:
-            return first_of(forward(block, tokens, *args, **kwargs))
-        attention, bias = self.attention(block), sizes.log()[:, None, None, :]
-        with answered(attention, functools.partial(self._attended, attention, bias)):
-            return first_of(forward(block, tokens, *args, **kwargs))
+    def check_arguments(self, layer, args, kwargs):
+        known = named(plain_class(self.blocks[0]).forward, (None, *args), kwargs)
+        if self.positions is not None:
+            known.pop(self.positions.name)
+        super().check_arguments(layer, (), known)
 
-    def _attended(self, attention: nn.Module, bias: torch.Tensor, *args, **kwargs):
-        tokens = args[0] if args else kwargs["hidden_states"]
-        found, weights = self.attend(attention, *self.project(attention, tokens, kwargs), bias)
+    def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
+        """Where places matter or tokens stand for several, the attention is answered for by what it was proven to
+        do."""
+        attention = self.attention(block)
+        self.running.set(places)
+        try:
+            if sizes is None and (places is None or not (self.relative or self.mask(args, kwargs) is not None)):
+                return first_of(forward(block, tokens, *args, **kwargs))
+            with answered(attention, functools.partial(self._attended, attention, sizes)):
+                return first_of(forward(block, tokens, *args, **kwargs))
+        finally:
+            self.running.set(None)
+
+    def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, *args, **kwargs):
+        given = named(plain_class(attention).forward, args, kwargs)
+        tokens, mask = next(iter(given.values())), given.get(MASK)
+        weights = None if sizes is None else sizes.log()[:, None, None, :]
+        bias = total(weights, None if mask is None else mask_at(mask, self.running.get(), tokens.dtype))
+        found, weights = self.attend(attention, *self.project(attention, tokens, given), bias)
         return self.finish(attention, found.transpose(1, 2).flatten(2), tokens, weights)
 
     @property
@@ -220,7 +305,10 @@ class ProvenVit(TransformersVit):
         return input_name(self.model)
 
     def inputs(self, images):
+        """A model of videos takes an image as a video that stands still."""
         given = super().inputs(images)
+        if self.structure.frames and images.ndim == 4:
+            images = images[:, None].expand(-1, self.structure.frames, -1, -1, -1)
         return {**given, self.input_name: as_taken(self.input_name, images)}
 
     @property
@@ -234,13 +322,23 @@ class ProvenVit(TransformersVit):
     def grid(self, size):
         """By the convolution that cuts the patches, which may overlap."""
         cut = self.patch_projection
-        sides = zip(size, cut.kernel_size, cut.stride, cut.padding, strict=True)
-        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
-        return rows, columns
+        if isinstance(cut, nn.Linear):
+            return tuple(side // patch for side, patch in zip(size, self.patch, strict=True))
+        sides = size if len(cut.stride) == len(size) else (self.structure.frames, *size)
+        each = zip(sides, cut.kernel_size, cut.stride, cut.padding, strict=True)
+        return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in each)
 
     @property
     def patch(self):
-        return tuple(self.patch_projection.stride)
+        cut = self.patch_projection
+        return super().patch if isinstance(cut, nn.Linear) else tuple(cut.stride[-2:])
+
+    def grid_of(self, inputs, output):
+        """Where patches are projected that were cut before, of the model's own size."""
+        return self.grid(self.preprocessing().size) if output.ndim == 3 else super().grid_of(inputs, output)
+
+    def tokens(self, images):
+        return self.patches_last(super().tokens(images), 1)
 
 
 def _packed(count: int, *values: Any):
@@ -248,21 +346,30 @@ def _packed(count: int, *values: Any):
     return (*values, *[None] * count)[:count] if count else values[0]
 
 
-class _PairTap(PairTap):
-    """On two projections."""
+class _ProvenTap(RotaryTap):
+    """On two projections or on one of all three, and on the attention where that is called with positions."""
 
     def sources(self):
-        return list(self.adapter.projections(self.attention)[:2])
+        projections = list(self.adapter.projections(self.attention)[:2])
+        return projections if self.adapter.positions is None else [*projections, self.attention]
 
-    def formed(self, queries, keys):
-        return form(self.attention, self.adapter.structure.heads, [queries, keys])
+    def stand_on(self, source, index):
+        super().stand_on(source, 2 if source is self.attention else index)
 
+    @property
+    def parts(self):
+        return len(self.adapter.structure.heads.projections[:2])
 
-class _FusedTap(ProjectionTap):
-    """On one projection of all three."""
+    def positions_in(self, args, kwargs):
+        given = named(plain_class(self.attention).forward, args, kwargs)
+        return self.adapter.angles(given[self.adapter.positions.name])
 
-    def sources(self):
-        return list(self.adapter.projections(self.attention))
-
-    def parted(self, projected):
-        return form(self.attention, self.adapter.structure.heads, [projected])[:2]
+    def formed(self, *parts):
+        adapter = self.adapter
+        queries, keys = form(self.attention, adapter.structure.heads, list(parts))[:2]
+        if adapter.positions is not None:
+            angles = self.pending.take()["positions"]
+            queries, keys = (turned(adapter.positions, each, *angles) for each in (queries, keys))
+        if adapter.running.get() is None:  # in the model's own order
+            queries, keys = (adapter.patches_last(each, 2) for each in (queries, keys))
+        return queries, keys

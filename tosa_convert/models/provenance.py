@@ -57,6 +57,6 @@ def build(origin: Origin) -> nn.Module:
     else:
         import transformers
 
-        config = transformers.AutoConfig.for_model(**spec["config"])
-        model = getattr(transformers, spec["class"])(config)
+        kind = getattr(transformers, spec["class"])
+        model = kind(kind.config_class.from_dict(dict(spec["config"])))
     return model.eval()

@@ -22,6 +22,24 @@ def positions_at(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(0, (batch, count)).transpose(1, 2)
 
 
+def turn_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) turned, channel i with channel i + D / 2 as a pair."""
+    first, second = heads.chunk(2, dim=-1)
+    cosines, sines = (
+        each if each.shape[-1] == heads.shape[-1] else torch.cat([each, each], -1) for each in (cosines, sines)
+    )
+    return heads * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+def turn_pairs(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) turned, channel 2 i with channel 2 i + 1 as a pair."""
+    crossed = torch.stack([-heads[..., 1::2], heads[..., ::2]], dim=-1).flatten(-2)
+    cosines, sines = (
+        each if each.shape[-1] == heads.shape[-1] else each.repeat_interleave(2, -1) for each in (cosines, sines)
+    )
+    return heads * cosines + crossed * sines
+
+
 class RotaryTap(PairTap, ABC):
     """A third hook, on the call of the attention, which is the third source, notes the positions that it brings."""
 
@@ -41,6 +59,6 @@ class RotaryTap(PairTap, ABC):
     def positions_in(self, args: tuple, kwargs: dict) -> Any:
         """The positions among the arguments of the attention's call, None where there are none."""
 
-    @abstractmethod
     def turned(self, queries: torch.Tensor, keys: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was taken → queries and keys (B, H, N, D), turned."""
+        """What was taken → queries and keys (B, H, N, D), turned; where :meth:`formed` does not do it itself."""
+        raise NotImplementedError

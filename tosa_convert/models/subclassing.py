@@ -35,6 +35,14 @@ def _again(make: Callable, *arguments: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was made with."""
+    kind = type(module)
+    while (base := getattr(kind, "grafted_on", None)) is not None:
+        kind = base
+    return kind
+
+
 def ungraft(module: nn.Module) -> bool:
     """Turn a module back into what it was; whether there was anything to do."""
     grafted = False

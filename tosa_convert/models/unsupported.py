@@ -14,6 +14,7 @@ REASONS = {
         "mobilevit fastvit nextvit visformer pit volo",
         "levit pvt pvt_v2 segformer cvt focalnet mobilevit mobilevitv2 poolformer glpn",
     ),
+    "it attends along times and along places in turn, never over all tokens": ("", "timesformer"),
     "its attention runs over channels, not tokens: there is no token map to predict": ("xcit", ""),
     "its blocks hold more than one set of tokens": ("crossvit tnt", ""),
     "its attention blends in maps of its own that QKᵀ does not show": ("convit", ""),

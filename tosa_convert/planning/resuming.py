@@ -6,18 +6,21 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.adapter import Adapter, adapter_of
 
 Entering = dict[int, torch.Tensor]
-"""Layer → the tokens that enter it, (B, N, C)."""
+"""Layer → what holds the tokens that enter it."""
 
 
 @contextmanager
 def catching(model: nn.Module, layers: list[int]) -> Iterator[Entering]:
     """Within this block a forward pass leaves what enters these layers."""
     caught: Entering = {}
-    blocks = adapter_of(model).blocks
-    handles = [blocks[layer - 1].register_forward_pre_hook(_Catch(caught, layer)) for layer in layers]
+    adapter = adapter_of(model)
+    handles = [
+        adapter.blocks[layer - 1].register_forward_pre_hook(_Catch(adapter, caught, layer), with_kwargs=True)
+        for layer in layers
+    ]
     try:
         yield caught
     finally:
@@ -44,8 +47,8 @@ def resumed(probe: nn.Module, entering: Entering, first: int) -> Iterator[None]:
 
 
 class _Catch:
-    def __init__(self, caught: Entering, layer: int):
-        self.caught, self.layer = caught, layer
+    def __init__(self, adapter: Adapter, caught: Entering, layer: int):
+        self.adapter, self.caught, self.layer = adapter, caught, layer
 
-    def __call__(self, module, inputs) -> None:
-        self.caught[self.layer] = inputs[0]
+    def __call__(self, block, args, kwargs) -> None:
+        self.caught[self.layer] = self.adapter.entering(args, kwargs)[0]

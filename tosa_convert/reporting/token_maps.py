@@ -1,6 +1,7 @@
 """Which patches of an image attended in each selective layer, and which of them represented the others."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ class View:
 
     Attributes:
         attended: (rows, columns), 1.0 where the patch ran the layer and 0.0 where it was skipped; with per-head
-            selection the share of heads. Where tokens are removed: 1.0 for those that are left and not merged.
+            selection the share of heads, of a video the share of times. Where tokens are removed: 1.0 for those that
+            are left and not merged.
         partners: pairs of patches, (row, column) each: the skipped one, and the one that represents it.
     """
 
@@ -49,7 +51,7 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
     run(model, images)
     adapter = adapter_of(model)
     grid = adapter.grid(images.shape[-2:])
-    everyone = torch.arange(adapter.prefix + grid[0] * grid[1], device=images.device).expand(len(images), -1)
+    everyone = torch.arange(adapter.prefix + prod(grid), device=images.device).expand(len(images), -1)
     standing, views = everyone, [[] for _ in images]
     for block in selective_blocks(model):
         selection = block.selection
@@ -63,10 +65,10 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
             standing = torch.cat([attended, attended.new_full((len(attended), made), -1)], dim=1)
         for index, seen in enumerate(views):
             mine = attended.reshape(len(images), -1)[index] - adapter.prefix
-            counts = torch.bincount(mine[mine >= 0], minlength=grid[0] * grid[1])
+            counts = torch.bincount(mine[mine >= 0], minlength=prod(grid))
             heads = len(attended) // len(images)
-            shares = (counts / heads).reshape(grid).cpu().numpy()
-            seen.append(View(selection.layer, shares, _places(pairs[index], adapter.prefix, grid[1])))
+            shares = (counts / heads).reshape(-1, *grid[-2:]).mean(0).cpu().numpy()
+            seen.append(View(selection.layer, shares, _places(pairs[index], adapter.prefix, grid)))
     return views
 
 
@@ -105,10 +107,10 @@ def _in_the_image(
     return attended, list(pairs)
 
 
-def _places(pairs: torch.Tensor, prefix: int, columns: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _places(pairs: torch.Tensor, prefix: int, grid: tuple[int, ...]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Rows and columns of pairs of tokens that are both patches."""
-    patches = (pairs[(pairs >= prefix).all(1)] - prefix).tolist()
-    return [(divmod(skipped, columns), divmod(partner, columns)) for skipped, partner in patches]
+    patches = ((pairs[(pairs >= prefix).all(1)] - prefix) % prod(grid[-2:])).tolist()
+    return [(divmod(skipped, grid[-1]), divmod(partner, grid[-1])) for skipped, partner in patches]
 
 
 def pixels(image: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:

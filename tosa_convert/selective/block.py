@@ -13,9 +13,10 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from tosa_convert.methods.matching import features_of
+from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.models.subclassing import answered, grafted_class
+from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.per_head_attention import attend_per_head
 from tosa_convert.selective.segment import form, hand_on, leave, take_up
 
@@ -27,24 +28,25 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
     The base is held here rather than found through the instance's class, which wrappers such as FSDP replace.
     """
 
-    def forward(self, tokens, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         selection, adapter = self.selection, self.adapter
         if not selection.active:
-            return base.forward(self, tokens, *args, **kwargs)
-        args, kwargs = adapter.given(args, kwargs)
-        adapter.check_arguments(selection.layer, args, kwargs)
+            return base.forward(self, *args, **kwargs)
+        entering, others, named = adapter.entering(args, kwargs)
+        others, named = adapter.given(others, named)
+        adapter.check_arguments(selection.layer, others, named)
         if not selection.selects:
-            return base.forward(self, tokens, *args, **kwargs)
-        if selection.bypass.shares:
-            return adapter.given_back(_by_groups(self, functools.partial(_run, self, base, args, kwargs), tokens))
-        choice, normed = _choose(self, tokens)
+            return base.forward(self, entering, *others, **named)
+        tokens, padding = adapter.taken(entering), adapter.padding(others, named)
         if selection.per_head:
+            choice, _ = _choose(self, tokens, selection.arrive(selection.current.state, entering, padding))
             attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
             with answered(adapter.attention(self), attend):
-                return base.forward(self, tokens, *args, **kwargs)
-
-        run = functools.partial(_run, self, base, args, kwargs, choice.attended)
-        return adapter.given_back(selection.bypass.apply(run, tokens, normed, choice))
+                return base.forward(self, entering, *others, **named)
+        run = functools.partial(_run, self, base, others, named)
+        leave = _by_groups if selection.bypass.shares else _by_layer
+        arrival = selection.arrive(selection.current.state, entering, padding)
+        return adapter.given_back(adapter.restored(leave(self, run, tokens, arrival), entering))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
 
@@ -57,19 +59,25 @@ def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, attended, toke
         return adapter.call(block, base.forward, tokens, args, kwargs, attended, sizes)
 
 
-def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor) -> torch.Tensor:
+def _by_layer(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
+    """(B, N, D) → (B, N, D), by the tokens that the layer chooses."""
+    choice, normed = _choose(block, tokens, arrival)
+    return block.selection.bypass.apply(functools.partial(run, choice.attended), tokens, normed, choice)
+
+
+def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
     """(B, N, D) → (B, N, D), by way of the groups that the layer forms, or that it goes on with."""
     selection, normed = block.selection, None
     state, bypass, layer = selection.current.state, selection.bypass, selection.layer
     if selection.follows:
-        segment = selection.arrive(state, tokens).segment
+        segment = arrival.segment
         left = state.left.pop(layer - 1, None)
         course = take_up(bypass, tokens, segment, None if block._forward_pre_hooks else left)
         state.choices[layer] = segment.choice
         if selection.segment[0] in state.scores:
             state.scores[layer] = state.scores[selection.segment[0]]
     else:
-        choice, normed = _choose(block, tokens)
+        choice, normed = _choose(block, tokens, arrival)
         segment, course, normed = form(bypass, tokens, normed, choice)
     course = course._replace(groups=run(segment.choice.attended, course.groups, segment.sizes, normed))
     output = leave(segment, course)
@@ -78,20 +86,23 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor) -> torch.T
     return output
 
 
-def _choose(block: nn.Module, tokens: torch.Tensor):
-    """The choice of a block for the tokens that enter it, and these after its first norm if anyone asks for them."""
+def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
+    """The choice of a block for its tokens, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
-    arrival = selection.arrive(state, tokens)
+    padding = arrival.padding
     view = View(selection.steps, tokens.shape[1] - selection.prefix, state.grid)
     normed = None
     if selection.bypass.partners or selection.reads is Reads.TOKENS:
         normed = block.adapter.normed(block, tokens)
+    compared = [None if each is None else apart(each.detach(), padding) for each in (tokens, normed)]
     if selection.reads is Reads.TOKENS:
-        view = view._replace(tokens=tokens.detach(), normed=normed.detach())
+        view = view._replace(tokens=compared[0], normed=compared[1])
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
-        choice = block.matcher(features_of(tokens.detach(), normed.detach()), choice)
-        state.choices[selection.layer] = choice
+        choice = block.matcher(features_of(*compared), choice)
+    if padding is not None:
+        choice = choice._replace(padding=padding)
+    state.choices[selection.layer] = choice
     return choice, normed
 
 

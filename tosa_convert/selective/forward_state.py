@@ -1,5 +1,6 @@
 """What one forward pass hands on from layer to layer beside its tokens."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class ForwardState:
     """One per forward pass, begun anew at the patch embedding. Layers are counted from 1.
 
     Attributes:
-        grid: rows and columns of the patches, None where the model does not tell.
+        grid: rows and columns of the patches, of a video's times before them; None where the model does not tell.
         readings: layer → what its score has read, until the layer takes it.
         features: layer → (B, N, D), by which partners are found, until the layer takes it.
         scores: layer → (B, N).
@@ -81,7 +82,7 @@ class ForwardState:
         left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
     """
 
-    def __init__(self, grid: tuple[int, int] | None):
+    def __init__(self, grid: tuple[int, ...] | None):
         self.grid = grid
         self.readings: dict[int, Any] = {}
         self.features: dict[int, torch.Tensor] = {}
@@ -95,7 +96,7 @@ class ForwardState:
         """Of the image, those that are gone by now included."""
         if self.grid is None:
             raise TosaError("the grid of patches is not known; run the model from its images on")
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
 
 class CurrentForward(Hook):
@@ -156,6 +157,7 @@ class Arrival(NamedTuple):
     scores: torch.Tensor | None
     attended: torch.Tensor | None
     segment: Segment | None = None
+    padding: torch.Tensor | None = None
 
 
 class Recollection:

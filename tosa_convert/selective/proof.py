@@ -7,6 +7,8 @@ from torch import nn
 
 from tosa_convert.models.adapter import Adapter, adapter_of, run
 from tosa_convert.models.proof.calls import NotProvenError, alike, first_of
+from tosa_convert.models.proof.positions import named
+from tosa_convert.models.subclassing import plain_class
 from tosa_convert.selective.selection import chosen_tokens
 
 
@@ -46,16 +48,22 @@ def _mask(adapter: Adapter, block: nn.Module, chosen: torch.Tensor) -> None:
     """From here on nobody in a block looks at the tokens that are not chosen, and these leave it as they came."""
     attention, forward = adapter.attention(block), block.forward
 
+    def attending(tokens):
+        """Which of the tokens do, (B, N, 1), in the order in which the model has them."""
+        found = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, chosen, True)
+        return adapter.restored(found[..., None], tokens)
+
     def attend(*args, **kwargs):
-        tokens = args[0] if args else kwargs["hidden_states"]
-        hidden = torch.full(tokens.shape[:2], float("-inf"), device=tokens.device, dtype=tokens.dtype)
-        bias = hidden.scatter(1, chosen, 0.0)[:, None, None, :].expand(-1, -1, tokens.shape[1], -1)
-        joined, weights = adapter.attend(attention, *adapter.project(attention, tokens, kwargs), bias)
+        given = named(plain_class(attention).forward, args, kwargs)
+        tokens = next(iter(given.values()))
+        hidden = torch.zeros_like(tokens[..., :1]).masked_fill(~attending(tokens), float("-inf"))
+        bias = hidden.mT[:, None].expand(-1, -1, tokens.shape[1], -1)
+        joined, weights = adapter.attend(attention, *adapter.project(attention, tokens, given), bias)
         return adapter.finish(attention, joined.transpose(1, 2).flatten(2), tokens, weights)
 
-    def masked(tokens, *args, **kwargs):
-        updated = first_of(forward(tokens, *args, **kwargs))
-        attends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, chosen, True)
-        return adapter.given_back(torch.where(attends[..., None], updated, tokens))
+    def masked(*args, **kwargs):
+        tokens = adapter.entering(args, kwargs)[0]
+        updated = first_of(forward(*args, **kwargs))
+        return adapter.given_back(torch.where(attending(tokens), updated, tokens))
 
     attention.forward, block.forward = attend, masked

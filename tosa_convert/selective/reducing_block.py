@@ -44,10 +44,11 @@ class MapGuard:
 def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a block that takes tokens away between its attention and its MLP."""
 
-    def forward(self, tokens, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         selection, adapter = self.selection, self.adapter
         if not selection.active:
-            return base.forward(self, tokens, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
+        tokens, args, kwargs = adapter.entering(args, kwargs)
         args, kwargs = adapter.given(args, kwargs)
         adapter.check_arguments(selection.layer, args, kwargs)
         state, bypass = selection.current.state, selection.bypass

@@ -100,9 +100,13 @@ class Selection:
             with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
                 self.current.state.readings[self.layer] = score(queries, keys)
 
-    def arrive(self, state: ForwardState, tokens: torch.Tensor) -> Arrival:
+    def arrive(self, state: ForwardState, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> Arrival:
         """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run
-        once more on these tokens."""
+        once more on these tokens.
+
+        Args:
+            padding: (B, N), which tokens are none.
+        """
         kept = may_run_again()
         known = self.recollection.find(tokens) if kept else None
         if known is not None:
@@ -114,6 +118,7 @@ class Selection:
             scores=None if before is None else state.scores[before.layer],
             attended=None if before is None else state.choices[before.layer].attended,
             segment=self._left(state).segment if self.follows else None,
+            padding=padding,
         )
         if kept:
             self.recollection.keep(tokens, arrival)
@@ -159,6 +164,8 @@ class Selection:
             scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
         if arrival.scores is not None:
             scores = put(arrival.scores, arrival.attended, scores)
+        if arrival.padding is not None:
+            scores = scores.masked_fill(arrival.padding, float("-inf"))
         state.scores[self.layer] = scores
         return choose_best(scores, self.prefix, self.keep(patches))
 

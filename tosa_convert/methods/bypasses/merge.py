@@ -12,6 +12,11 @@ class Merge(Bypass):
     partners = gives_normed = groups = True
 
     def gather(self, tokens, normed, choice):
-        each = [tokens.new_ones(*tokens.shape[:2], 1), tokens, *([] if normed is None else [normed])]
+        counted = tokens.new_ones(*tokens.shape[:2], 1)
+        each = [counted, tokens, *([] if normed is None else [normed])]
+        if choice.padding is not None:
+            each = [some.masked_fill(choice.padding[..., None], 0) for some in each]
         sizes, *sums = add_up(choice, *each)
+        if choice.padding is not None:
+            sizes = sizes.clamp(min=1)
         return Gathered(sums[0] / sizes, sizes[..., 0], None if normed is None else sums[1] / sizes)

@@ -43,5 +43,5 @@ class Similarity(Score):
             )
         features = features_of(view.tokens, view.normed)
         most = kept if isinstance(kept, int) else None
-        grid = pyramid(*view.grid, thinnings(view.steps), most, features.device)
+        grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
         return choose_redundant(features, self.prefix, grid, kept)

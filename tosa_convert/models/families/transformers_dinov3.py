@@ -8,7 +8,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.transformers_vit import TransformersVit, row_of_class
-from tosa_convert.models.rotary import RotaryTap, positions_at
+from tosa_convert.models.rotary import RotaryTap, positions_at, turn_halves
 
 TRANSFORMERS = ("DINOv3ViTLayer",)
 Positions = tuple[torch.Tensor, torch.Tensor]
@@ -50,10 +50,7 @@ class TransformersDinov3(TransformersVit):
 def _turned(heads: torch.Tensor, positions: Positions, prefix: int) -> torch.Tensor:
     """(B, H, N, D) queries or keys, turned by the positions of their patches (RoFormer, arXiv 2104.09864)."""
     cosines, sines = positions
-    patches = heads[:, :, prefix:]
-    first, second = patches.chunk(2, dim=-1)
-    turned = patches * cosines + torch.cat([-second, first], dim=-1) * sines
-    return torch.cat([heads[:, :, :prefix], turned], dim=2)
+    return torch.cat([heads[:, :, :prefix], turn_halves(heads[:, :, prefix:], cosines, sines)], dim=2)
 
 
 class _TurnedTap(RotaryTap):

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.models.proof.calls import Call, NotProvenError, alike
+from tosa_convert.models.proof.positions import candidates, named, read, turned
 from tosa_convert.models.proof.structure import Heads
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 SCALES = ("scale", "scaling", "softmax_scale")
 
 
-def work_out(attention: nn.Module, call: Call, where: str) -> Heads:
+def work_out(attention: nn.Module, call: Call, counts: tuple[int, ...], where: str) -> Heads:
     """How the attention module comes from the tokens to its output.
 
     Args:
         call: one of its calls.
+        counts: of tokens that may have positions.
         where: its class and place, for messages.
 
     Raises:
@@ -28,23 +30,29 @@ def work_out(attention: nn.Module, call: Call, where: str) -> Heads:
     tokens, wanted = call.tokens, call.result
     assert tokens is not None
     assert wanted is not None
+    arguments = named(type(attention).forward, call.args, call.kwargs)
     with torch.no_grad():
-        for heads in _candidates(attention, tokens.shape[-1]):
-            try:
-                found = attend_as(attention, heads, tokens)
-            except RuntimeError:  # shapes that do not go together
-                continue
-            if alike(found, wanted):
-                return heads
+        for positions in (*candidates(attention, call, counts), None):
+            for heads in _candidates(attention, tokens.shape[-1]):
+                heads = heads.model_copy(update={"positions": positions})
+                try:
+                    found = attend_as(attention, heads, tokens, arguments)
+                except RuntimeError:  # shapes that do not go together
+                    continue
+                if alike(found, wanted):
+                    return heads
     raise NotProvenError(
         f"the attention of {where} is not softmax(QKᵀ)V of linear projections of its tokens: what was worked out from "
-        "its parts differs from its own output (rotary or relative positions inside it, or another kind of attention)"
+        "its parts differs from its own output (positions of its own, relative ones, or another kind of attention)"
     )
 
 
-def attend_as(attention: nn.Module, heads: Heads, tokens: torch.Tensor) -> torch.Tensor:
-    """What the attention gives for (B, N, C), by what was found."""
+def attend_as(attention: nn.Module, heads: Heads, tokens: torch.Tensor, arguments: dict) -> torch.Tensor:
+    """What the attention gives for (B, N, C) and the other arguments of its call, by what was found."""
     queries, keys, values = project(attention, heads, tokens)
+    if heads.positions is not None:
+        angles = read(heads.positions, arguments[heads.positions.name])
+        queries, keys = (turned(heads.positions, each, *angles) for each in (queries, keys))
     joined = F.scaled_dot_product_attention(queries, keys, values, scale=heads.scale).transpose(1, 2).flatten(2)
     return joined if heads.output is None else attention.get_submodule(heads.output)(joined)
 

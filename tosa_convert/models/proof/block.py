@@ -7,6 +7,7 @@ from torch import nn
 
 from tosa_convert.models.proof.attention import work_out
 from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, how_many, record, repeat
+from tosa_convert.models.proof.positions import candidates, len_of, named, permuted
 from tosa_convert.models.proof.structure import Heads
 
 
@@ -21,29 +22,32 @@ class Parts(NamedTuple):
     heads: Heads
 
 
-def take_apart(block: nn.Module, call: Call, where: str) -> Parts:
+def take_apart(block: nn.Module, call: Call, where: str, patches: int | None = None) -> Parts:
     """A block's norm, attention and MLP.
 
     Args:
         call: of the block.
+        patches: how many of its tokens are; None if all are.
         where: its class and place, for messages.
 
     Raises:
         NotProvenError: a proof fails; the message says which.
     """
-    check_behaviour(block, call, where)
+    counts = (call.tokens.shape[1], patches or call.tokens.shape[1])
+    check_behaviour(block, call, counts, where)
     calls = record(dict(block.named_modules()), lambda: block(*call.args, **call.kwargs))
     calls.pop("", None)
     name = _attention(block, calls, where)
     attention = block.get_submodule(name)
-    heads = work_out(attention, calls[name], f"{where}, {name} ({type(attention).__name__})")
+    heads = work_out(attention, calls[name], counts, f"{where}, {name} ({type(attention).__name__})")
     norm = _norm(call.tokens, calls, name, where)
     mlp = _mlp(block, call, calls, name)
     return Parts(norm, name, mlp, how_many(call.output), how_many(calls[name].output), heads)
 
 
-def check_behaviour(block: nn.Module, call: Call, where: str) -> None:
-    """That a block gives one tensor, the same for the same tokens, changes nothing in place, and knows no positions.
+def check_behaviour(block: nn.Module, call: Call, counts: tuple[int, ...], where: str) -> None:
+    """That a block gives one tensor, the same for the same tokens, changes nothing in place, and knows no positions but
+    those that it is called with.
 
     Raises:
         NotProvenError: which of these does not hold.
@@ -57,12 +61,31 @@ def check_behaviour(block: nn.Module, call: Call, where: str) -> None:
         raise NotProvenError(f"{where} changes the tokens that it is given in place")
     if not torch.equal(found, repeat(block, call, tokens)):
         raise NotProvenError(f"{where} gives something else each time: it draws random numbers in eval mode")
-    order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    if not alike(repeat(block, call, tokens[:, order]), found[:, order]):
+    if not _permutes(block, call, found, counts):
         raise NotProvenError(
-            f"{where} knows positions: permuted tokens do not come out permuted (rotary or relative positions, "
-            "windows, or a convolution inside)"
+            f"{where} knows positions: permuted tokens do not come out permuted (positions of its own, relative ones, "
+            "a causal mask, windows, or a convolution inside)"
         )
+
+
+def _permutes(block: nn.Module, call: Call, found: torch.Tensor, counts: tuple[int, ...]) -> bool:
+    """Whether permuted patches come out permuted, if the positions that the block is called with go along."""
+    count, patches = counts
+    generator = torch.Generator().manual_seed(0)
+    tokens, given = call.tokens, named(type(block).forward, call.args, call.kwargs)
+    mine = [positions for positions in candidates(block, call, counts) if positions.turn == "halves"]
+    if not mine:
+        order = torch.randperm(count, generator=generator).to(tokens.device)
+        return alike(repeat(block, call, tokens[:, order]), found[:, order])
+    for positions in mine:
+        known = len_of(positions, given[positions.name])
+        those = torch.randperm(known, generator=generator).to(tokens.device)
+        order = torch.cat([torch.arange(count - known, device=tokens.device), those + count - known])
+        value = given[positions.name]
+        again = repeat(block, call, tokens[:, order], (value, permuted(positions, value, those)))
+        if alike(again, found[:, order]):
+            return True
+    return False
 
 
 def _attention(block: nn.Module, calls: dict[str, Call], where: str) -> str:

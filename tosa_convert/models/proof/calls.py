@@ -89,11 +89,16 @@ def entering(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
     return taken[0]
 
 
-def repeat(module: nn.Module, call: Call, tokens: torch.Tensor) -> torch.Tensor:
-    """Call a module again with other tokens and everything else as it was; its main output."""
-    was = call.tokens
-    args = tuple(tokens if value is was else value for value in call.args)
-    kwargs = {name: tokens if value is was else value for name, value in call.kwargs.items()}
+def repeat(module: nn.Module, call: Call, tokens: torch.Tensor, *instead: tuple[Any, Any]) -> torch.Tensor:
+    """Call a module again with other tokens and everything else as it was; its main output.
+
+    Args:
+        instead: pairs of what else it was called with, and what it is called with now.
+    """
+    swapped = [(call.tokens, tokens), *instead]
+    exchange = lambda value: next((new for old, new in swapped if value is old), value)  # noqa: E731
+    args = tuple(map(exchange, call.args))
+    kwargs = {name: exchange(value) for name, value in call.kwargs.items()}
     with torch.no_grad():
         found = first_of(module(*args, **kwargs))
     if found is None:

@@ -3,6 +3,24 @@
 from pydantic import BaseModel, ConfigDict
 
 
+class Positions(BaseModel):
+    """Rotary positions among the arguments of a call: cosines and sines, or complex numbers.
+
+    Attributes:
+        name: of the parameter.
+        axis: of the tokens, from the end.
+        patches_only: whether they are of the patches, not of all tokens.
+        turn: which channels are a pair: "halves", i and i + D / 2, or "pairs", neighbours.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    axis: int
+    patches_only: bool = False
+    turn: str
+
+
 class Heads(BaseModel):
     """How a block's attention makes its queries, keys and values. Names are those within the attention module.
 
@@ -15,6 +33,7 @@ class Heads(BaseModel):
         norm_heads: whether the norms take one head at a time.
         scale: of QKᵀ.
         output: the projection after the heads, if the attention module has one.
+        positions: by which queries and keys are turned, if they are.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -26,6 +45,7 @@ class Heads(BaseModel):
     norm_heads: bool = False
     scale: float
     output: str | None
+    positions: Positions | None = None
 
 
 class Structure(BaseModel):
@@ -35,7 +55,8 @@ class Structure(BaseModel):
         row: name of the row of blocks.
         layers: how many of them, from the first on, run on the same tokens.
         projection: name of the module that gives the patches.
-        prefix: tokens in front of the patches.
+        prefix, suffix: tokens before and after the patches.
+        frames: pictures of a video; 0 of a model of images.
         width: channels of a token.
         norm: name within a block of what normalises the tokens before its attention; None without.
         attention: name within a block.
@@ -52,6 +73,8 @@ class Structure(BaseModel):
     layers: int
     projection: str
     prefix: int
+    suffix: int = 0
+    frames: int = 0
     width: int
     norm: str | None
     attention: str
