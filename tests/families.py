@@ -12,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
 ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
@@ -81,11 +82,41 @@ def _vitpose():
     return transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=3))
 
 
+def _vjepa2():
+    """Takes videos; of one time here, so that it has as many patches as the others."""
+    small = {name: HF_SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 3, "pred_num_hidden_layers": 1}
+    options = {"crop_size": 32, "frames_per_clip": 2, "mlp_ratio": 2, "num_labels": 5, "num_pooler_layers": 1}
+    return transformers.VJEPA2ForVideoClassification(transformers.VJEPA2Config(**small, **options, **predictor))
+
+
 def _llama4():
     """A class token behind the patches, positions as complex numbers, patches cut before they are projected."""
     widths = {"vision_output_dim": 48, "projector_input_dim": 48, "projector_output_dim": 48}
     small = {**HF_SMALL, "intermediate_size": 192}
     return transformers.Llama4VisionModel(transformers.Llama4VisionConfig(**small, **widths))
+
+
+SAM_SMALL = {"use_rel_pos": True, "window_size": 3}
+GLOBAL = [0, 2, 3, 4, 5, 6]
+
+
+def _sam():
+    small = {name: value for name, value in HF_SMALL.items() if name not in ("intermediate_size", "num_hidden_layers")}
+    options = {"output_channels": 16, "global_attn_indexes": GLOBAL, "mlp_dim": 96, "num_hidden_layers": 7}
+    return transformers.SamVisionModel(transformers.SamVisionConfig(**{**small, **SAM_SMALL, **options}))
+
+
+def _vitdet():
+    small = {name: value for name, value in HF_SMALL.items() if name not in ("intermediate_size", "num_hidden_layers")}
+    options = {"window_block_indices": [1], "window_size": 3, "num_hidden_layers": 7, "mlp_ratio": 2}
+    relative = {"use_relative_position_embeddings": True, "out_indices": [3, 7]}
+    return transformers.VitDetBackbone(transformers.VitDetConfig(**small, **options, **relative))
+
+
+def _timm_sam():
+    options = {"depth": 7, "global_attn_indexes": tuple(GLOBAL), "neck_chans": 16, "num_classes": 5, "mlp_ratio": 2.0}
+    return VisionTransformerSAM(**{**SMALL, **SAM_SMALL, **options})
 
 
 def _beit_inside_dpt():
@@ -163,6 +194,10 @@ FAMILIES = {
         "DPTForSemanticSegmentation", is_hybrid=False, backbone_out_indices=[1, 3, 4, 5], num_labels=5, **HEAD
     ),
     "hf DPT with BEiT": _beit_inside_dpt,
+    "hf VJEPA2": _vjepa2,
+    "hf SAM": _sam,
+    "hf ViTDet": _vitdet,
+    "timm sam": _timm_sam,
     **PROVEN,
 }
 CORE = (

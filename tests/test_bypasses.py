@@ -105,7 +105,9 @@ def _spell_out(adapter, layer: int, choice, bypass: str, follows: bool) -> None:
     block = adapter.blocks[layer - 1]
     own = _own_forward(adapter, block)
 
-    def spelt_out(tokens, *args, **kwargs):
+    def spelt_out(*args, **kwargs):
+        entering, args, kwargs = adapter.entering(args, kwargs)
+        tokens = adapter.taken(entering)
         result = tokens.clone()
         for image in range(len(tokens)):
             groups = _groups(choice, image) if bypass != "identity" else _alone(choice, image)
@@ -116,14 +118,14 @@ def _spell_out(adapter, layer: int, choice, bypass: str, follows: bool) -> None:
             norm = None if follows else adapter.norm(block)  # groups that go on are normed as tokens are
             if merged and norm is not None:
                 means = [norm.forward(tokens[image, members]).mean(0) for members in groups.values()]
-                norm.forward = lambda _, means=means: torch.stack(means)[None]
+                norm.forward = lambda _, means=means: adapter.as_normed(torch.stack(means)[None])
             places = torch.tensor([list(groups)])
             update = adapter.call(block, own, taken, args, kwargs, places, sizes.float())[0] - taken[0]
             if norm is not None:
                 norm.__dict__.pop("forward", None)
             for index, members in enumerate(groups.values()):
                 result[image, members] = tokens[image, members] + update[index]
-        return result
+        return adapter.given_back(adapter.restored(result, entering))
 
     block.forward = spelt_out
 

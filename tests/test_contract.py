@@ -109,9 +109,9 @@ def _mask(adapter, layer: int, chosen: torch.Tensor) -> None:
 
     def masked(*args, **kwargs):
         tokens = adapter.entering(args, kwargs)[0]
-        attends = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter(1, chosen, True)
-        attends = adapter.restored(attends[..., None], tokens)
-        with _attending(block, attends[..., 0]):
+        in_a_row = torch.zeros(adapter.taken(tokens).shape[:2], dtype=torch.bool).scatter(1, chosen, True)
+        attends = adapter.restored(in_a_row[..., None], tokens)
+        with _attending(block, attends[..., 0] if attends.ndim == 3 else in_a_row):
             updated = first_of(forward(*args, **kwargs))
         return adapter.given_back(torch.where(attends, updated, tokens))
 
@@ -122,14 +122,20 @@ def _mask(adapter, layer: int, chosen: torch.Tensor) -> None:
 def _attending(block: nn.Module, attends: torch.Tensor):
     """Whatever the block's attention is, within this block nobody looks at the tokens that do not attend."""
     bias = torch.zeros(attends.shape).masked_fill(~attends, float("-inf"))
-    plain, mixed = F.scaled_dot_product_attention, []
+    plain, softmax, method, mixed = F.scaled_dot_product_attention, F.softmax, torch.Tensor.softmax, []
+
+    def of_keys(like):
+        """For (B, H, ·, N), or with images and heads in one dimension."""
+        return bias[:, None, None] if like.ndim == 4 else bias.repeat_interleave(len(like) // len(bias), 0)[:, None]
 
     def masked(*parts, attn_mask=None, **options):
-        mask = bias[:, None, None] + (0 if attn_mask is None else attn_mask)
-        return plain(*parts, attn_mask=mask.expand(-1, -1, parts[0].shape[2], -1), **options)
+        mask = of_keys(parts[0]) + (0 if attn_mask is None else attn_mask)
+        shape = (*mask.shape[:-2], parts[0].shape[-2], mask.shape[-1])
+        return plain(*parts, attn_mask=mask.expand(shape), **options)
 
-    softmax = F.softmax  # of attentions that are not fused
-    F.softmax = lambda logits, *options, **named: softmax(logits + bias[:, None, None], *options, **named)
+    # Of attentions that are not fused.
+    F.softmax = lambda logits, *options, **named: softmax(logits + of_keys(logits), *options, **named)
+    torch.Tensor.softmax = lambda logits, *options, **named: method(logits + of_keys(logits), *options, **named)
     F.scaled_dot_product_attention = masked
     if isinstance(getattr(block, "attn", None), TalkingHeadAttn):  # (B, N, N, H), mixed before and behind the softmax
         before = lambda *_: _[-1] + bias[:, None, :, None]  # noqa: E731
@@ -141,7 +147,7 @@ def _attending(block: nn.Module, attends: torch.Tensor):
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.softmax = plain, softmax
+        F.scaled_dot_product_attention, F.softmax, torch.Tensor.softmax = plain, softmax, method
         for handle in mixed:
             handle.remove()
 

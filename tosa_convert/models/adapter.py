@@ -75,6 +75,10 @@ class Adapter(ABC):
     def norm(self, block: nn.Module) -> nn.Module | None:
         """What normalises the tokens in front of a block's attention, if anything does."""
 
+    def as_normed(self, normed: torch.Tensor) -> torch.Tensor:
+        """Normed tokens (B, K, C) in the form in which :meth:`norm` gives them inside :meth:`call`."""
+        return normed
+
     def normed(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens as the block's attention takes them, (B, N, C)."""
         norm = self.norm(block)

@@ -25,12 +25,23 @@ from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
 from tosa_convert.models.proof.block import take_apart
 from tosa_convert.models.proof.calls import NotProvenError, first_of
+from tosa_convert.models.proof.images import (
+    as_taken,
+    channels_of,
+    forward_of,
+    frames_of,
+    grid_by_config,
+    image_config,
+    input_name,
+    size_of,
+)
 from tosa_convert.models.proof.positions import named, read, turned
 from tosa_convert.models.proof.row import find_row
 from tosa_convert.models.proof.structure import Structure
 from tosa_convert.models.relative_bias import mask_at, total
 from tosa_convert.models.rotary import RotaryTap, positions_at
 from tosa_convert.models.subclassing import answered, plain_class
+from tosa_convert.models.videos import standing_still
 
 MASK = "attention_mask"
 
@@ -54,16 +65,6 @@ def find(model: nn.Module) -> Adapter | None:
     return ProvenVit(model, structure)
 
 
-def image_config(model: nn.Module) -> Any:
-    """The config that says how large images and patches are; None where none does."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return next((config for config in configs if _cuts(config) and _size(config)), None)
-
-
-def _cuts(config: Any) -> bool:
-    return any(getattr(config, name, None) for name in ("patch_size", "tubelet_size"))
-
-
 def prove(model: nn.Module) -> Structure:
     """Find a model's parts and prove what they do, on a random image of the model's own size; the model stays as it is.
 
@@ -71,14 +72,14 @@ def prove(model: nn.Module) -> Structure:
         NotProvenError: which proof failed, and where.
     """
     config, weight = image_config(model), next(model.parameters())
-    frames = frames_of(config) if takes_videos(model) else 0
-    shape = (*([frames] if frames else []), channels_of(config), *_size(config))
+    frames = frames_of(model, config)
+    shape = (*([frames] if frames else []), channels_of(config), *size_of(config))
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
     with _in_eval(model):
         try:
             name = input_name(model)
             run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
-            row = find_row(model, run, image, _by_config(config))
+            row = find_row(model, run, image, grid_by_config(config))
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise NotProvenError(
                 f"{type(model).__name__} does not run on an image alone ({' '.join(str(error).split())[:120]}); "
@@ -96,52 +97,6 @@ def prove(model: nn.Module) -> Structure:
         width=row.first.tokens.shape[-1],
         **parts._asdict(),
     )
-
-
-def _by_config(config: Any) -> tuple[int, ...]:
-    """Rows and columns of the patches."""
-    cut = getattr(config, "patch_size", 1)
-    cut = (cut, cut) if isinstance(cut, int) else tuple(cut)[-2:]
-    return tuple(side // patch for side, patch in zip(_size(config), cut, strict=True))
-
-
-def channels_of(config: Any) -> int:
-    """Of the images; a config that does not tell means three."""
-    return 1 if hasattr(config, "num_mel_bins") else getattr(config, "num_channels", 3)
-
-
-def forward_of(model: Any):
-    """What takes images: the model, or of one of images and texts its image branch."""
-    return model.get_image_features if hasattr(model, "get_text_features") else model
-
-
-def input_name(model: Any) -> str:
-    """The keyword of the images."""
-    taken = inspect.signature(getattr(forward_of(model), "forward", forward_of(model))).parameters
-    return next((name for name in ("pixel_values", "input_values") if name in taken), model.main_input_name)
-
-
-def takes_videos(model: Any) -> bool:
-    """Whether patches are cut from several pictures at once."""
-    return any(isinstance(module, nn.Conv3d) for module in model.modules())
-
-
-def frames_of(config: Any) -> int:
-    """Pictures of a video."""
-    return getattr(config, "num_frames", None) or config.frames_per_clip
-
-
-def as_taken(name: str, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) as the model takes them: a spectrogram, which is one of its frequencies and times, comes as
-    (B, times, frequencies)."""
-    return images[:, 0].mT if name == "input_values" else images
-
-
-def _size(config: Any) -> tuple[int, int] | None:
-    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return config.num_mel_bins, config.max_length
-    size = getattr(config, "image_size", None)
-    return (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else None
 
 
 @contextmanager
@@ -307,8 +262,8 @@ class ProvenVit(TransformersVit):
     def inputs(self, images):
         """A model of videos takes an image as a video that stands still."""
         given = super().inputs(images)
-        if self.structure.frames and images.ndim == 4:
-            images = images[:, None].expand(-1, self.structure.frames, -1, -1, -1)
+        if self.structure.frames:
+            images = standing_still(images, self.structure.frames)
         return {**given, self.input_name: as_taken(self.input_name, images)}
 
     @property
@@ -317,7 +272,7 @@ class ProvenVit(TransformersVit):
 
     def preprocessing(self):
         grey = {"mean": (0.5,), "std": (0.5,)} if self.channels == 1 else {}
-        return Preprocessing(size=_size(self._vision_config), channels=self.channels, **grey)
+        return Preprocessing(size=size_of(self._vision_config), channels=self.channels, **grey)
 
     def grid(self, size):
         """By the convolution that cuts the patches, which may overlap."""

@@ -4,10 +4,10 @@ from torch import nn
 
 REASONS = {
     "its attention runs within windows: a token cannot leave one without changing the others": (
-        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit vision_transformer_sam gcvit davit "
+        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit gcvit davit "
         "tiny_vit nest hiera hieradet_sam2",
-        "swin swinv2 swin2sr maskformer-swin donut-swin hiera sam sam_vision_model sam2 "
-        "sam2_vision_model sam2_hiera_det_model sam3 sam_hq sam_hq_vision_model vitdet dinat",
+        "swin swinv2 swin2sr maskformer-swin donut-swin hiera sam2 "
+        "sam2_vision_model sam2_hiera_det_model sam3 sam3_vit_model dinat",
     ),
     "it is hierarchical: its stages pool tokens or mix them with convolutions, so they have no fixed places": (
         "mvitv2 levit pvt_v2 twins coat efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra edgenext "

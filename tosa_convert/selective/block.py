@@ -55,7 +55,7 @@ def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, attended, toke
     """A block's own forward on the tokens at some places, with ``normed`` in place of what its first norm gives."""
     adapter = block.adapter
     norm = None if normed is None else adapter.norm(block)
-    with nullcontext() if norm is None else answered(norm, lambda *given, **named: normed):
+    with nullcontext() if norm is None else answered(norm, lambda *given, **named: adapter.as_normed(normed)):
         return adapter.call(block, base.forward, tokens, args, kwargs, attended, sizes)
 
 
