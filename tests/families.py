@@ -33,7 +33,7 @@ def _timm(kind=VisionTransformer, **options):
     return lambda: kind(**{**SMALL, **resizing, **options})
 
 
-def _naflex(**options):
+def naflex(**options):
     small = {name: value for name, value in SMALL.items() if name not in ("img_size", "num_classes")}
     return lambda: NaFlexVit(NaFlexVitCfg(**{**small, **options}), num_classes=5, img_size=32)
 
@@ -168,8 +168,8 @@ FAMILIES = {
     ),
     "timm relpos post-norm": _timm(VisionTransformerRelPos, block_fn=ResPostRelPosBlock, init_values=0.5),
     "timm cait": _timm(Cait, init_values=0.5),
-    "timm naflex": _naflex(reg_tokens=1, class_token=False, global_pool="avg"),
-    "timm naflex rope": _naflex(rope_type="axial", class_token=True, global_pool="token", embed_proj_type="conv"),
+    "timm naflex": naflex(reg_tokens=1, class_token=False, global_pool="avg"),
+    "timm naflex rope": naflex(rope_type="axial", class_token=True, global_pool="token", embed_proj_type="conv"),
     "hf ViTModel": _hf("ViTModel"),
     "hf ViT classifier": _hf("ViTForImageClassification", num_labels=5),
     "hf DeiTModel": _hf("DeiTModel"),

@@ -19,6 +19,7 @@ from torch import nn
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import TosaError, UnsupportedModelError
 from tosa_convert.models.hooks import Receive, Tap
+from tosa_convert.models.masks import mask_at, total
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.unsupported import why_not
 
@@ -131,7 +132,11 @@ class Adapter(ABC):
 
     def padding(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """Which tokens are none, (B, N), by the mask that a block is called with; None where all are tokens."""
-        return None
+        mask = self.mask(args, kwargs)
+        if mask is None:
+            return None
+        seen = mask[:, 0, 0]  # by the first token: what it does not see is nothing that any token sees
+        return seen < torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else ~seen.bool()
 
     def restored(self, tokens: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, C) in the order of :meth:`taken` → in the form and order of what the block was called with."""
@@ -147,19 +152,29 @@ class Adapter(ABC):
         Raises:
             TosaError: something in it is per token, and it is not known how to take it along.
         """
-        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-            raise TosaError(
-                f"selective layer {layer} was called with a mask or per-token positions, which are not gathered yet; "
-                "run the model without an attention mask"
-            )
+        mask = self.mask(args, kwargs)
+        of_padding = mask is not None and mask.ndim == 4 and mask.shape[1] == 1
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and not (value is mask and of_padding):
+                raise TosaError(
+                    f"selective layer {layer} was called with a mask or per-token positions of a form that is not "
+                    "known; run the model without an attention mask, or with one of (B, 1, N, N)"
+                )
 
     def arguments(
         self, args: tuple, kwargs: dict, places: torch.Tensor | None, sizes: torch.Tensor | None
     ) -> tuple[tuple, dict]:
         """A block's arguments after its tokens, when these are not all of the tokens; see :meth:`call`."""
-        if sizes is None:
+        mask = None if places is None else self.mask(args, kwargs)
+        if sizes is None and mask is None:
             return args, kwargs
-        return args[1:], {**kwargs, self.bias_name: sizes.log()[:, None, None, :]}
+        added = None if mask is None else mask_at(mask, places, next(self.model.parameters()).dtype)
+        weights = None if sizes is None else sizes.log()[:, None, None, :]
+        return args[1:], {**kwargs, self.bias_name: total(added, weights)}
+
+    def mask(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        """Who sees whom, among a block's arguments after its tokens."""
+        return None if self.bias_name is None else kwargs.get(self.bias_name, args[0] if args else None)
 
     def call(
         self,

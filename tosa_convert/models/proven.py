@@ -21,6 +21,7 @@ from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models import unsupported
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit
+from tosa_convert.models.masks import mask_at, total
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
 from tosa_convert.models.proof.block import take_apart
@@ -38,7 +39,6 @@ from tosa_convert.models.proof.images import (
 from tosa_convert.models.proof.positions import named, read, turned
 from tosa_convert.models.proof.row import find_row
 from tosa_convert.models.proof.structure import Structure
-from tosa_convert.models.relative_bias import mask_at, total
 from tosa_convert.models.rotary import RotaryTap, positions_at
 from tosa_convert.models.subclassing import answered, plain_class
 from tosa_convert.models.videos import standing_still

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.masks import total
 from tosa_convert.models.subclassing import answered
 
 
@@ -52,26 +52,6 @@ class RelativeAdapter(Adapter):
             return forward(block, tokens, **{**kwargs, self.bias_name: bias})
         with answered(own.holder, lambda *args, **kwargs: bias, own.method):
             return forward(block, tokens, **{**kwargs, self.bias_name: None})
-
-
-def total(*biases: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum of those that there are."""
-    given = [bias for bias in biases if bias is not None]
-    return sum(given[1:], given[0]) if given else None
-
-
-def mask_at(mask: torch.Tensor, places: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """A mask for all pairs of tokens, (B or 1, 1, N or 1, N), true where one sees the other or what is added to the
-    logits, and places among the tokens (B, K) → (B, 1, K or 1, K) that is added."""
-    if not mask.is_floating_point():
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-            ~mask.bool(), torch.finfo(dtype).min
-        )
-    if places is None:
-        return mask
-    pairs = mask.expand(len(places), -1, -1, -1)[:, 0]
-    rows = gather_tokens(pairs, places) if pairs.shape[1] > 1 else pairs
-    return gather_tokens(rows.mT, places).mT[:, None]
 
 
 def bias_at(bias: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

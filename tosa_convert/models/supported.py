@@ -15,6 +15,7 @@ from tosa_convert.models import adapter as adapters
 from tosa_convert.models import unsupported as refusals
 from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.relative_bias import RelativeAdapter
+from tosa_convert.models.windowed import Windowed
 
 
 def families() -> list[dict[str, str]]:
@@ -34,7 +35,7 @@ def families() -> list[dict[str, str]]:
             }
         )
     proven = {"family": "transformers: any other ViT, by proof (`models CLASS` or `models FOLDER` runs it)"}
-    return [*rows, {**proven, "names": "", "positions": "added", "per head": "yes", "tome": "if no maps"}]
+    return [*rows, {**proven, "names": "", "positions": "added or rotary", "per head": "yes", "tome": "if no maps"}]
 
 
 def family_of(model: nn.Module) -> str:
@@ -95,7 +96,7 @@ def _takes_away(adapter: type[Adapter]) -> str:
 
 
 def _positions(adapter: type[Adapter]) -> str:
-    if issubclass(adapter, RelativeAdapter):
+    if issubclass(adapter, (RelativeAdapter, Windowed)):
         return "bias"
     return "rotary" if adapter.relative else "added"
 

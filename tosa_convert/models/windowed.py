@@ -11,8 +11,8 @@ from tosa_convert.base.errors import UnsupportedModelError
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models.decomposed_bias import decomposed_bias
 from tosa_convert.models.hooks import ProjectionTap
+from tosa_convert.models.masks import total
 from tosa_convert.models.proof.calls import first_of
-from tosa_convert.models.relative_bias import total
 from tosa_convert.models.subclassing import answered
 
 

@@ -1,4 +1,4 @@
-"""timm: NaFlexViT on images of one size.
+"""timm: NaFlexViT.
 
 Its blocks are those of ViT or of Eva.
 """
@@ -23,7 +23,7 @@ def find(model: nn.Module) -> Adapter | None:
 
 
 class _NaFlex:
-    """What is not as in other timm models. Pre-patchified input brings a mask, and is refused with it."""
+    """What is not as in other timm models. Pre-patchified input brings a mask of the valid patches."""
 
     def __init__(self, model: NaFlexVit):
         super().__init__(model)
@@ -32,6 +32,11 @@ class _NaFlex:
     @property
     def patch_projection(self) -> nn.Module:
         return self.model.embeds
+
+    def grid_of(self, inputs, output):
+        """Of pre-patchified input, with a grid of its own for each image: a row."""
+        tokens, grid = output
+        return grid or (tokens.shape[1] - self.prefix,)
 
     @property
     def size(self):

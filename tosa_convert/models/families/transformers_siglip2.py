@@ -1,6 +1,6 @@
-"""transformers: SigLIP 2 (NaFlex) on images of one size.
+"""transformers: SigLIP 2 (NaFlex).
 
-Images are cut into patches before the model sees them.
+Images are cut into patches before the model sees them, and padded to one number if a processor does it.
 """
 
 import math
@@ -8,7 +8,6 @@ import math
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import TosaError
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class, row_of
 from tosa_convert.models.preprocessing import Preprocessing
@@ -28,7 +27,7 @@ def _sees_patches(layer: nn.Module) -> bool:
 
 
 class TransformersSiglip2(TransformersVit):
-    """Input that a processor has padded comes with a mask of the valid patches, and is refused with it."""
+    """Input that a processor has padded comes with a mask of the valid patches."""
 
     def _prefix_tokens(self, block):
         return 0
@@ -42,10 +41,9 @@ class TransformersSiglip2(TransformersVit):
         if torch.compiler.is_compiling():  # a graph is of the model's own size
             return self.grid(self.preprocessing().size)
         shapes = inputs[1]
-        if not bool((shapes == shapes[:1]).all()):
-            raise TosaError("the images of this batch have different grids of patches; give images of one size")
         rows, columns = shapes[0].tolist()
-        return rows, columns
+        whole = bool((shapes == shapes[:1]).all()) and rows * columns == output.shape[1]
+        return (rows, columns) if whole else (output.shape[1],)  # of several grids, or one with padding: a row
 
     def preprocessing(self) -> Preprocessing:
         side = math.isqrt(self._vision_config.num_patches) * self._vision_config.patch_size

@@ -17,8 +17,6 @@ from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.calls import first_of
-from tosa_convert.models.relative_bias import mask_at, total
-from tosa_convert.models.subclassing import plain_class
 from tosa_convert.models.symbolic_sizes import open_numbers
 
 PREFIX_TOKENS = {
@@ -128,37 +126,6 @@ class TransformersVit(Adapter):
             return args, kwargs
         mask = {self.bias_name: None}
         return ((None, *args[1:]), kwargs) if args else (args, {**kwargs, **mask})
-
-    def mask(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
-        """Of the tokens, among a block's arguments after its tokens."""
-        if self.bias_name is None:
-            return None
-        names = [name for name in inspect.signature(plain_class(self.blocks[0]).forward).parameters if name != "self"]
-        return {**dict(zip(names[1:], args, strict=False)), **kwargs}.get(self.bias_name)
-
-    def padding(self, args, kwargs):
-        mask = self.mask(args, kwargs)
-        if mask is None:
-            return None
-        last = mask[:, 0, 0]  # what the first token does not see is nothing that any token sees
-        return last < torch.finfo(last.dtype).min / 2 if last.is_floating_point() else ~last.bool()
-
-    def check_arguments(self, layer, args, kwargs):
-        """A mask of padding goes along with the tokens."""
-        mask = self.mask(args, kwargs)
-        if mask is not None and mask.ndim == 4 and mask.shape[1] == 1:
-            args = tuple(None if value is mask else value for value in args)
-            kwargs = {name: value for name, value in kwargs.items() if value is not mask}
-        super().check_arguments(layer, args, kwargs)
-
-    def arguments(self, args, kwargs, places, sizes):
-        mask = self.mask(args, kwargs)
-        if mask is None or places is None:
-            return super().arguments(args, kwargs, places, sizes)
-        bias = mask_at(mask, places, next(self.blocks[0].parameters()).dtype)
-        rest = args[1:] if args and args[0] is mask else args
-        weights = None if sizes is None else sizes.log()[:, None, None, :]
-        return rest, {**kwargs, self.bias_name: total(bias, weights)}
 
     def project(self, attention, tokens, arguments):
         heads = attention.config.num_attention_heads
