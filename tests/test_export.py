@@ -262,7 +262,7 @@ def test_a_model_of_one_size_gives_no_file_for_any(photos, tmp_path):
 
 
 ONE_SIZE = ("timm beit", "timm beit shared", "timm relpos", "timm relpos shared", "timm relpos post-norm", "timm cait",
-            "hf Aimv2VisionModel")  # fmt: skip
+            "hf Aimv2VisionModel", "hf SAM", "hf ViTDet", "timm sam", "hf Llama4VisionModel", "hf VJEPA2")  # fmt: skip
 
 
 @pytest.mark.long

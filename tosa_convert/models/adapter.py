@@ -174,7 +174,8 @@ class Adapter(ABC):
 
     def mask(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """Who sees whom, among a block's arguments after its tokens."""
-        return None if self.bias_name is None else kwargs.get(self.bias_name, args[0] if args else None)
+        given = None if self.bias_name is None else kwargs.get(self.bias_name, args[0] if args else None)
+        return given if isinstance(given, torch.Tensor) else None
 
     def call(
         self,

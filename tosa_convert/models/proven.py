@@ -230,6 +230,17 @@ class ProvenVit(TransformersVit):
             known.pop(self.positions.name)
         super().check_arguments(layer, (), known)
 
+    def given(self, args, kwargs):
+        mask = self.mask(args, kwargs)
+        if not torch.compiler.is_exporting() or mask is None:
+            return args, kwargs
+        keywords = {name: None if value is mask else value for name, value in kwargs.items()}
+        return tuple(None if value is mask else value for value in args), keywords
+
+    def mask(self, args, kwargs):
+        given = named(plain_class(self.blocks[0]).forward, (None, *args), kwargs).get(MASK)
+        return given if isinstance(given, torch.Tensor) else None
+
     def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
         """Where places matter or tokens stand for several, the attention is answered for by what it was proven to
         do."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError
+from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models.decomposed_bias import decomposed_bias
 from tosa_convert.models.hooks import ProjectionTap
@@ -84,6 +84,14 @@ class Windowed:
             bias = total(found, bias)
         joined, weights = self.attend(attention, queries, keys, values, bias)
         return self.finish(attention, joined.transpose(1, 2).flatten(2)[:, :, None], column, weights)
+
+    def any_size(self):
+        """Not in a graph: windows are padded by numbers that depend on the size.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("windows fix the size of the images in a graph")
 
     def tap(self, block, receive, detach=True):
         return _MapTap(self, block, receive, detach)

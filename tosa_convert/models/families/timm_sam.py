@@ -1,5 +1,9 @@
 """timm: the image encoder of SAM, its blocks with global attention."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
@@ -48,3 +52,11 @@ class TimmSam(Windowed, TimmVit):
 
     def resize(self, size):
         """Nothing to do: position embeddings are resampled in each forward."""
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """torch.onnx has no fused attention of three dimensions, which timm calls here."""
+        with ExitStack() as stack:
+            for block in self.model.blocks:
+                stack.enter_context(mock.patch.object(block.attn, "fused_attn", False))
+            yield

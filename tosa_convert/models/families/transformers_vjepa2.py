@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import nn
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class
 from tosa_convert.models.preprocessing import Preprocessing
@@ -88,6 +89,15 @@ class TransformersVjepa2(TransformersVit):
     def preprocessing(self) -> Preprocessing:
         side = self._vision_config.crop_size
         return Preprocessing(size=(side, side), channels=self.channels)
+
+    def resize(self, size):
+        """Its positions are those of one size, whatever it is given."""
+        own = self.preprocessing().size
+        if size != own:
+            raise UsageError(f"{type(self.model).__name__} takes images of {own[0]}×{own[1]} only; leave the size out")
+
+    def any_size(self):
+        raise UsageError("positions are those of one size")
 
     def grid(self, size):
         return (self._vision_config.frames_per_clip // self._vision_config.tubelet_size, *super().grid(size))
