@@ -146,9 +146,9 @@ def test_models_that_cannot_be_converted_say_why(name, reason):
         ("TimmWrapperModel", {"architecture": "vit_tiny_patch16_224"}, "by its timm name"),
         ("ResNetModel", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "not a ViT"),
         (
-            "VivitModel",
+            "TimesformerModel",
             {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32},
-            "Vivit",
+            "along times and along places in turn",
         ),
     ],
 )
