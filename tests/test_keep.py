@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import UsageError, convert, evaluate, find_plan
 from tosa_convert.measure.similarity import Keep, error, losses, observe
-from tosa_convert.models.adapter import run
+from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of, retrieval_agreement
 from tosa_convert.planning.comparison import mean_figures
 
@@ -104,3 +104,18 @@ def test_by_command(tosa, photos):
     code, _, err = tosa("plan", "quickstart", "--keep", "map", "--images", "4", "--out", "made")
     assert code == 2
     assert "gives no map to keep" in err
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_patches_are_told_from_prefix_tokens_in_every_family(name):
+    """Whatever the model's own output looks like: pooled, or with tokens behind the patches."""
+    torch.manual_seed(0)
+    model = lively(FAMILIES[name]())
+    adapter, images = adapter_of(model), PHOTOS[:2]
+    seen = observe(model, images)
+    count = adapter.patches((32, 32))
+    assert seen.patches.shape[:2] == (2, count)
+    with torch.inference_mode():
+        tokens = adapter.tokens(images)
+    assert tokens.shape[:2] == (2, adapter.prefix + count)
+    assert (seen.classes is None) == (not adapter.class_token)

@@ -40,7 +40,10 @@ def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
     with torch.inference_mode(), _behind(adapter.blocks[-1]) as caught:
         found = adapter.outputs(images.to(next(model.parameters()).dtype))
     kind, output = next(iter(found.items()))
-    tokens = (output if kind == "tokens" else caught[0]).float()
+    tokens = adapter.taken(caught[0])
+    if kind == "tokens" and output.shape[1] == tokens.shape[1]:  # not where patches are pooled behind the blocks
+        tokens = adapter.taken(output)
+    tokens = tokens.float()
     classes = tokens[:, 0] if adapter.class_token else None
     pooled = found.get("features", output if kind == EMBEDDING else classes)
     pooled = None if pooled is None else pooled.float().flatten(1)

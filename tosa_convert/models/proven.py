@@ -304,6 +304,7 @@ class ProvenVit(TransformersVit):
         return self.grid(self.preprocessing().size) if output.ndim == 3 else super().grid_of(inputs, output)
 
     def tokens(self, images):
+        """With those that stand after the patches moved before them."""
         return self.patches_last(super().tokens(images), 1)
 
 

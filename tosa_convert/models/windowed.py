@@ -49,6 +49,8 @@ class Windowed:
         return PerThread()
 
     def taken(self, entering):
+        if entering.ndim == 3:
+            return entering
         maps = entering.permute(0, 2, 3, 1) if self.channels_first else entering
         self.running.set((tuple(maps.shape[1:3]), None))
         return maps.flatten(1, 2)

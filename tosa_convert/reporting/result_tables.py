@@ -273,14 +273,13 @@ def broken_notes(names: list[str]) -> list[str]:
 
 def examine_table(results: dict) -> Table:
     """How a model is recognised, and what was proven of it."""
-    rows, columns = results["patches"]
     found = [
         ["class", results["class"]],
         ["recognised", results["recognised"]],
         ["layers", str(results["layers"])],
         ["heads", str(results["heads"])],
         ["prefix tokens", str(results["prefix"])],
-        ["patches", f"{rows}×{columns}"],
+        ["patches", "×".join(map(str, results["patches"]))],
     ]
     notes = [f"proven: {proof}" for proof in results["proofs"]]
     if results["structure"]:

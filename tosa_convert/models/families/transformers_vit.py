@@ -202,7 +202,9 @@ class TransformersVit(Adapter):
         finally:
             for handle in handles:
                 handle.remove()
-        return caught[-1]
+        whole = self.prefix + self.patches(tuple(images.shape[-2:]))
+        # Some pool the patches behind their blocks.
+        return next((found for found in reversed(caught) if found.shape[1] == whole), caught[-1])
 
     @property
     def _vision_config(self):
