@@ -9,6 +9,7 @@ from tosa_convert.cli.main import app
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.methods.method import published
 from tosa_convert.methods.schedule import Schedule
+from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Score
 from tosa_convert.planning import plan as planning
 
@@ -39,7 +40,8 @@ DESCRIBED = {
 def defaults_of(command: str) -> dict[str, object]:
     """Option → what holds where it is not given, by the objects that do the work."""
     config = ConvertConfig()
-    parts = [config.make(kind).options.model_dump() for kind in (Score, Bypass, Schedule)]
+    others = [part().options.model_dump() for part in every(Score).values()]
+    parts = [*others, *(config.make(kind).options.model_dump() for kind in (Score, Bypass, Schedule))]
     own: BaseModel | None = SETTINGS[command]() if command in SETTINGS else None
     known = {"seed": Recipe(model="any").seed, "budget": planning.BUDGET, "method": "tosa"}
     for values in (config.model_dump(exclude={"method"}), *parts, own.model_dump() if own else {}):

@@ -107,7 +107,7 @@ def check_plan(model, photos, planned):
     assert 0.77 <= cost.macs / cost.original <= 0.8
     wanted, found = observe(model, photos), observe(converted, photos)
     search = Search(model, photos, None, None, None, 16, Progress())
-    search._build(planned.config.score, planned.config.bypass)
+    search.build(planned.config.score, planned.config.bypass)
     ratios = dict(zip(planned.config.layers, planned.config.ratio, strict=True))
     assert error(found, wanted, search.keep).mean().item() == pytest.approx(
         search.measure(Allocation(ratios)), rel=1e-3

@@ -23,6 +23,11 @@ class Selection(StrEnum):
     per_head = "per_head"
 
 
+class CompareBy(StrEnum):
+    normed = "normed"
+    tokens = "tokens"
+
+
 class _Options:
     """One annotation per option, in the order of --help."""
 
@@ -57,6 +62,10 @@ class _Options:
         int | None,
         typer.Option(help="channels of the selector", show_default="2 per head", callback=at_least(1)),
     ]
+    compare_by: Annotated[
+        str | None,
+        typer.Option(help="what similarity compares", metavar="<normed|tokens>", show_default="normed"),
+    ] = (None,)
     kernel: Annotated[
         int | None,
         typer.Option(help="width of the selector's convolutions", show_default="3", callback=at_least(1)),

@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, flat_positions, gather_tokens, leading, ordered, pick
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, leading, ordered, pick
 
-SKETCH_WIDTH = 96
-"""Numbers per token that are compared, see :func:`sketch`."""
+SKETCHED = 1536
+"""A token of D channels is compared by D² / 1536 numbers, see :func:`sketch`: the cost is then the same share of a
+layer's at every width."""
+FEWEST = 64
+"""Numbers that it is compared by at least, if it has as many channels."""
 
 
 class Pyramid(NamedTuple):
@@ -114,10 +117,15 @@ def _stays(places, sides, level: int):
     return stays & (fine % 2 == 0), math.prod(left[:halved]) * ((math.prod(left[halved:]) + 1) // 2)
 
 
-def features_of(tokens: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) tokens before and after a norm → (B, N, about 96), by whose distances tokens are compared:
-    half-way (geometric mean) between those of the tokens and those of the normed tokens."""
-    return sketch(normed) * tokens.norm(dim=-1, keepdim=True).sqrt()
+def features_of(tokens: torch.Tensor, normed: torch.Tensor, by: str = "normed") -> torch.Tensor:
+    """(B, N, D) tokens before and after a norm → (B, N, fewer), by whose distances tokens are compared.
+
+    Args:
+        by: "normed" is half-way (geometric mean) between the distances of the tokens and those of the normed tokens,
+            "tokens" half-way between those of the tokens and of their directions.
+    """
+    lengths = tokens.norm(dim=-1, keepdim=True).sqrt()
+    return sketch(normed) * lengths if by == "normed" else sketch(tokens) / lengths.clamp(min=1e-6)
 
 
 def apart(tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -126,10 +134,10 @@ def apart(tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) → (B, N, about 96): sums of every 96th channel under fixed signs. Distances between tokens are
+    """(B, N, D) → (B, N, about D² / 1536): sums of channels far apart under fixed signs. Distances between tokens are
     kept roughly (a random projection), at the price of D additions per token."""
     width = tokens.shape[-1]
-    group = max(1, width // SKETCH_WIDTH)
+    group = max(1, width // max(FEWEST, width**2 // SKETCHED))
     device, dtype = tokens.device, tokens.dtype
     signed = tokens * _remembered(("signs", width, device, dtype), lambda: _signs(width, device, dtype))
     if width % group:
@@ -143,7 +151,7 @@ def _signs(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 
 def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
-    """Skip the patches that another one stands in for at the least distance.
+    """Skip the patches that another one can stand in for at the least distance; the nearest one that attends does.
 
     Args:
         features: (B, prefix + N, D); close features (Euclidean) mean that one token can stand in for the other.
@@ -156,50 +164,33 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
     ranked = features.index_select(1, places)
     lengths = ranked.square().sum(-1)
     always = torch.arange(coarsest, device=features.device).expand(batch, coarsest)
-    nearness, parents = [], [always]
+    nearness = []
     for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
         # Narrowed, not sliced: one operator in a graph, where a slice is two.
         those, others = ranked.narrow(1, count, finer - count), ranked.narrow(1, 0, count)
-        near, parent = nearest(those, others, lengths.narrow(1, 0, count))
-        nearness.append(near)
-        parents.append(parent)
+        nearness.append(nearest(those, others, lengths.narrow(1, 0, count)).values)
     distances = lengths.narrow(1, coarsest, patches - coarsest) - 2 * torch.cat(nearness, dim=1)
     closest = ordered(distances).indices + coarsest
     skipped, finest = closest.split([patches - kept, kept - coarsest], dim=1)  # slices would lose symbolic lengths
     attended = torch.cat([always, finest], dim=1)
-    partners = _first_attended(torch.cat(parents, dim=1), attended, skipped, len(grid.counts))
+    found = nearest(gather_tokens(ranked, skipped), gather_tokens(ranked, attended), pick(lengths, attended))
     everyone = torch.cat([attended, skipped], dim=1)
-    found = places.index_select(0, everyone.reshape(-1)).reshape(everyone.shape)
-    attended, skipped = found.split([kept, patches - kept], dim=1)
-    return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, partners + prefix)
+    located = places.index_select(0, everyone.reshape(-1)).reshape(everyone.shape)
+    attended, skipped = located.split([kept, patches - kept], dim=1)
+    return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, found.indices + prefix)
 
 
-def _first_attended(parents: torch.Tensor, attended: torch.Tensor, skipped: torch.Tensor, levels: int) -> torch.Tensor:
-    """(B, S): climb from each skipped token to the first of its ancestors that attends, as an index into
-    ``attended``. Parents are always of a coarser level, so ``levels`` steps lead to the coarsest."""
-    # On rows of the whole batch, so that no step of the climb has to work them out again.
-    above, attending, found = flat_positions(parents.shape[1], parents, attended, skipped)
-    own = torch.arange(attended.shape[1], device=attended.device).expand_as(attended)
-    places = torch.full_like(above, -1).index_copy(0, attending, own.reshape(-1))
-    found = above.index_select(0, found)
-    for _ in range(levels - 1):
-        found = torch.where(places.index_select(0, found) < 0, above.index_select(0, found), found)
-    return places.index_select(0, found).reshape(skipped.shape)
-
-
-def nearest(
-    tokens: torch.Tensor, others: torch.Tensor, their_lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, D) and (B, M, D), with the squared lengths of the latter → for each token which of the others is nearest,
-    and how near, both (B, N): its own squared length less twice that is the squared distance."""
-    near, index = (tokens @ others.mT - (0.5 * their_lengths).unsqueeze(1)).max(-1)
-    return near, index
+def nearest(tokens: torch.Tensor, others: torch.Tensor, their_lengths: torch.Tensor):
+    """(B, N, D) and (B, M, D), with the squared lengths of the latter → for each token how near the nearest of the
+    others is (``values``; its own squared length less twice that is the squared distance), and which one it is
+    (``indices``), both (B, N)."""
+    return (tokens @ others.mT - (0.5 * their_lengths).unsqueeze(1)).max(-1)
 
 
 def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
     """The same choice with partners: for each skipped token the nearest attending patch by ``features``, (B, N, D)."""
     skipped, attended = (gather_tokens(features, places) for places in (choice.skipped, choice.attended[:, prefix:]))
-    nearest_one = nearest(skipped, attended, attended.square().sum(-1))[1]
+    nearest_one = nearest(skipped, attended, attended.square().sum(-1)).indices
     return choice._replace(partners=nearest_one + prefix)
 
 

@@ -89,6 +89,7 @@ class Score(Part, nn.Module):
         learns: whether it has to be trained before it is of use, see :meth:`lesson`.
         least: the smallest share of a layer's patches that it can choose.
         ordinary_before: whether the layer that it reads must not be selective itself.
+        variants: options that a plan tries in place of the defaults.
     """
 
     kind: ClassVar[str] = "score"
@@ -104,6 +105,7 @@ class Score(Part, nn.Module):
     learns: ClassVar[bool] = False
     least: ClassVar[float] = 0.0
     ordinary_before: ClassVar[bool] = False
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def setup(self, site: Site) -> None:
         """Make what depends on the model and the layer: parameters, a seed. Called once per selective layer."""

@@ -10,6 +10,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.measure.similarity import Keep
 from tosa_convert.planning.search import Plan, Search
+from tosa_convert.planning.settling import settle_on_parts
 from tosa_convert.selective.conversion import is_converted
 
 BUDGET = 0.75
@@ -73,7 +74,7 @@ def find_plan(
     try:
         kept = None if keep is None else Keep(keep)
         search = Search(model.eval(), images, labels, kept, segment, batch_size, progress or Progress())
-        search.settle_on_parts(budget)
+        settle_on_parts(search, budget)
         search.price(by, runtime)
         return search.solve(budget) if target_drop is None else search.solve_for(target_drop)
     finally:

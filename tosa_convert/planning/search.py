@@ -34,9 +34,6 @@ from tosa_convert.measure.similarity import (
     observe,
 )
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.method import control, published
-from tosa_convert.methods.parts import every
-from tosa_convert.methods.score import Acts, Score
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.planning.allocation import FINE, Allocation, Shape, bent_ramp, fit, nudged
@@ -116,52 +113,15 @@ class Search:
         self.keep = keep or default_keep(model)
         check_keep(model, self.keep, self.wanted[0])
         self.share_of = MacsShare(model)
+        self.options: dict = {}  # of the score
+        self.parts: dict[tuple[str, str], float] = {}  # errors of the pairs that were tried
         self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
 
-    def settle_on_parts(self, budget: float) -> None:
-        """The pair of score and bypass that does best on a ramp, over all layers or over the second half of them."""
-        scores, bypasses = self._scores_and_bypasses()
-        lead = next((name for name in scores if every(Score)[name].finds_partners), scores[0])
-        self.parts: dict[tuple[str, str], float] = {}
-        with self.progress.track("scores and bypasses", len(scores) + len(bypasses) - 1) as advance:
-
-            def best_of(pairs: list[tuple[str, str]]) -> tuple[str, str]:
-                for pair in pairs:
-                    self.parts[pair] = self._of_ramps(*pair, budget)
-                    advance(" × ".join(min(self.parts, key=self.parts.__getitem__)))
-                return min(self.parts, key=self.parts.__getitem__)
-
-            _, bypass = best_of([(lead, bypass) for bypass in bypasses])
-            score, bypass = best_of([(score, bypass) for score in scores if score != lead])
-        self._build(score, bypass)
-
-    def _of_ramps(self, score: str, bypass: str, budget: float) -> float:
-        """The least error of two ramps that skip about as much as the budget asks for, on the first images."""
-        self._build(score, bypass)
-        found, depth = [], len(adapter_of(self.model).blocks)
-        for first in (0, len(self.layers) // 2):
-            lowest = max(0.2, 1 - 2 * (1 - budget) * depth / (len(self.layers) - first))
-            allocation = bent_ramp(self.layers, first, 1.0, self.segment or 1)(lowest)
-            found.append(self._error(allocation, 0).mean().item())
-        return min(found)
-
-    def _scores_and_bypasses(self) -> tuple[list[str], list[str]]:
-        """Scores that need no training and can do any ratio, but for the control; bypasses that leave every token."""
-        class_token = adapter_of(self.model).class_token
-        scores = [
-            name
-            for name, part in every(Score).items()
-            if name != published()[control()].score
-            and not (part.learns or part.least)
-            and (class_token or not part.needs_class_token)
-        ]
-        grouping = (self.segment or 1) > 1
-        bypasses = {name: part for name, part in every(Bypass).items() if part.acts is Acts.AROUND}
-        return scores, [name for name, part in bypasses.items() if part.groups or not grouping]
-
-    def _build(self, score: str, bypass: str) -> None:
-        self.probe = convert(copy.deepcopy(self.model), score=score, bypass=bypass, schedule="all", ratio=0.5)
+    def build(self, score: str, bypass: str) -> None:
+        """A probe of these parts, with the options that were settled on."""
+        parts = {"score": score, "bypass": bypass, "schedule": "all", **self.options}
+        self.probe = convert(copy.deepcopy(self.model), **parts, ratio=0.5)
         self.layers = self.probe.tosa_config.layers
 
     def price(self, by: str, runtime: str) -> None:
@@ -172,7 +132,7 @@ class Search:
 
     def measure(self, allocation: Allocation) -> float:
         """Mean error over the images."""
-        return torch.cat([self._error(allocation, part) for part in range(len(self.batches))]).mean().item()
+        return torch.cat([self.error_of(allocation, part) for part in range(len(self.batches))]).mean().item()
 
     def _set(self, allocation: Allocation) -> nn.Module:
         """The probe with an allocation."""
@@ -185,14 +145,14 @@ class Search:
         with resumed(self.probe, self.entering[part], first):
             return observe(self.probe, self.batches[part])
 
-    def _error(self, allocation: Allocation, part: int) -> torch.Tensor:
+    def error_of(self, allocation: Allocation, part: int) -> torch.Tensor:
         """The error of each image of a batch."""
         return error(self._observe(allocation, part), self.wanted[part], self.keep)
 
     def _weigh(self, allocation: Allocation) -> list[torch.Tensor]:
         """Let images with large errors, with an allocation, count less from here on: otherwise the few with the largest
         would decide the plan. Gives the weighted errors of the allocation, per batch."""
-        errors = [self._error(allocation, part) for part in range(len(self.batches))]
+        errors = [self.error_of(allocation, part) for part in range(len(self.batches))]
         mean = torch.cat(errors).mean().clamp(min=1e-12)
         self.weights = [(mean / each.clamp(min=0.01 * mean.item())).sqrt() for each in errors]
         return [each * weights for each, weights in zip(errors, self.weights, strict=True)]
@@ -272,7 +232,7 @@ class Search:
         measured = self._weighted_mean([error(*pair, self.keep) for pair in zip(found, self.wanted, strict=True)])
         rival = self._to_budget(plain, budget)
         same = rival == allocation
-        by_rival = measured if same else self._weighted_mean([self._error(rival, p) for p in range(len(found))])
+        by_rival = measured if same else self._weighted_mean([self.error_of(rival, p) for p in range(len(found))])
         parts = self._set(chosen).tosa_config
         return Plan(
             config=ConvertConfig(
@@ -282,6 +242,7 @@ class Search:
                 layers=list(chosen.ratios),
                 ratio=list(chosen.ratios.values()),
                 segment=as_option(chosen.segments),
+                **self.options,
             ),
             by=self.prices.by,
             keep=self.keep.value,
@@ -295,7 +256,7 @@ class Search:
         )
 
     def _weighted(self, allocation: Allocation, part: int) -> torch.Tensor:
-        return self._error(allocation, part) * self.weights[part]
+        return self.error_of(allocation, part) * self.weights[part]
 
     def _share(self, allocation: Allocation) -> float:
         """Of the original's cost; multiply–adds are counted, latencies go by the prices."""

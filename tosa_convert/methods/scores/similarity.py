@@ -1,10 +1,11 @@
 """Skip the most redundant tokens: those that another one can stand in for."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tosa_convert.base.errors import TosaError
+from tosa_convert.methods import parts
 from tosa_convert.methods.matching import choose_bipartite, choose_redundant, features_of, pyramid, thinnings
 from tosa_convert.methods.score import Acts, Reads, Score, Site, View
 from tosa_convert.methods.token_ops import Choice, keep_count
@@ -17,6 +18,16 @@ class Similarity(Score):
     the layer's own keys.
     """
 
+    class Options(parts.Options):
+        """
+        Attributes:
+            compare_by: what the distances are of, see :func:`~tosa_convert.methods.matching.features_of`. Which one is
+                better differs from model to model; a plan tries both.
+        """
+
+        compare_by: Literal["normed", "tokens"] = "normed"
+
+    variants = ({"compare_by": "tokens"},)
     reads = Reads.TOKENS
     chooses = finds_partners = half_at_most = True
 
@@ -41,7 +52,7 @@ class Similarity(Score):
                 f"{count} patch tokens do not fill the grid of {view.patches}: score similarity needs all of them, so "
                 "no patch dropout, and the patch embedding that the model had when it was converted"
             )
-        features = features_of(view.tokens, view.normed)
+        features = features_of(view.tokens, view.normed, self.options.compare_by)
         most = kept if isinstance(kept, int) else None
         grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
         return choose_redundant(features, self.prefix, grid, kept)
