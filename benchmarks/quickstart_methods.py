@@ -20,7 +20,7 @@ from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert,
 from tosa_convert.data.images import sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.comparison import at_budget
+from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.9, 0.8, 0.7)

@@ -8,8 +8,8 @@ from tosa_convert import BenchSettings, Bypass, ConvertConfig, DistillSettings, 
 from tosa_convert.cli.main import app
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.methods.method import published
-from tosa_convert.methods.schedule import Schedule
 from tosa_convert.methods.parts import every
+from tosa_convert.methods.schedule import Schedule
 from tosa_convert.methods.score import Score
 from tosa_convert.planning import plan as planning
 

@@ -10,6 +10,7 @@ from tosa_convert.methods.matching import (
     FEWEST,
     SKETCHED,
     choose_bipartite,
+    choose_by_energy,
     choose_redundant,
     match,
     pyramid,
@@ -162,6 +163,12 @@ def test_a_sketch_keeps_distances_roughly():
         assert sketch(tokens).shape[-1] <= max(2 * FEWEST, 2 * width**2 / SKETCHED)
         assert abs((rough / exact).mean() - 1) < 0.15
         assert (rough / exact).std() < 0.3
+
+
+def test_energy_skips_nobody_where_all_are_kept():
+    choice = choose_by_energy(random(2, 17, 3), 1, 16, 0.5)
+    assert choice.attended.tolist() == [list(range(17))] * 2
+    assert choice.skipped.shape == choice.partners.shape == (2, 0)
 
 
 def test_nobody_is_skipped_at_ratio_one():

@@ -21,7 +21,7 @@ from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.allocation import FINE, Allocation, bent_ramp, fit
-from tosa_convert.planning.comparison import at_budget
+from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.cost_model import Prices
 from tosa_convert.planning.resuming import catching, resumed
 from tosa_convert.planning.search import Search

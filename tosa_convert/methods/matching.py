@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, leading, ordered, pick
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, is_none, leading, ordered, pick
 
 SKETCHED = 1536
 """A token of D channels is compared by D² / 1536 numbers, see :func:`sketch`: the cost is then the same share of a
@@ -238,6 +238,10 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
         raise TosaError(
             f"score energy skips at most half of the patches of a layer, not {surplus} of {patches}; raise the ratio"
         )
+    if is_none(surplus):
+        everyone = torch.arange(count, device=features.device).expand(batch, count)
+        nobody = everyone[:, :0]
+        return Choice(everyone, nobody, nobody)
     units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
     cosines = units @ units.mT
     energy = torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1).mean(-1)

@@ -10,9 +10,7 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import DistillSettings
-from tosa_convert.config.validation import build
 from tosa_convert.data.images import Images, sample
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import figures, observe
@@ -20,6 +18,7 @@ from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import EMBEDDING, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.budget import Fitted, config_of, fitted
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.selective.conversion import convert, is_converted, light_copy
@@ -27,9 +26,6 @@ from tosa_convert.tasks.task import task_of
 from tosa_convert.training.distillation import distill
 
 PLAN = "plan"
-CLOSE_ENOUGH = 0.002
-"""Share of the MACs by which a method may stay below its budget, where it can be set so finely."""
-LOWEST_RATIO, MOST_TRIES = 0.02, 10
 
 
 def compare(
@@ -69,7 +65,8 @@ def compare(
     progress, device = progress or Progress(), pick_device(device)
     methods = list(dict.fromkeys([*methods, control()]))
     for name in methods:
-        _config(name, 0.9)
+        if name != PLAN:
+            config_of(name, 0.9, PLAN)
     budgets = list(dict.fromkeys(budgets))
     if not budgets:
         raise UsageError("no budget is given; give a list such as 0.9,0.8")
@@ -118,26 +115,6 @@ def _learns(model: nn.Module) -> bool:
     return model.tosa_config.part(Score).learns
 
 
-def _config(name: str, ratio: float) -> ConvertConfig | None:
-    """What a name in ``methods`` stands for."""
-    if name == PLAN:
-        return None
-    if name in published():
-        return ConvertConfig(method=name, ratio=ratio)
-    parts = dict(zip(("score", "bypass", "schedule"), name.split("/"), strict=False))
-    if len(parts) < 2 or name.count("/") > 2:
-        known = ", ".join([PLAN, *published()])
-        raise UsageError(
-            f"there is no method {name!r}; choose from {known}, or write SCORE/BYPASS or "
-            "SCORE/BYPASS/SCHEDULE, such as similarity/merge"
-        )
-    return build(ConvertConfig, {"schedule": "ramp", **parts, "ratio": ratio})
-
-
-Fitted = tuple[nn.Module, float]
-"""A converted model, and its share of the original's multiply–adds."""
-
-
 def _at_budgets(
     model: nn.Module, name: str, budgets: list[float], share_of: MacsShare, notes: list[str], progress: Progress
 ) -> dict[float, Fitted]:
@@ -167,48 +144,12 @@ def _planned(model: nn.Module, budget: float, share_of: MacsShare, progress: Pro
 def _converted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> Fitted:
     """The method at the budget; the control in all layers if every second one is not enough."""
     try:
-        return _fitted(model, name, budget, share_of)
+        return fitted(model, name, budget, share_of)
     except UsageError:
         if name != control():
             raise
         row = published()[name]
-        return _fitted(model, f"{row.score}/{row.bypass}/all", budget, share_of)
-
-
-def at_budget(model: nn.Module, name: str, budget: float) -> nn.Module:
-    """A converted copy that shares the model's weights, with about the highest ratio whose multiply–adds are within
-    the budget.
-
-    Raises:
-        UsageError: the method cannot reach the budget.
-    """
-    return _fitted(model, name, budget, MacsShare(model))[0]
-
-
-def _fitted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> Fitted:
-    """Found by bisection until one is within the budget, then by regula falsi, since multiply–adds are nearly linear in
-    the ratio."""
-    low, high = LOWEST_RATIO, 1.0
-    share_low, share_high = 0.0, 1.0
-    best, reason = None, None
-    for _ in range(MOST_TRIES):
-        place = 0.5 if best is None else (budget - share_low) / (share_high - share_low)
-        ratio = round(low + (high - low) * min(max(place, 0.05), 0.95), 4)
-        try:
-            candidate = convert(light_copy(model), _config(name, ratio))
-        except UsageError as error:  # perhaps a ratio too low for the schedule
-            low, share_low, reason = ratio, 0.0, error
-            continue
-        share = share_of.of(candidate)
-        if share > budget:
-            high, share_high = ratio, share
-            continue
-        low, share_low, best = ratio, share, (candidate, share)
-        if share > budget - CLOSE_ENOUGH:
-            break
-    if best is None:
-        raise reason or UsageError("it cannot reach this budget; give a higher one, or more layers")
-    return best
+        return fitted(model, f"{row.score}/{row.bypass}/all", budget, share_of)
 
 
 def labelled_sample(

@@ -9,6 +9,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.measure.similarity import Keep
+from tosa_convert.planning.rivals import against_published
 from tosa_convert.planning.search import Plan, Search
 from tosa_convert.planning.settling import settle_on_parts
 from tosa_convert.selective.conversion import is_converted
@@ -76,6 +77,8 @@ def find_plan(
         search = Search(model.eval(), images, labels, kept, segment, batch_size, progress or Progress())
         settle_on_parts(search, budget)
         search.price(by, runtime)
-        return search.solve(budget) if target_drop is None else search.solve_for(target_drop)
+        found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
+        alone = by == "macs" and (segment or 1) == 1
+        return against_published(search, found) if alone else found
     finally:
         model.train(training)

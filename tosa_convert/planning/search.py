@@ -65,7 +65,7 @@ class Plan:
         cost: predicted share of the original's cost.
         measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error`; a mean weighted by one
             over the root of each image's level of error.
-        rivals: name → the same of the plain ramp at this budget.
+        rivals: name → the same of the plain ramp at this budget, and of the best published method.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many images.
     """
@@ -164,9 +164,9 @@ class Search:
         """What an allocation loses: with labels in the first metric of the model's task, such as top-1; without them of
         logits the share of images whose top-1 changes, otherwise the mean loss of what is to be kept, and of patch
         tokens and class token whichever is more."""
-        return self._lost([self._observe(allocation, part) for part in range(len(self.batches))])
+        return self.lost([self._observe(allocation, part) for part in range(len(self.batches))])
 
-    def _lost(self, found: list[Outputs]) -> float:
+    def lost(self, found: list[Outputs]) -> float:
         """:meth:`drop` of what the batches gave."""
         if self.labels is not None:
             outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
@@ -247,7 +247,7 @@ class Search:
             by=self.prices.by,
             keep=self.keep.value,
             budget=budget,
-            drop=self._lost(found),
+            drop=self.lost(found),
             cost=self.prices.total(chosen.ratios, chosen.segments),
             measured=measured,
             rivals={PLAIN: by_rival},

@@ -1,0 +1,65 @@
+"""The last step of a search: published methods that take tokens away inside the model, at the same multiply–adds."""
+
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+
+from tosa_convert.base.errors import TosaError
+from tosa_convert.measure.similarity import error, observe
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.method import published
+from tosa_convert.methods.parts import every
+from tosa_convert.methods.score import Acts, Score
+from tosa_convert.planning.budget import Fitted, fitted
+from tosa_convert.planning.search import Plan, Search
+from tosa_convert.planning.trial import ahead
+from tosa_convert.selective.conversion import convert, light_copy
+
+
+def against_published(search: Search, plan: Plan) -> Plan:
+    """A plan, or the published method that is ahead of it on its images. All of them are measured on the first images,
+    the best on all; its error joins the plan's rivals."""
+    methods = lasting()
+    found: dict[str, Fitted] = {}
+    with search.progress.track("published methods", len(methods) + 1) as advance:
+        for name in methods:
+            with suppress(TosaError):  # not for this model, or not at this budget
+                found[name] = fitted(search.model, name, plan.budget, search.share_of)
+            advance()
+        if not found:
+            return plan
+        best = min(found, key=lambda name: _errors(search, found[name][0], 0).mean().item())
+        rival, share = found[best]
+        errors = _on_all(search, rival)
+        rivals = {**plan.rivals, best: errors.mean().item()}
+        if errors.mean() >= plan.measured or not ahead(errors, _on_all(search, _planned(search, plan))):
+            return replace(plan, rivals=rivals)
+    seen = [observe(rival, batch) for batch in search.batches]
+    rivals = {**plan.rivals, "the plan without it": plan.measured}
+    measured = errors.mean().item()
+    return replace(plan, config=rival.tosa_config, cost=share, drop=search.lost(seen), measured=measured, rivals=rivals)
+
+
+def lasting() -> list[str]:
+    """Methods after whose layers there are fewer tokens, and that need no training."""
+    scores, bypasses = every(Score), every(Bypass)
+    return [
+        name
+        for name, method in published().items()
+        if bypasses[method.bypass].acts is Acts.BETWEEN and not scores[method.score].learns
+    ]
+
+
+def _planned(search: Search, plan: Plan):
+    return convert(light_copy(search.model), plan.config)
+
+
+def _errors(search: Search, model, part: int) -> torch.Tensor:
+    """Weighted errors of the images of a batch."""
+    seen = observe(model, search.batches[part])
+    return error(seen, search.wanted[part], search.keep) * search.weights[part]
+
+
+def _on_all(search: Search, model) -> torch.Tensor:
+    return torch.cat([_errors(search, model, part) for part in range(len(search.batches))])
