@@ -6,7 +6,6 @@ the model as ``tosa_proof``, and with its runs.
 """
 
 import functools
-import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from tosa_convert.models.proof.images import (
     input_name,
     size_of,
 )
-from tosa_convert.models.proof.positions import named, read, turned
+from tosa_convert.models.proof.positions import named, names_of, read, turned
 from tosa_convert.models.proof.row import find_row
 from tosa_convert.models.proof.structure import Structure
 from tosa_convert.models.rotary import RotaryTap, positions_at
@@ -121,8 +120,10 @@ class ProvenVit(TransformersVit):
         self.structure = structure
         self.running = PerThread()  # the places of the tokens that a block runs on, while it does
         super().__init__(model, list(model.get_submodule(structure.row))[: structure.layers])
-        taken = inspect.signature(plain_class(self.blocks[0]).forward).parameters
-        self.bias_name = MASK if MASK in taken else None
+        # Looked up once: torch.compile does not follow signatures.
+        self.block_names = names_of(plain_class(self.blocks[0]).forward)
+        self.attention_names = names_of(plain_class(self.attention(self.blocks[0])).forward)
+        self.bias_name = MASK if MASK in self.block_names else None
         self.halves = structure.mlp is not None
         self.relative = self.positions is not None
         self.own_heads = not structure.suffix
@@ -225,7 +226,7 @@ class ProvenVit(TransformersVit):
         return [(self.attention(block), "forward")]
 
     def check_arguments(self, layer, args, kwargs):
-        known = named(plain_class(self.blocks[0]).forward, (None, *args), kwargs)
+        known = named(self.block_names, (None, *args), kwargs)
         if self.positions is not None:
             known.pop(self.positions.name)
         super().check_arguments(layer, (), known)
@@ -238,7 +239,7 @@ class ProvenVit(TransformersVit):
         return tuple(None if value is mask else value for value in args), keywords
 
     def mask(self, args, kwargs):
-        given = named(plain_class(self.blocks[0]).forward, (None, *args), kwargs).get(MASK)
+        given = named(self.block_names, (None, *args), kwargs).get(MASK)
         return given if isinstance(given, torch.Tensor) else None
 
     def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
@@ -255,7 +256,7 @@ class ProvenVit(TransformersVit):
             self.running.set(None)
 
     def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, *args, **kwargs):
-        given = named(plain_class(attention).forward, args, kwargs)
+        given = named(self.attention_names, args, kwargs)
         tokens, mask = next(iter(given.values())), given.get(MASK)
         weights = None if sizes is None else sizes.log()[:, None, None, :]
         bias = total(weights, None if mask is None else mask_at(mask, self.running.get(), tokens.dtype))
@@ -301,7 +302,7 @@ class ProvenVit(TransformersVit):
 
     def grid_of(self, inputs, output):
         """Where patches are projected that were cut before, of the model's own size."""
-        return self.grid(self.preprocessing().size) if output.ndim == 3 else super().grid_of(inputs, output)
+        return self.grid(size_of(self._vision_config)) if output.ndim == 3 else super().grid_of(inputs, output)
 
     def tokens(self, images):
         """With those that stand after the patches moved before them."""
@@ -328,7 +329,7 @@ class _ProvenTap(RotaryTap):
         return len(self.adapter.structure.heads.projections[:2])
 
     def positions_in(self, args, kwargs):
-        given = named(plain_class(self.attention).forward, args, kwargs)
+        given = named(self.adapter.attention_names, args, kwargs)
         return self.adapter.angles(given[self.adapter.positions.name])
 
     def formed(self, *parts):

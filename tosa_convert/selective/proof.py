@@ -7,7 +7,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import Adapter, adapter_of, run
 from tosa_convert.models.proof.calls import NotProvenError, alike, first_of
-from tosa_convert.models.proof.positions import named
+from tosa_convert.models.proof.positions import named, names_of
 from tosa_convert.models.subclassing import plain_class
 from tosa_convert.selective.selection import chosen_tokens
 
@@ -54,7 +54,7 @@ def _mask(adapter: Adapter, block: nn.Module, chosen: torch.Tensor) -> None:
         return adapter.restored(found[..., None], tokens)
 
     def attend(*args, **kwargs):
-        given = named(plain_class(attention).forward, args, kwargs)
+        given = named(names_of(plain_class(attention).forward), args, kwargs)
         tokens = next(iter(given.values()))
         hidden = torch.zeros_like(tokens[..., :1]).masked_fill(~attending(tokens), float("-inf"))
         bias = hidden.mT[:, None].expand(-1, -1, tokens.shape[1], -1)

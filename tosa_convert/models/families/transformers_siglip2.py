@@ -39,14 +39,19 @@ class TransformersSiglip2(TransformersVit):
 
     def grid_of(self, inputs, output):
         if torch.compiler.is_compiling():  # a graph is of the model's own size
-            return self.grid(self.preprocessing().size)
+            return (self._side, self._side)
         shapes = inputs[1]
         rows, columns = shapes[0].tolist()
         whole = bool((shapes == shapes[:1]).all()) and rows * columns == output.shape[1]
         return (rows, columns) if whole else (output.shape[1],)  # of several grids, or one with padding: a row
 
+    @property
+    def _side(self) -> int:
+        """Rows of the patches of the model's own size."""
+        return math.isqrt(self._vision_config.num_patches)
+
     def preprocessing(self) -> Preprocessing:
-        side = math.isqrt(self._vision_config.num_patches) * self._vision_config.patch_size
+        side = self._side * self._vision_config.patch_size
         return Preprocessing(size=(side, side), channels=self.channels, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def inputs(self, images):

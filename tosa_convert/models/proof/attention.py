@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.models.proof.calls import Call, NotProvenError, alike
-from tosa_convert.models.proof.positions import candidates, named, read, turned
+from tosa_convert.models.proof.positions import candidates, named, names_of, read, turned
 from tosa_convert.models.proof.structure import Heads
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -30,7 +30,7 @@ def work_out(attention: nn.Module, call: Call, counts: tuple[int, ...], where: s
     tokens, wanted = call.tokens, call.result
     assert tokens is not None
     assert wanted is not None
-    arguments = named(type(attention).forward, call.args, call.kwargs)
+    arguments = named(names_of(type(attention).forward), call.args, call.kwargs)
     with torch.no_grad():
         for positions in (*candidates(attention, call, counts), None):
             for heads in _candidates(attention, tokens.shape[-1]):

@@ -7,7 +7,7 @@ from torch import nn
 
 from tosa_convert.models.proof.attention import work_out
 from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, how_many, record, repeat
-from tosa_convert.models.proof.positions import candidates, len_of, named, permuted
+from tosa_convert.models.proof.positions import candidates, len_of, named, names_of, permuted
 from tosa_convert.models.proof.structure import Heads
 
 
@@ -72,7 +72,7 @@ def _permutes(block: nn.Module, call: Call, found: torch.Tensor, counts: tuple[i
     """Whether permuted patches come out permuted, if the positions that the block is called with go along."""
     count, patches = counts
     generator = torch.Generator().manual_seed(0)
-    tokens, given = call.tokens, named(type(block).forward, call.args, call.kwargs)
+    tokens, given = call.tokens, named(names_of(type(block).forward), call.args, call.kwargs)
     mine = [positions for positions in candidates(block, call, counts) if positions.turn == "halves"]
     if not mine:
         order = torch.randperm(count, generator=generator).to(tokens.device)

@@ -19,9 +19,9 @@ def names_of(forward: Callable) -> list[str]:
     return [name for name in inspect.signature(forward).parameters if name != "self"]
 
 
-def named(forward: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments by the names of a method's parameters."""
-    return {**dict(zip(names_of(forward), args, strict=False)), **kwargs}
+def named(names: list[str], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments by the names of a method's parameters, see :func:`names_of`."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def candidates(module: nn.Module, call: Call, counts: tuple[int, ...]) -> Iterator[Positions]:
@@ -31,7 +31,7 @@ def candidates(module: nn.Module, call: Call, counts: tuple[int, ...]) -> Iterat
     Args:
         counts: of all tokens, and of those that are patches.
     """
-    for name, value in named(type(module).forward, call.args, call.kwargs).items():
+    for name, value in named(names_of(type(module).forward), call.args, call.kwargs).items():
         tensors = _tensors(value)
         if not tensors:
             continue
