@@ -8,6 +8,9 @@ from conftest import lively
 from families import FAMILIES
 
 from tosa_convert import convert
+from tosa_convert.base.errors import TosaError
+from tosa_convert.methods.matching import apart, features_of
+from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import last_choices
 
 GRIDS = [(3, 4), (4, 2)]
@@ -83,6 +86,38 @@ def test_padding_is_nobodys_business(name, score, bypass):
         kept = choice.attended.shape[1] - (choice.padding.shape[1] - MOST)
         patches = torch.tensor([rows * columns for rows, columns in GRIDS])
         assert (attending == (kept - patches).clamp(min=0)).all()
+
+
+def test_padding_is_far_from_the_images_at_every_width_and_precision():
+    """Also where the signs of a sketch add up to nothing, and where squares of large numbers overflow."""
+    padding = torch.arange(40) >= 30
+    for width, dtype in ((48, torch.float32), (384, torch.float16), (768, torch.float32), (1024, torch.float16)):
+        tokens = 3 * torch.randn(2, 40, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        features = apart(features_of(tokens, tokens), padding.expand(2, -1))
+        distances = torch.cdist(features, features)[0]
+        assert distances.isfinite().all()
+        assert distances[:30, 30:].min() > distances[:30, :30].max()
+        assert distances[30:, 30:].max() < 1e-3 * distances[:30, 30:].min()
+
+
+def test_only_what_nobody_sees_is_padding():
+    adapter = adapter_of(FAMILIES["timm vit"]())
+    causal = torch.ones(5, 5).tril().bool()[None, None]
+    hidden = torch.ones(1, 1, 5, 5).bool()
+    hidden[..., 3] = False
+    for mask, wanted in ((causal, []), (hidden, [3])):
+        added = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        for each in (mask, added):
+            assert adapter.padding((each,), {})[0].nonzero().flatten().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "tome"}, {"method": "mpm"}, {"layers": [2], "selection": "per_head", "ratio": 0.5}]
+)
+def test_what_does_not_go_with_a_mask_says_so(options):
+    model = convert(built("timm naflex"), **{"ratio": 0.8, **options})
+    with pytest.raises(TosaError, match="was called with a mask"):
+        tokens_of("timm naflex", model, patchified())
 
 
 def convert_nothing(model):

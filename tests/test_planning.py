@@ -127,12 +127,12 @@ def test_a_resumed_pass_is_a_whole_one(score, name):
     torch.manual_seed(0)
     model = lively(FAMILIES.get(name, _data2vec)())
     photos = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with catching(model, [1, 3]) as entering:
+    with catching(model, 3) as given:
         observe(model, photos)
     probe = convert(copy.deepcopy(model), score=score, bypass="merge", schedule="all", ratio=0.5)
     set_ratios(probe, {layer: 1.0 if layer < 4 else 0.5 for layer in probe.tosa_config.layers})
     wanted = observe(probe, photos)
-    with resumed(probe, entering, 4):
+    with resumed(probe, given, 4):
         found = observe(probe, photos)
     assert torch.allclose(found.patches, wanted.patches, atol=1e-5)
     assert not torch.allclose(found.patches, observe(model, photos).patches, atol=1e-2)

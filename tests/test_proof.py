@@ -215,6 +215,15 @@ def test_the_command_proves_and_says_what(tosa, tmp_path):
     assert "takes no images" in err
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_proven_too(dtype):
+    model = lively(FAMILIES["hf MLCDVisionModel"]()).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    converted = convert(model, score="similarity", bypass="merge", layers={2: 0.5})
+    assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items() if name in before)
+    assert run(converted, torch.randn(2, 3, 32, 32))["tokens"].dtype is dtype
+
+
 VIDEO = {**SMALL, "num_frames": 4}
 
 

@@ -124,13 +124,18 @@ def features_of(tokens: torch.Tensor, normed: torch.Tensor, by: str = "normed") 
         by: "normed" is half-way (geometric mean) between the distances of the tokens and those of the normed tokens,
             "tokens" half-way between those of the tokens and of their directions.
     """
+    tokens, normed = tokens.float(), normed.float()  # squares of large tokens would overflow in half precision
     lengths = tokens.norm(dim=-1, keepdim=True).sqrt()
     return sketch(normed) * lengths if by == "normed" else sketch(tokens) / lengths.clamp(min=1e-6)
 
 
-def apart(tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Tokens (B, N, D) with those that are none, (B, N), all alike and far from the others."""
-    return tokens if padding is None else tokens.masked_fill(padding[..., None], 1e3)
+def apart(features: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Features (B, N, D) with those of tokens that are none, (B, N), all alike, and farther from the others than these
+    are from each other."""
+    if padding is None:
+        return features
+    largest = features.abs().masked_fill(padding[..., None], 0).amax((1, 2), keepdim=True)
+    return torch.where(padding[..., None], 4 * largest, features)
 
 
 def sketch(tokens: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ class View(NamedTuple):
             score that reads queries and keys.
         normed: the same after the norm before the layer's attention.
         sizes: (B, N) how many tokens of the image each one stands for; None where each stands for itself.
+        padding: (B, N) which tokens are none; None where all are tokens.
     """
 
     steps: int
@@ -67,6 +68,7 @@ class View(NamedTuple):
     tokens: torch.Tensor | None = None
     normed: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 class Score(Part, nn.Module):

@@ -135,8 +135,10 @@ class Adapter(ABC):
         mask = self.mask(args, kwargs)
         if mask is None:
             return None
-        seen = mask[:, 0, 0]  # by the first token: what it does not see is nothing that any token sees
-        return seen < torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else ~seen.bool()
+        seen = mask[:, 0]  # padding is what nobody sees
+        if seen.is_floating_point():
+            return seen.amax(1) < torch.finfo(seen.dtype).min / 2
+        return ~seen.bool().any(1)
 
     def restored(self, tokens: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, C) in the order of :meth:`taken` → in the form and order of what the block was called with."""

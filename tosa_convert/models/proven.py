@@ -5,6 +5,7 @@ tokens, and each finding is proven on the model at hand, see :mod:`tosa_convert.
 the model as ``tosa_proof``, and with its runs.
 """
 
+import copy
 import functools
 import math
 import sys
@@ -59,9 +60,15 @@ def find(model: nn.Module) -> Adapter | None:
         return None
     if model.config.model_type in unsupported.TRANSFORMERS:  # a reason that is known says more than a proof that fails
         return None
-    structure = prove(model)
+    structure = prove(in_float32(model))
     model.tosa_proof = structure.model_dump()
     return ProvenVit(model, structure)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy in float32 of a model in half precision, in which nothing can be proven; others as they are."""
+    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    return copy.deepcopy(model).float() if half else model
 
 
 def prove(model: nn.Module) -> Structure:

@@ -35,6 +35,10 @@ class RelativeAdapter(Adapter):
         own = self.own_bias(block)
         return [] if own is None else [tuple(own)]
 
+    def mask(self, args, kwargs):
+        """None: what comes with the call is the bias of positions."""
+        return None
+
     def check_arguments(self, layer, args, kwargs):
         others = {name: value for name, value in kwargs.items() if name != self.bias_name}
         super().check_arguments(layer, args[1:], others)

@@ -79,6 +79,6 @@ def find_plan(
         search.price(by, runtime)
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
         alone = by == "macs" and (segment or 1) == 1
-        return against_published(search, found) if alone else found
+        return against_published(search, found, target_drop) if alone else found
     finally:
         model.train(training)

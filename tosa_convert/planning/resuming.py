@@ -2,53 +2,54 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import nn
 
-from tosa_convert.models.adapter import Adapter, adapter_of
+from tosa_convert.models.adapter import adapter_of
 
-Entering = dict[int, torch.Tensor]
-"""Layer → what holds the tokens that enter it."""
+Given = dict[int, Any]
+"""Layer → what its block returned."""
 
 
 @contextmanager
-def catching(model: nn.Module, layers: list[int]) -> Iterator[Entering]:
-    """Within this block a forward pass leaves what enters these layers."""
-    caught: Entering = {}
-    adapter = adapter_of(model)
-    handles = [
-        adapter.blocks[layer - 1].register_forward_pre_hook(_Catch(adapter, caught, layer), with_kwargs=True)
-        for layer in layers
-    ]
+def catching(model: nn.Module, layers: int) -> Iterator[Given]:
+    """Within this block a forward pass leaves what the first so many layers return."""
+    given: Given = {}
+    blocks = adapter_of(model).blocks[:layers]
+    handles = [block.register_forward_hook(_Catch(given, layer)) for layer, block in enumerate(blocks, start=1)]
     try:
-        yield caught
+        yield given
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def resumed(probe: nn.Module, entering: Entering, first: int) -> Iterator[None]:
-    """Within this block the layers before the ``first`` selective one cost nothing: they give what they gave before.
-
-    Not where a score reads them, nor where nothing is known of that layer; then those from the last known one on run.
-    """
-    adapter = adapter_of(probe)
-    known = max((layer for layer in entering if layer <= first), default=1)
-    skipped = [] if probe.tosa_config.reads_before else adapter.blocks[: known - 1]
-    for block in skipped:
-        block.forward = lambda *args, **kwargs: adapter.given_back(entering[known])
+def resumed(probe: nn.Module, given: Given, first: int) -> Iterator[None]:
+    """Within this block the layers before the ``first`` selective one cost nothing: each returns what it did before, so
+    that what stands between them, or takes their outputs, does as before too. Not where a score reads them."""
+    blocks = [] if probe.tosa_config.reads_before else adapter_of(probe).blocks[: min(first - 1, len(given))]
+    for layer, block in enumerate(blocks, start=1):
+        block.forward = _Return(given[layer])
     try:
         yield
     finally:
-        for block in skipped:
+        for block in blocks:
             del block.forward
 
 
 class _Catch:
-    def __init__(self, adapter: Adapter, caught: Entering, layer: int):
-        self.adapter, self.caught, self.layer = adapter, caught, layer
+    def __init__(self, given: Given, layer: int):
+        self.given, self.layer = given, layer
 
-    def __call__(self, block, args, kwargs) -> None:
-        self.caught[self.layer] = self.adapter.entering(args, kwargs)[0]
+    def __call__(self, block, inputs, output) -> None:
+        self.given[self.layer] = output
+
+
+class _Return:
+    def __init__(self, output: Any):
+        self.output = output
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self.output

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.measure.similarity import error, observe
+from tosa_convert.measure.similarity import Keep, error, observe
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import published
 from tosa_convert.methods.parts import every
@@ -17,10 +17,14 @@ from tosa_convert.planning.trial import ahead
 from tosa_convert.selective.conversion import convert, light_copy
 
 
-def against_published(search: Search, plan: Plan) -> Plan:
+def against_published(search: Search, plan: Plan, target: float | None = None) -> Plan:
     """A plan, or the published method that is ahead of it on its images. All of them are measured on the first images,
-    the best on all; its error joins the plan's rivals."""
-    methods = lasting()
+    the best on all; its error joins the plan's rivals.
+
+    Args:
+        target: the largest drop allowed.
+    """
+    methods = lasting(search.keep in (Keep.PATCHES, Keep.MAP))
     found: dict[str, Fitted] = {}
     with search.progress.track("published methods", len(methods) + 1) as advance:
         for name in methods:
@@ -35,19 +39,27 @@ def against_published(search: Search, plan: Plan) -> Plan:
         rivals = {**plan.rivals, best: errors.mean().item()}
         if errors.mean() >= plan.measured or not ahead(errors, _on_all(search, _planned(search, plan))):
             return replace(plan, rivals=rivals)
-    seen = [observe(rival, batch) for batch in search.batches]
+    drop = search.lost([observe(rival, batch) for batch in search.batches])
+    if target is not None and drop > target:
+        return replace(plan, rivals=rivals)
     rivals = {**plan.rivals, "the plan without it": plan.measured}
     measured = errors.mean().item()
-    return replace(plan, config=rival.tosa_config, cost=share, drop=search.lost(seen), measured=measured, rivals=rivals)
+    return replace(plan, config=rival.tosa_config, cost=share, drop=drop, measured=measured, rivals=rivals)
 
 
-def lasting() -> list[str]:
-    """Methods after whose layers there are fewer tokens, and that need no training."""
+def lasting(every_patch: bool) -> list[str]:
+    """Methods after whose layers there are fewer tokens, and that need no training.
+
+    Args:
+        every_patch: whether every patch has to be there in the end.
+    """
     scores, bypasses = every(Score), every(Bypass)
     return [
         name
         for name, method in published().items()
-        if bypasses[method.bypass].acts is Acts.BETWEEN and not scores[method.score].learns
+        if bypasses[method.bypass].acts is Acts.BETWEEN
+        and not scores[method.score].learns
+        and (bypasses[method.bypass].puts_back or not every_patch)
     ]
 
 

@@ -38,7 +38,7 @@ from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.planning.allocation import FINE, Allocation, Shape, bent_ramp, fit, nudged
 from tosa_convert.planning.cost_model import Prices, price
-from tosa_convert.planning.resuming import Entering, catching, resumed
+from tosa_convert.planning.resuming import Given, catching, resumed
 from tosa_convert.planning.shapes import PLAIN, Shapes, starts
 from tosa_convert.planning.trial import Trial, ahead
 from tosa_convert.selective.conversion import convert, set_ratios
@@ -105,11 +105,11 @@ class Search:
         self.batches = [images[order[order % parts == part]].to(device) for part in range(parts)]
         self.starts = starts(len(adapter_of(model).blocks))
         self.wanted: list[Outputs] = []
-        self.entering: list[Entering] = []
+        self.given: list[Given] = []
         for batch in self.batches:
-            with catching(model, [start + 1 for start in self.starts]) as entering:
+            with catching(model, max(self.starts)) as given:
                 self.wanted.append(observe(model, batch))
-            self.entering.append(entering)
+            self.given.append(given)
         self.keep = keep or default_keep(model)
         check_keep(model, self.keep, self.wanted[0])
         self.share_of = MacsShare(model)
@@ -142,7 +142,7 @@ class Search:
         """What a batch gives with an allocation."""
         self._set(allocation)
         first = next(iter(allocation.segments), self.layers[-1:])[0]
-        with resumed(self.probe, self.entering[part], first):
+        with resumed(self.probe, self.given[part], first):
             return observe(self.probe, self.batches[part])
 
     def error_of(self, allocation: Allocation, part: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.models.subclassing import answered, grafted_class
@@ -39,6 +40,11 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, entering, *others, **named)
         tokens, padding = adapter.taken(entering), adapter.padding(others, named)
         if selection.per_head:
+            if padding is not None:
+                raise TosaError(
+                    f"selective layer {selection.layer} chooses for each head, and was called with a mask of padding; "
+                    "convert with --selection shared"
+                )
             choice, _ = _choose(self, tokens, selection.arrive(selection.current.state, entering, padding))
             attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
             with answered(adapter.attention(self), attend):
@@ -90,16 +96,15 @@ def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
     """The choice of a block for its tokens, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
     padding = arrival.padding
-    view = View(selection.steps, tokens.shape[1] - selection.prefix, state.grid)
+    view = View(selection.steps, tokens.shape[1] - selection.prefix, arrival.grid, padding=padding)
     normed = None
     if selection.bypass.partners or selection.reads is Reads.TOKENS:
         normed = block.adapter.normed(block, tokens)
-    compared = [None if each is None else apart(each.detach(), padding) for each in (tokens, normed)]
     if selection.reads is Reads.TOKENS:
-        view = view._replace(tokens=compared[0], normed=compared[1])
+        view = view._replace(tokens=tokens.detach(), normed=normed.detach())
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
-        choice = block.matcher(features_of(*compared), choice)
+        choice = block.matcher(apart(features_of(tokens.detach(), normed.detach()), padding), choice)
     if padding is not None:
         choice = choice._replace(padding=padding)
     state.choices[selection.layer] = choice

@@ -16,6 +16,7 @@ from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Reads, Score, Site
 from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.hooks import remove_hooks
+from tosa_convert.models.proven import in_float32
 from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
@@ -70,7 +71,7 @@ def _prove(model: Any) -> None:
         return
     model.tosa_proof = {**known, "selection": True}  # for the copies that the proof converts
     try:
-        prove_selection(light_copy(model), lambda copied, **options: convert(light_copy(copied), **options))
+        prove_selection(light_copy(in_float32(model)), lambda copied, **options: convert(light_copy(copied), **options))
     except BaseException:
         model.tosa_proof = known
         raise

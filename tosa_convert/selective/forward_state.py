@@ -152,6 +152,7 @@ class CurrentForward(Hook):
 class Arrival(NamedTuple):
     """What a layer takes from the layers before it, beside its tokens."""
 
+    grid: tuple[int, ...] | None
     reading: Any
     groups: Groups | None
     scores: torch.Tensor | None

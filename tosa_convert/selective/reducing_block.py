@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError, UsageError
+from tosa_convert.base.errors import TosaError, UnsupportedModelError, UsageError
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import Adapter
@@ -51,6 +51,11 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         tokens, args, kwargs = adapter.entering(args, kwargs)
         args, kwargs = adapter.given(args, kwargs)
         adapter.check_arguments(selection.layer, args, kwargs)
+        if adapter.mask(args, kwargs) is not None:
+            raise TosaError(
+                f"layer {selection.layer} was called with a mask, which bypass {selection.bypass.name()} does not "
+                "support; use identity, borrow or merge, or run the model without a mask"
+            )
         state, bypass = selection.current.state, selection.bypass
         arrival = selection.arrive(state, tokens)
         groups = selection.entering(arrival, tokens) if bypass.puts_back else None

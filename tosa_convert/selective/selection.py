@@ -113,6 +113,7 @@ class Selection:
             return known
         before = self.previous if self.previous is not None and self.previous.selects else None
         arrival = Arrival(
+            grid=state.grid,
             reading=state.readings.pop(self.layer, None) if self.reads_before else None,
             groups=state.groups.get(self.layer - 1),
             scores=None if before is None else state.scores[before.layer],

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.methods.matching import match
+from tosa_convert.methods.matching import apart, match
 from tosa_convert.methods.score import Reads, Score, Site, View
 from tosa_convert.methods.token_ops import choose_best, keep_count, leading
 
@@ -20,7 +20,8 @@ class Mutual(Score):
         self.prefix = site.prefix
 
     def score(self, view: View):
-        units = F.normalize(view.tokens.float(), dim=-1)  # in half precision many pairs would be alike
+        # In half precision many pairs would be alike.
+        units = F.normalize(apart(view.tokens.float(), view.padding), dim=-1)
         patches = units.narrow(1, self.prefix, units.shape[1] - self.prefix)
         place = torch.arange(patches.shape[1], device=patches.device)
         same = place[:, None] == place[None]

@@ -1,12 +1,13 @@
 """Skip the most redundant tokens: those that another one can stand in for."""
 
+import math
 from typing import Any, Literal
 
 import torch
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.methods import parts
-from tosa_convert.methods.matching import choose_bipartite, choose_redundant, features_of, pyramid, thinnings
+from tosa_convert.methods.matching import apart, choose_bipartite, choose_redundant, features_of, pyramid, thinnings
 from tosa_convert.methods.score import Acts, Reads, Score, Site, View
 from tosa_convert.methods.token_ops import Choice, keep_count
 
@@ -47,12 +48,13 @@ class Similarity(Score):
         if view.reading is not None:
             return choose_bipartite(view.reading, self.prefix, kept)
         count = view.tokens.shape[1] - self.prefix
-        if isinstance(view.patches, int) and isinstance(count, int) and view.patches != count:
+        filled = math.prod(view.grid)
+        if isinstance(filled, int) and isinstance(count, int) and filled != count:
             raise TosaError(
-                f"{count} patch tokens do not fill the grid of {view.patches}: score similarity needs all of them, so "
+                f"{count} patch tokens do not fill the grid of {filled}: score similarity needs all of them, so "
                 "no patch dropout, and the patch embedding that the model had when it was converted"
             )
-        features = features_of(view.tokens, view.normed, self.options.compare_by)
+        features = apart(features_of(view.tokens, view.normed, self.options.compare_by), view.padding)
         most = kept if isinstance(kept, int) else None
         grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
         return choose_redundant(features, self.prefix, grid, kept)

@@ -38,8 +38,8 @@ class TransformersSiglip2(TransformersVit):
         return next(module for module in self.model.modules() if hasattr(module, "resize_positional_embeddings"))
 
     def grid_of(self, inputs, output):
-        if torch.compiler.is_compiling():  # a graph is of the model's own size
-            return (self._side, self._side)
+        if torch.compiler.is_compiling():  # a graph cannot ask for the shapes
+            return (self._side, self._side) if output.shape[1] == self._side**2 else (output.shape[1],)
         shapes = inputs[1]
         rows, columns = shapes[0].tolist()
         whole = bool((shapes == shapes[:1]).all()) and rows * columns == output.shape[1]

@@ -66,10 +66,9 @@ def read(positions: Positions, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def turned(positions: Positions, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """(B, H, N, D) queries or keys, the last of them turned where positions are known of fewer: of the patches."""
     turn = TURNS[positions.turn]
-    if cosines.shape[-2] == heads.shape[-2]:
-        return turn(heads, cosines, sines)
     first = heads.shape[-2] - cosines.shape[-2]
-    return torch.cat([heads[:, :, :first], turn(heads[:, :, first:], cosines, sines)], dim=2)
+    last = turn(heads[:, :, first:], cosines, sines).to(heads.dtype)  # angles come in float32 beside half precision
+    return torch.cat([heads[:, :, :first], last], dim=2) if cosines.shape[-2] != heads.shape[-2] else last
 
 
 def permuted(positions: Positions, value: Any, order: torch.Tensor) -> Any:
