@@ -120,10 +120,20 @@ def test_a_plan_is_the_same_again(small, planned):
     assert plan(small[0], small[1][:1], budget=0.8).layers, "a single image will do"
 
 
-@pytest.mark.parametrize("score", ["similarity", "class_attention"])
-@pytest.mark.parametrize("name", ["timm vit", "hf Data2Vec"])
-def test_a_resumed_pass_is_a_whole_one(score, name):
-    """Layers before the first that skips give what they gave to the original; blocks that return tuples too."""
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("timm vit", "similarity"),
+        ("timm vit", "class_attention"),
+        ("hf Data2Vec", "similarity"),
+        ("hf SAM", "similarity"),
+        ("hf YolosModel", "similarity"),
+        ("hf DPT", "similarity"),
+    ],
+)
+def test_a_resumed_pass_is_a_whole_one(name, score):
+    """Layers before the first that skip give what they gave to the original; also blocks that return tuples, where
+    other blocks or additions stand between them, and where a head takes their outputs."""
     torch.manual_seed(0)
     model = lively(FAMILIES.get(name, _data2vec)())
     photos = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -135,6 +145,7 @@ def test_a_resumed_pass_is_a_whole_one(score, name):
     with resumed(probe, given, 4):
         found = observe(probe, photos)
     assert torch.allclose(found.patches, wanted.patches, atol=1e-5)
+    assert torch.allclose(found.output, wanted.output, atol=1e-5 * max(1.0, wanted.output.abs().max().item()))
     assert not torch.allclose(found.patches, observe(model, photos).patches, atol=1e-2)
 
 
