@@ -220,7 +220,7 @@ def test_a_task_in_a_file_of_its_own(photos, tmp_path):
     assert compared["original"]["mae"] == pytest.approx(errors[0], rel=1e-5)
     assert "mean error" in compare_table(compared).columns
     search = Search(model, read[0], read[2], None, None, 4, Progress())
-    search._build("norm", "merge")
+    search.build("norm", "merge")
     drop = search.drop(Allocation(dict.fromkeys(search.layers, 0.5)))
     with torch.no_grad():
         after = (search.probe(read[0])[:, 0] - read[2]).abs().mean().item()

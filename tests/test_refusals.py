@@ -15,7 +15,7 @@ def test_a_mask_is_refused_rather_than_ignored(images):
 
     model = convert(lively(FAMILIES["timm vit"]()), layers=[2], ratio=0.5)
     with pytest.raises(TosaError, match="mask"):
-        model(images, attn_mask=torch.zeros(1, 1, 17, 17))
+        model(images, attn_mask=torch.zeros(1, 3, 17, 17))  # one for each head
 
 
 @pytest.mark.parametrize(

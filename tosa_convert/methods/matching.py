@@ -155,7 +155,7 @@ def _signs(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
     return torch.from_numpy(1 - 2 * ((channel * 40503 + 32768) % 65536 // 128 % 2)).to(device, dtype)
 
 
-def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int) -> Choice:
+def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: int, partners: bool = True) -> Choice:
     """Skip the patches that another one can stand in for at the least distance; the nearest one that attends does.
 
     Args:
@@ -163,6 +163,7 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
         prefix: number of leading tokens that are no patches.
         grid: the pyramid of the N patches, on the same device.
         kept: how many patches attend; the coarsest level of the pyramid always does.
+        partners: whether they are asked for.
     """
     batch, coarsest, patches = features.shape[0], grid.counts[-1], grid.order.shape[0]
     places = grid.order + prefix
@@ -178,11 +179,14 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
     closest = ordered(distances).indices + coarsest
     skipped, finest = closest.split([patches - kept, kept - coarsest], dim=1)  # slices would lose symbolic lengths
     attended = torch.cat([always, finest], dim=1)
-    found = nearest(gather_tokens(ranked, skipped), gather_tokens(ranked, attended), pick(lengths, attended))
+    found = None
+    if partners:
+        near = nearest(gather_tokens(ranked, skipped), gather_tokens(ranked, attended), pick(lengths, attended))
+        found = near.indices + prefix
     everyone = torch.cat([attended, skipped], dim=1)
     located = places.index_select(0, everyone.reshape(-1)).reshape(everyone.shape)
     attended, skipped = located.split([kept, patches - kept], dim=1)
-    return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, found.indices + prefix)
+    return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, found)
 
 
 def nearest(tokens: torch.Tensor, others: torch.Tensor, their_lengths: torch.Tensor):

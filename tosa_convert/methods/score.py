@@ -59,6 +59,7 @@ class View(NamedTuple):
         normed: the same after the norm before the layer's attention.
         sizes: (B, N) how many tokens of the image each one stands for; None where each stands for itself.
         padding: (B, N) which tokens are none; None where all are tokens.
+        partners: whether those of the skipped tokens are asked for.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class View(NamedTuple):
     normed: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+    partners: bool = True
 
 
 class Score(Part, nn.Module):

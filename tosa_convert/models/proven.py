@@ -132,6 +132,8 @@ class ProvenVit(TransformersVit):
         self.attention_names = names_of(plain_class(self.attention(self.blocks[0])).forward)
         self.bias_name = MASK if MASK in self.block_names else None
         self.halves = structure.mlp is not None
+        # A single token behind the patches stands for the image; several are for detection or grouping.
+        self.class_token = structure.prefix > 0 or structure.suffix == 1
         self.relative = self.positions is not None
         self.own_heads = not structure.suffix
 
@@ -308,8 +310,14 @@ class ProvenVit(TransformersVit):
         return super().patch if isinstance(cut, nn.Linear) else tuple(cut.stride[-2:])
 
     def grid_of(self, inputs, output):
-        """Where patches are projected that were cut before, of the model's own size."""
-        return self.grid(size_of(self._vision_config)) if output.ndim == 3 else super().grid_of(inputs, output)
+        """Where patches are projected that were cut before, the model's own if they fill it, or square; else a row."""
+        if output.ndim != 3:
+            return super().grid_of(inputs, output)
+        own, count = self.grid(size_of(self._vision_config)), output.shape[1]
+        if not isinstance(count, int) or count == math.prod(own):
+            return own
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else (count,)
 
     def tokens(self, images):
         """With those that stand after the patches moved before them."""

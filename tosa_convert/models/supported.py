@@ -9,13 +9,16 @@ import timm
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError
+from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.models import adapter as adapters
 from tosa_convert.models import unsupported as refusals
 from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.relative_bias import RelativeAdapter
 from tosa_convert.models.windowed import Windowed
+
+LARGEST = 1.5e9
+"""Weights of a model that is built to be looked at."""
 
 
 def families() -> list[dict[str, str]]:
@@ -50,9 +53,23 @@ def is_class(name: str) -> bool:
 
 
 def default_of_class(name: str) -> nn.Module | None:
-    """A model of a class of transformers by its default config, with random weights; None if there is no such class."""
+    """A model of a class of transformers by its default config, with random weights; None if there is no such class.
+
+    Raises:
+        UsageError: it is too large.
+    """
     kind: Any = _class(name)
-    return None if kind is None else kind(kind.config_class()).eval()
+    if kind is None:
+        return None
+    config = kind.config_class()
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in kind(config).parameters())
+    if weights > LARGEST:
+        raise UsageError(
+            f"{name} has {weights / 1e9:.1f} billion weights by its default config, too many to try; give the class of "
+            "its vision part, or the folder of a model"
+        )
+    return kind(config).eval()
 
 
 def _class(name: str) -> type | None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.config.conversion import KINDS, ConvertConfig, over
 from tosa_convert.config.segments import as_option
 from tosa_convert.config.validation import build
@@ -16,6 +16,7 @@ from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Reads, Score, Site
 from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.hooks import remove_hooks
+from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proven import in_float32
 from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
@@ -49,6 +50,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     config = make_config(config, options)
     if is_converted(model):
         raise UsageError("this model is converted already; start from original(model) to convert it again")
+    known = getattr(model, "tosa_proof", None)
     adapter = adapter_of(model)
     try:
         plan = config.plan(depth=len(adapter.blocks))
@@ -56,7 +58,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     except ValueError as error:
         raise UsageError(str(error)) from None
     check_fit(adapter, config, dict(plan))
-    _prove(model)
+    _prove(model, known)
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
@@ -64,16 +66,28 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     return model
 
 
-def _prove(model: Any) -> None:
-    """What no family knows by name is proven once on the model itself, see :mod:`tosa_convert.selective.proof`."""
+def _prove(model: Any, before: dict | None) -> None:
+    """What no family knows by name is proven once on the model itself, see :mod:`tosa_convert.selective.proof`.
+
+    Args:
+        before: what was known of it before this conversion, which is all that is left on it if the proof fails.
+    """
     known = getattr(model, "tosa_proof", None)
     if known is None or known["selection"]:
         return
     model.tosa_proof = {**known, "selection": True}  # for the copies that the proof converts
     try:
         prove_selection(light_copy(in_float32(model)), lambda copied, **options: convert(light_copy(copied), **options))
-    except BaseException:
-        model.tosa_proof = known
+    except BaseException as error:
+        if before is None:
+            del model.tosa_proof
+        else:
+            model.tosa_proof = before
+        if isinstance(error, (RuntimeError, IndexError, ValueError, TypeError)) and not isinstance(error, TosaError):
+            raise NotProvenError(
+                f"{type(model).__name__} does not run with a layer on some of its tokens "
+                f"({' '.join(str(error).split())[:120]})"
+            ) from error
         raise
 
 

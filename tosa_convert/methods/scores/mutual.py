@@ -30,4 +30,5 @@ class Mutual(Score):
         # Cosines are between −1 and 1: second tokens of pairs come below all others, and first ones above.
         scores = -nearness + 3.0 * torch.where(place < mate, 1.0, -1.0) * mutual
         scores = torch.cat([leading(scores, self.prefix).to(scores.dtype), scores], dim=1)
-        return match(units, self.prefix, choose_best(scores, self.prefix, keep_count(view.patches, view.steps)))
+        choice = choose_best(scores, self.prefix, keep_count(view.patches, view.steps))
+        return match(units, self.prefix, choice) if view.partners else choice

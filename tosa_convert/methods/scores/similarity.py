@@ -57,4 +57,4 @@ class Similarity(Score):
         features = apart(features_of(view.tokens, view.normed, self.options.compare_by), view.padding)
         most = kept if isinstance(kept, int) else None
         grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
-        return choose_redundant(features, self.prefix, grid, kept)
+        return choose_redundant(features, self.prefix, grid, kept, view.partners)

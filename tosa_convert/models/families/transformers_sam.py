@@ -66,6 +66,8 @@ class TransformersSam(Windowed, TransformersVit):
     def _maps(self, images: torch.Tensor) -> torch.Tensor:
         """(B, maps, C, rows, columns)."""
         found = self.forward(**self.inputs(images))
+        if type(found) is tuple:  # SAM-HQ's, with the maps of its layers behind
+            found = found[0]
         if isinstance(found, torch.Tensor):
             return found[:, None]
         maps = getattr(found, "feature_maps", None)
