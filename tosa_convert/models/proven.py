@@ -5,12 +5,9 @@ tokens, and each finding is proven on the model at hand, see :mod:`tosa_convert.
 the model as ``tosa_proof``, and with its runs.
 """
 
-import copy
 import functools
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,20 +21,17 @@ from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.masks import mask_at, total
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
-from tosa_convert.models.proof.block import take_apart
-from tosa_convert.models.proof.calls import NotProvenError, first_of
+from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.proof.images import (
     as_taken,
     channels_of,
     forward_of,
-    frames_of,
-    grid_by_config,
     image_config,
     input_name,
     size_of,
 )
 from tosa_convert.models.proof.positions import named, names_of, read, turned
-from tosa_convert.models.proof.row import find_row
+from tosa_convert.models.proof.prove import in_float32, prove
 from tosa_convert.models.proof.structure import Structure
 from tosa_convert.models.rotary import RotaryTap, positions_at
 from tosa_convert.models.subclassing import answered, plain_class
@@ -63,57 +57,6 @@ def find(model: nn.Module) -> Adapter | None:
     structure = prove(in_float32(model))
     model.tosa_proof = structure.model_dump()
     return ProvenVit(model, structure)
-
-
-def in_float32(model: nn.Module) -> nn.Module:
-    """A copy in float32 of a model in half precision, in which nothing can be proven; others as they are."""
-    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    return copy.deepcopy(model).float() if half else model
-
-
-def prove(model: nn.Module) -> Structure:
-    """Find a model's parts and prove what they do, on a random image of the model's own size; the model stays as it is.
-
-    Raises:
-        NotProvenError: which proof failed, and where.
-    """
-    config, weight = image_config(model), next(model.parameters())
-    frames = frames_of(model, config)
-    shape = (*([frames] if frames else []), channels_of(config), *size_of(config))
-    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    with _in_eval(model):
-        try:
-            name = input_name(model)
-            run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
-            row = find_row(model, run, image, grid_by_config(config))
-        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-            raise NotProvenError(
-                f"{type(model).__name__} does not run on an image alone ({' '.join(str(error).split())[:120]}); "
-                "convert its vision part"
-            ) from error
-        where = f"{row.name}.0 ({type(row.blocks[0]).__name__})"
-        parts = take_apart(row.blocks[0], row.first, where, math.prod(row.grid))
-    return Structure(
-        row=row.name,
-        layers=len(row.blocks),
-        projection=row.projection,
-        prefix=row.prefix,
-        suffix=row.suffix,
-        frames=frames,
-        width=row.first.tokens.shape[-1],
-        **parts._asdict(),
-    )
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class ProvenVit(TransformersVit):

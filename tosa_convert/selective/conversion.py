@@ -17,7 +17,7 @@ from tosa_convert.methods.score import Reads, Score, Site
 from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.hooks import remove_hooks
 from tosa_convert.models.proof.calls import NotProvenError
-from tosa_convert.models.proven import in_float32
+from tosa_convert.models.proof.prove import in_float32
 from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
