@@ -80,7 +80,11 @@ def _remembered(key: tuple, make: Callable):
 
 
 def _known_pyramid(sides: tuple[int, ...], levels: int, most: int | None, device: torch.device | None) -> Pyramid:
-    depth, counts = _thinned(np.unravel_index(np.arange(math.prod(sides)), sides), sides, levels, most)
+    left, places = np.arange(math.prod(sides)), []
+    for side in reversed(sides):  # np.unravel_index does not compile
+        places.insert(0, left % side)
+        left = left // side
+    depth, counts = _thinned(places, sides, levels, most)
     return Pyramid(torch.from_numpy(np.argsort(-depth, kind="stable")).to(device), counts)
 
 
