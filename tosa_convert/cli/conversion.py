@@ -62,10 +62,7 @@ class _Options:
         int | None,
         typer.Option(help="channels of the selector", show_default="2 per head", callback=at_least(1)),
     ]
-    compare_by: Annotated[
-        str | None,
-        typer.Option(help="what similarity compares", metavar="<normed|tokens>", show_default="normed"),
-    ] = (None,)
+    compare_by: Annotated[CompareBy | None, typer.Option(help="what similarity compares", show_default="normed")]
     kernel: Annotated[
         int | None,
         typer.Option(help="width of the selector's convolutions", show_default="3", callback=at_least(1)),

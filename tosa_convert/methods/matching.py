@@ -44,7 +44,7 @@ def thinnings(steps: int) -> int:
 def pyramid(
     sides: tuple[int, ...], levels: int, most: int | None = None, device: torch.device | None = None
 ) -> Pyramid:
-    """A grid of two axes or more, thinned out ``levels`` times, and further until at most ``most`` patches are left.
+    """A grid of any number of axes, thinned out ``levels`` times, and further until at most ``most`` patches are left.
 
     Its sides may be symbolic; ``most`` must be an int or None then.
     """

@@ -19,7 +19,7 @@ from torch import nn
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import TosaError, UnsupportedModelError
 from tosa_convert.models.hooks import Receive, Tap
-from tosa_convert.models.masks import mask_at, total
+from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.unsupported import why_not
 
@@ -171,8 +171,7 @@ class Adapter(ABC):
         if sizes is None and mask is None:
             return args, kwargs
         added = None if mask is None else mask_at(mask, places, next(self.model.parameters()).dtype)
-        weights = None if sizes is None else sizes.log()[:, None, None, :]
-        return args[1:], {**kwargs, self.bias_name: total(added, weights)}
+        return args[1:], {**kwargs, self.bias_name: total(added, weight_of(sizes))}
 
     def mask(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """Who sees whom, among a block's arguments after its tokens."""

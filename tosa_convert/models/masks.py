@@ -11,6 +11,11 @@ def total(*biases: torch.Tensor | None) -> torch.Tensor | None:
     return sum(given[1:], given[0]) if given else None
 
 
+def weight_of(sizes: torch.Tensor | None) -> torch.Tensor | None:
+    """For how many tokens each stands, (B, K) → (B, 1, 1, K): what lets it count as so many."""
+    return None if sizes is None else sizes.log()[:, None, None, :]
+
+
 def mask_at(mask: torch.Tensor, places: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """A mask for all pairs of tokens, (B or 1, 1, N or 1, N), true where one sees the other or what is added to the
     logits, and places among the tokens (B, K) → (B, 1, K or 1, K) that is added."""

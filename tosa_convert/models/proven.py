@@ -18,7 +18,7 @@ from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models import unsupported
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit
-from tosa_convert.models.masks import mask_at, total
+from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
 from tosa_convert.models.proof.calls import first_of
@@ -167,7 +167,7 @@ class ProvenVit(TransformersVit):
     def as_attention_output(self, tokens, weights=None):
         return _packed(self.structure.attention_returns, tokens, weights)
 
-    def given_back(self, tokens, entering=None):
+    def given_back(self, tokens):
         return _packed(self.structure.returns, tokens)
 
     def attention_dropout(self, attention):
@@ -210,8 +210,7 @@ class ProvenVit(TransformersVit):
     def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, *args, **kwargs):
         given = named(self.attention_names, args, kwargs)
         tokens, mask = next(iter(given.values())), given.get(MASK)
-        weights = None if sizes is None else sizes.log()[:, None, None, :]
-        bias = total(weights, None if mask is None else mask_at(mask, self.running.get(), tokens.dtype))
+        bias = total(weight_of(sizes), None if mask is None else mask_at(mask, self.running.get(), tokens.dtype))
         found, weights = self.attend(attention, *self.project(attention, tokens, given), bias)
         return self.finish(attention, found.transpose(1, 2).flatten(2), tokens, weights)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
-from tosa_convert.models.masks import total
+from tosa_convert.models.masks import total, weight_of
 from tosa_convert.models.subclassing import answered
 
 
@@ -50,8 +50,7 @@ class RelativeAdapter(Adapter):
         bias = total(made, kwargs.get(self.bias_name))
         if places is not None and bias is not None:
             bias = bias_at(bias, places)
-        if sizes is not None:
-            bias = total(bias, sizes.log()[:, None, None, :])
+        bias = total(bias, weight_of(sizes))
         if own is None:
             return forward(block, tokens, **{**kwargs, self.bias_name: bias})
         with answered(own.holder, lambda *args, **kwargs: bias, own.method):

@@ -11,7 +11,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models.decomposed_bias import decomposed_bias
 from tosa_convert.models.hooks import ProjectionTap
-from tosa_convert.models.masks import total
+from tosa_convert.models.masks import total, weight_of
 from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.subclassing import answered
 
@@ -79,7 +79,7 @@ class Windowed:
         column = args[0] if args else kwargs["hidden_states"]
         tokens = column[:, :, 0]
         queries, keys, values = self.project(attention, tokens, {})
-        bias = None if sizes is None else sizes.log()[:, None, None, :]
+        bias = weight_of(sizes)
         if hasattr(attention, "rel_pos_h"):
             grid, places = self.running.get()
             found = decomposed_bias(queries, attention.rel_pos_h, attention.rel_pos_w, places, grid)

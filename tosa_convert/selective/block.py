@@ -96,8 +96,8 @@ def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
     """The choice of a block for its tokens, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
     padding = arrival.padding
-    view = View(selection.steps, tokens.shape[1] - selection.prefix, arrival.grid, padding=padding)
-    view = view._replace(partners=selection.bypass.partners)
+    view = View(selection.steps, tokens.shape[1] - selection.prefix, arrival.grid)
+    view = view._replace(padding=padding, partners=selection.bypass.partners)
     normed = None
     if selection.bypass.partners or selection.reads is Reads.TOKENS:
         normed = block.adapter.normed(block, tokens)

@@ -28,8 +28,7 @@ class TransformersSam(Windowed, TransformersVit):
     bias_name = None
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
-        self.vitdet = layer_class(blocks[0], ("VitDetLayer",)) is not None
-        self.channels_first = self.vitdet
+        self.channels_first = layer_class(blocks[0], ("VitDetLayer",)) is not None
         super().__init__(model, blocks)
 
     def _prefix_tokens(self, block):
@@ -54,7 +53,7 @@ class TransformersSam(Windowed, TransformersVit):
         return getattr(attention, "dropout", 0.0)
 
     def given_back(self, tokens):
-        return (tokens,) if self.vitdet else tokens
+        return (tokens,) if self.channels_first else tokens
 
     @property
     def forward(self):

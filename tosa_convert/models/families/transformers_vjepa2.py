@@ -11,6 +11,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class
+from tosa_convert.models.masks import weight_of
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.rotary import RotaryTap
 from tosa_convert.models.subclassing import answered
@@ -57,8 +58,7 @@ class TransformersVjepa2(TransformersVit):
             return forward(block, tokens, places, **others)[0]
 
     def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, tokens: torch.Tensor, **arguments):
-        bias = None if sizes is None else sizes.log()[:, None, None, :]
-        found, weights = self.attend(attention, *self.project(attention, tokens, arguments), bias)
+        found, weights = self.attend(attention, *self.project(attention, tokens, arguments), weight_of(sizes))
         return self.finish(attention, found.transpose(1, 2).flatten(2), tokens, weights)
 
     def finish(self, attention, joined, tokens, weights=None):
