@@ -2,14 +2,17 @@
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 from conftest import lively
-from families import FAMILIES
+from families import FAMILIES, HF_SMALL
 from timm.models.vision_transformer import VisionTransformer
+from transformers import YolosConfig, YolosForObjectDetection
 
 from tosa_convert import UsageError, convert, evaluate, find_plan
-from tosa_convert.measure.similarity import Keep, error, losses, observe
+from tosa_convert.export.onnx import write_graph
+from tosa_convert.measure.similarity import Keep, default_keep, error, losses, observe
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of, retrieval_agreement
 from tosa_convert.planning.comparison import mean_figures
@@ -34,6 +37,21 @@ def test_the_projection_of_a_clip_tower_is_no_classifier():
     fine_tuned = clip_tower()
     fine_tuned.reset_classifier(10)
     assert list(run(fine_tuned, PHOTOS)) == ["logits"]
+
+
+def test_of_a_detector_everything_that_its_head_gives_is_kept(tmp_path):
+    config = YolosConfig(**{**HF_SMALL, "image_size": [32, 32]}, num_detection_tokens=4, num_labels=3)
+    model = lively(YolosForObjectDetection(config))
+    assert {name: tuple(each.shape[1:]) for name, each in run(model, PHOTOS).items()} == {
+        "class_logits": (4, 4),
+        "pred_boxes": (4, 4),
+    }
+    assert default_keep(model) is Keep.MAP
+    converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.5})
+    assert error(observe(converted, PHOTOS), observe(model, PHOTOS), Keep.MAP).min() > 0
+    write_graph(converted, tmp_path / "model.onnx", 20)
+    names = [output.name for output in onnxruntime.InferenceSession(tmp_path / "model.onnx").get_outputs()]
+    assert names == ["class_logits", "pred_boxes"]
 
 
 def test_an_embedding_is_compared_by_cosine_and_by_what_is_nearest(photos):

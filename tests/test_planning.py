@@ -303,3 +303,6 @@ def test_the_commands_leave_a_recipe_tables_and_plots(tmp_path, capsys):
             main([verb, model, "--images", "4", "--out", out])
         assert stop.value.code != 0
         assert "is not empty; choose another --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", model, "--budget", "0.01", "--images", "4", "--out", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()

@@ -158,6 +158,46 @@ def test_a_model_that_fails_a_proof_is_left_as_it_was(kind, options, message):
         assert not module._forward_pre_hooks
 
 
+def test_a_block_that_mixes_the_images_of_a_batch_is_refused(monkeypatch):
+    model = lively(FAMILIES["hf IJepaModel"]())
+    kind = type(adapter_of(copy.deepcopy(model)).blocks[0])
+    own = kind.forward
+
+    def mixing(self, tokens, *args, **kwargs):
+        return own(self, tokens - tokens.mean(0) if len(tokens) > 1 else tokens, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", mixing)
+    with pytest.raises(NotProvenError, match="Layer mixes the images of a batch"):
+        convert(model, layers=[2], ratio=0.5)
+
+
+def test_weights_that_are_not_numbers_are_named():
+    model = lively(FAMILIES["hf IJepaModel"]())
+    torch.nn.init.constant_(model.layernorm.weight, float("nan"))
+    with pytest.raises(NotProvenError, match=r"layernorm.weight holds values that are not finite; get its weights"):
+        convert(model, layers=[2], ratio=0.5)
+
+
+def test_of_a_model_that_reads_and_sees_the_vision_part_is_named():
+    vision = transformers.CLIPVisionConfig(**SMALL)
+    text = transformers.LlamaConfig(**{**SMALL, "num_key_value_heads": 3}, vocab_size=100)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    model = transformers.LlavaForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match="convert its vision part, model.model.vision_tower"):
+        convert(model, layers=[2], ratio=0.5)
+    convert(model.model.vision_tower, layers=[2], ratio=0.5)
+
+
+def test_what_takes_packed_patches_is_told_apart_from_a_text_model(tmp_path):
+    kind = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel
+    model = kind(kind.config_class(depth=2, embed_dim=32, num_heads=2, hidden_size=32, patch_size=8))
+    with pytest.raises(UnsupportedModelError, match="packed into one row"):
+        convert(model, layers=[2], ratio=0.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no qwen2_vl_vision by itself; load the whole model"):
+        load(tmp_path)
+
+
 def test_a_selection_that_is_not_the_masked_original_is_refused(monkeypatch):
     """The last proof, where the parts were found but a selective layer does something else."""
     model = lively(FAMILIES["hf IJepaModel"]())

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tosa_convert.base.errors import TosaError, UsageError
@@ -59,9 +59,13 @@ def read_json(path: Path) -> dict:
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before hours of work rather than after them."""
+    """Fail before hours of work rather than after them; a folder that is not there yet is not made."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a folder with --out")
     with atomic(folder / ".probe") as temporary:
         temporary.touch()
     (folder / ".probe").unlink()
+    with suppress(OSError):  # another process has written there by now
+        for each in missing:
+            each.rmdir()

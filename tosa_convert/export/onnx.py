@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,13 +138,19 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
                 verbose=False,
             )
     except Exception as error:
-        raise TosaError(f"torch.onnx could not export the model: {' '.join(str(error).split())[:200]}") from error
+        raise TosaError(f"torch.onnx could not export the model: {_gist(error)}") from error
     finally:
         forget(model)  # tracing leaves symbolic tensors behind
     proto = program.model_proto
     _hide_chosen(proto)
     onnx.checker.check_model(proto)
     onnx.save_model(proto, path)
+
+
+def _gist(error: Exception) -> str:
+    """What went wrong, of a message that is advice to those who write exporters for the most part."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return " ".join(text.rpartition("## Exception summary")[2].split())[:200]
 
 
 def _hide_chosen(proto: onnx.ModelProto) -> None:

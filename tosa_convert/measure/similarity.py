@@ -86,7 +86,10 @@ class Keep(StrEnum):
 
 
 def default_keep(model: nn.Module) -> Keep:
-    """The logits of a classifier, otherwise the tokens, from which everything else is made."""
+    """The logits of a classifier, what a detector's head makes of its own tokens, otherwise the tokens, from which
+    everything else is made."""
+    if "ObjectDetection" in type(model).__name__:
+        return Keep.MAP
     return Keep.LOGITS if outputs_of(model) > 1 else Keep.PATCHES
 
 

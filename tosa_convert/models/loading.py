@@ -178,6 +178,11 @@ def load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
                 f"cannot load {name}: its weights are a pickle that holds more than tensors, and running its code is "
                 "refused; save the model with safetensors"
             ) from None
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(
+                f"cannot load {name}: transformers loads no {config.model_type} by itself; load the whole model in "
+                "Python, and convert its vision part"
+            ) from None
         hint = "the folder is damaged or incomplete" if local else "download it elsewhere and give its local folder"
         raise TosaError(f"cannot load {name}: {_one_line(error)}; {hint}") from error
     adapter = adapter_of(model)

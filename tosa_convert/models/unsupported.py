@@ -1,5 +1,7 @@
 """Why a model cannot be made token-selective, said of the models that no family finds."""
 
+import inspect
+
 from torch import nn
 
 REASONS = {
@@ -24,6 +26,7 @@ REASONS = {
     ),
 }
 NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
+PACKED = "it takes the patches of all images packed into one row"
 NO_IMAGES = "it takes no images (a text model, perhaps)"
 TIMM = {module: reason for reason, (modules, _) in REASONS.items() for module in modules.split()}
 """timm's module → why its models cannot be converted."""
@@ -38,7 +41,11 @@ def why_not(model: nn.Module) -> str:
     if module.startswith("timm."):
         reason = TIMM.get(module.rsplit(".", 1)[-1])
     elif module.startswith("transformers."):
-        reason = TRANSFORMERS.get(model.config.model_type) or (None if _takes_images(model) else NO_IMAGES)
+        reason = TRANSFORMERS.get(model.config.model_type)
+        if "grid_thw" in inspect.signature(model.forward).parameters:
+            reason = PACKED
+        elif reason is None and not _takes_images(model):
+            reason = NO_IMAGES
     else:
         return (
             f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "

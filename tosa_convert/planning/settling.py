@@ -15,7 +15,8 @@ from tosa_convert.planning.trial import ahead
 def settle_on_parts(search: Search, budget: float) -> None:
     """The pair of score and bypass that does best on a ramp, over all layers or over the second half of them."""
     scores, bypasses = _scores_and_bypasses(search)
-    lead = next((name for name in scores if every(Score)[name].finds_partners), scores[0])
+    # Bypasses are compared with the score that has most to offer them.
+    lead = max(scores, key=lambda name: (every(Score)[name].finds_partners, len(every(Score)[name].variants)))
     with search.progress.track("scores and bypasses", len(scores) + len(bypasses) - 1) as advance:
 
         def best_of(pairs: list[tuple[str, str]]) -> tuple[str, str]:

@@ -72,10 +72,10 @@ def set_image_size(model: Any, size: tuple[int, int]) -> None:
     adapter = adapter_of(model)
     if not adapter.fits(size):
         patch = adapter.patch
-        below, above = (tuple((side // p + up) * p for side, p in zip(size, patch, strict=True)) for up in (0, 1))
+        near = (tuple((side // p + up) * p for side, p in zip(size, patch, strict=True)) for up in (0, 1))
+        advice = " or ".join(f"{height}×{width}" for height, width in near if height and width)
         raise UsageError(
-            f"image size {size[0]}×{size[1]} is not a multiple of the patch size {patch[0]}×{patch[1]}; "
-            f"use {below[0]}×{below[1]} or {above[0]}×{above[1]}"
+            f"image size {size[0]}×{size[1]} is not a multiple of the patch size {patch[0]}×{patch[1]}; use {advice}"
         )
     adapter.resize(size)
     origin = origin_of(model)

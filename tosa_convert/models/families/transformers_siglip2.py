@@ -59,7 +59,7 @@ class TransformersSiglip2(TransformersVit):
         height, width = self.patch
         rows, columns = images.shape[-2] // height, images.shape[-1] // width
         patches = images.unflatten(-2, (rows, height)).unflatten(-1, (columns, width)).permute(0, 2, 4, 3, 5, 1)
-        shapes = torch.tensor([[rows, columns]], device=images.device).expand(len(images), 2)
+        shapes = torch.tensor([[rows, columns]], device=images.device).expand(images.shape[0], 2)
         return {
             "pixel_values": patches.flatten(3).flatten(1, 2),
             "pixel_attention_mask": None,

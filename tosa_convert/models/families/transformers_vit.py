@@ -4,9 +4,11 @@ Vision towers alone and beside their text towers, backbones, and dense heads on 
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ PREFIX_TOKENS = {
 TRANSFORMERS = tuple(PREFIX_TOKENS)
 FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "rms_norm1")
 UNMASKED = "sdpa_without_mask"
+TEXTS = {"input_ids", "decoder_input_ids"}
+"""What models of texts are called with."""
 
 
 def find(model: nn.Module) -> Adapter | None:
@@ -55,7 +59,28 @@ def row_of(model: nn.Module, understood: Callable[[nn.Module], bool]) -> list[nn
             f"{type(model).__name__} has {len(rows)} rows of layers, {', '.join(rows)}; convert the part with the one "
             "that you mean"
         )
+    if rows:
+        _refuse_texts(model, next(iter(rows)))
     return next(iter(rows.values()), None)
+
+
+def _refuse_texts(model: nn.Module, row: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the model takes images together with texts, and has no branch for images alone.
+    """
+    if hasattr(model, "get_text_features") or not _takes_texts(model):
+        return
+    names = row.split(".")
+    outer = (".".join(names[:count]) for count in range(1, len(names)))
+    part = next(name for name in outer if not _takes_texts(model.get_submodule(name)))
+    raise UnsupportedModelError(
+        f"{type(model).__name__} takes images together with texts; convert its vision part, model.{part}"
+    )
+
+
+def _takes_texts(part: nn.Module) -> bool:
+    return not TEXTS.isdisjoint(inspect.signature(part.forward).parameters)
 
 
 def row_of_class(model: nn.Module, known: Container[str]) -> list[nn.Module] | None:
@@ -174,6 +199,8 @@ class TransformersVit(Adapter):
         found = self.forward(**self.inputs(images))
         if self._also_reads:
             return {"image_embeds": found.pooler_output}
+        if getattr(found, "pred_boxes", None) is not None:  # of a detector, one for each of its tokens
+            return {"class_logits": found.logits, "pred_boxes": found.pred_boxes}
         for name in ("predicted_depth", "image_embeds", "heatmaps"):
             if getattr(found, name, None) is not None:
                 return {name: getattr(found, name)}
@@ -236,12 +263,14 @@ class TransformersVit(Adapter):
         """transformers gives every exported layer an all-true mask. An attention that has no mask function
         gets none, as in an ordinary forward; registered under a name of ours, it is its own sdpa otherwise."""
         config, before = self._vision_config, self._vision_config._attn_implementation
+        # Checks of values would become nodes that ONNX does not have.
+        unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
         sdpa = sys.modules["transformers"].modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
         sys.modules["transformers"].AttentionInterface.register(UNMASKED, sdpa)
         config._attn_implementation = UNMASKED
         try:
             code = {type(module).__module__ for module in self.model.modules()}
-            with open_numbers(name for name in code if name.startswith("transformers.models.")):
+            with unchecked, open_numbers(name for name in code if name.startswith("transformers.models.")):
                 yield
         finally:
             config._attn_implementation = before

@@ -74,10 +74,15 @@ class _EnoughError(Exception):
 
 def entering(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
     """The tokens that a module is called with first while something runs, which is stopped there."""
-    taken: list[torch.Tensor] = []
+    return call_of(module, run).tokens
+
+
+def call_of(module: nn.Module, run: Callable[[], Any]) -> Call:
+    """What a module is called with first while something runs, which is stopped there: there is no output."""
+    taken: list[Call] = []
 
     def stop(module, args, kwargs):
-        taken.append(next(value for value in (*args, *kwargs.values()) if is_tokens(value)))
+        taken.append(Call(args, kwargs, None))
         raise _EnoughError
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)

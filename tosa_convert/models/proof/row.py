@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tosa_convert.models.proof.calls import Call, NotProvenError, entering, is_tokens, record
+from tosa_convert.models.proof.calls import (
+    Call,
+    NotProvenError,
+    alike,
+    call_of,
+    entering,
+    is_tokens,
+    record,
+    repeat,
+)
 
 CUTTING = (nn.Conv2d, nn.Conv3d, nn.Linear)
 """What may give the patches."""
@@ -63,8 +72,7 @@ def find_row(
     projection, grid = _patches(cutting, calls, grid, type(model).__name__)
     name, blocks = _the_one(found, calls, grid, projection, type(model).__name__)
     first = calls[f"{name}.0"]
-    if len(entering(blocks[0], lambda: run(torch.cat([image, image])))) != 2:
-        raise NotProvenError(f"{type(model).__name__} packs the tokens of a batch of images into rows of its own")
+    _check_batches(blocks[0], first, lambda: run(torch.cat([image, image.flip(-1)])), type(model).__name__)
     count = first.tokens.shape[1]
     same = [index for index in range(len(blocks)) if calls[f"{name}.{index}"].tokens.shape[1] == count]
     layers = next((index for index in range(len(blocks)) if index not in same), len(blocks))
@@ -87,6 +95,15 @@ def _the_one(found: dict[str, list[nn.Module]], calls: dict[str, Call], grid: tu
             "that you mean"
         )
     return next(iter(whole.items()))
+
+
+def _check_batches(block: nn.Module, alone: Call, run_two: Callable[[], object], model: str) -> None:
+    """That an image's tokens come out the same beside those of another one."""
+    both = call_of(block, run_two)
+    if len(both.tokens) != 2:
+        raise NotProvenError(f"{model} packs the tokens of a batch of images into rows of its own")
+    if not alike(repeat(block, both, both.tokens)[:1], alone.result):
+        raise NotProvenError(f"{model}'s {type(block).__name__} mixes the images of a batch")
 
 
 def _lists(model: nn.Module) -> dict[str, list[nn.Module]]:
