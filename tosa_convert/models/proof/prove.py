@@ -39,9 +39,7 @@ def prove(model: nn.Module) -> Structure:
     config, weight = image_config(model), next(model.parameters())
     broken = next((name for name, each in model.named_parameters() if not each.isfinite().all()), None)
     if broken:
-        raise NotProvenError(
-            f"{type(model).__name__}'s {broken} holds values that are not finite; get its weights again"
-        )
+        raise NotProvenError(f"{broken} holds values that are not finite; get the model's weights again")
     frames = frames_of(model, config)
     shape = (*([frames] if frames else []), channels_of(config), *size_of(config))
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
