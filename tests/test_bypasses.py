@@ -6,10 +6,10 @@ import copy
 import pytest
 import torch
 from conftest import lively
-from families import CORE, FAMILIES
+from families import FAMILIES
 from test_contract import close, first, sizes_of
 
-from tosa_convert import UnsupportedModelError, UsageError, convert
+from tosa_convert import convert
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
@@ -19,18 +19,6 @@ from tosa_convert.selective.selection import last_choices, selective_blocks
 
 AROUND = [name for name, part in every(Bypass).items() if part.acts is Acts.AROUND]
 GROUPING = [name for name, part in every(Bypass).items() if part.groups]
-BETWEEN = [name for name, part in every(Bypass).items() if part.acts is Acts.BETWEEN]
-SCORE = {"fuse": "class_attention"}
-"""Where the bypass needs a certain one; similarity otherwise."""
-NOT_CLAIMED = (
-    "gives feature maps",
-    "rotary or relative positions",
-    "needs a class token",
-    "by their class token",
-    "adds to the tokens by itself",
-    "separate",
-)
-"""Why a bypass between attention and MLP is not for a family."""
 
 
 def built(name: str):
@@ -148,106 +136,3 @@ def _groups(choice, image: int) -> dict[int, list[int]]:
     for place, partner in zip(choice.skipped[image].tolist(), choice.partners[image].tolist(), strict=True):
         groups[attended[partner]].append(place)
     return groups
-
-
-@pytest.mark.parametrize("bypass", BETWEEN)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_between_the_halves_it_equals_the_originals_with_loops(name, bypass):
-    """Or it says which property of the family it is not for."""
-    model, images = built(name), photos()
-    options = {"score": SCORE.get(bypass, "similarity"), "bypass": bypass, "layers": {2: 0.7, 4: 0.5}}
-    try:
-        converted = convert(copy.deepcopy(model), **options)
-    except (UsageError, UnsupportedModelError) as error:
-        refusal = str(error)
-        assert any(reason in refusal for reason in NOT_CLAIMED), refusal
-        return
-    weights = {}
-    for block in selective_blocks(converted):
-        layer = block.selection.layer
-        block.selector.register_forward_hook(lambda _, __, output, layer=layer: weights.update({layer: output}))
-    found = run(converted, images)
-    choices = last_choices(converted)
-    reference = copy.deepcopy(model)
-    _Halves(adapter_of(reference), bypass, choices, weights if bypass == "fuse" else {}).spell_out()
-    for output, value in run(reference, images).items():
-        assert close(found[output], value), output
-    assert not torch.allclose(first(found), first(run(model, images)), atol=1e-3)
-
-
-class _Halves:
-    """The reference: each image by itself, its tokens a list of groups of the image's tokens."""
-
-    def __init__(self, adapter, bypass: str, choices: dict, weights: dict):
-        self.adapter, self.bypass, self.choices, self.weights = adapter, bypass, choices, weights
-        self.members: list[list[list[int]]] = []
-
-    def spell_out(self) -> None:
-        for layer, block in enumerate(self.adapter.blocks, start=1):
-            block.forward = self._spelt_out(layer, block)
-
-    def _spelt_out(self, layer: int, block):
-        own, last = _own_forward(self.adapter, block), layer == len(self.adapter.blocks)
-        attention, mlp = self.adapter.attention(block), self.adapter.mlp(block)
-
-        def forward(tokens, *args, **kwargs):
-            if layer == 1:
-                self.members = [[[place] for place in range(tokens.shape[1])] for _ in tokens]
-            rows = []
-            for image in range(len(tokens)):
-                one = tokens[image : image + 1]
-                sizes = torch.tensor([[float(len(group)) for group in self.members[image]]])
-                sizes = sizes if self.bypass == "persist" else None
-                mlp.forward = lambda hidden, **_: torch.zeros_like(hidden)
-                one = self.adapter.call(block, own, one, args, kwargs, sizes=sizes)[0]
-                del mlp.forward
-                if layer in self.choices:
-                    one = self._reduced(layer, image, one)
-                attention.forward = lambda hidden=None, *_, **named: self.adapter.as_attention_output(
-                    torch.zeros_like(named.get("hidden_states", hidden))
-                )
-                one = own(block, one[None], *args, **kwargs)[0]
-                del attention.forward
-                rows.append(self._put_back(image, one) if last and self.bypass != "drop" else one)
-            return torch.stack(rows)
-
-        return forward
-
-    def _reduced(self, layer: int, image: int, tokens: torch.Tensor) -> torch.Tensor:
-        choice, members = self.choices[layer], self.members[image]
-        attended, skipped = choice.attended[image].tolist(), choice.skipped[image].tolist()
-        kept = [members[place] for place in attended]
-        if self.bypass == "drop":
-            self.members[image] = kept
-            return tokens[attended]
-        if self.bypass == "fuse":
-            shares = self.weights[layer][image].mean(0)
-            fused = sum(tokens[place] * shares[place] for place in skipped)
-            self.members[image] = [*kept, [part for place in skipped for part in members[place]]]
-            return torch.cat([tokens[attended], fused[None]])
-        rows, joined = [], []
-        for places in _groups(choice, image).values():
-            weights = torch.tensor([float(len(members[place])) for place in places])[:, None]
-            rows.append((tokens[places] * weights).sum(0) / weights.sum())
-            joined.append([part for place in places for part in members[place]])
-        self.members[image] = joined
-        return torch.stack(rows)
-
-    def _put_back(self, image: int, tokens: torch.Tensor) -> torch.Tensor:
-        result = torch.empty(sum(map(len, self.members[image])), tokens.shape[1])
-        for token, group in zip(tokens, self.members[image], strict=True):
-            result[group] = token
-        return result
-
-
-def test_each_bypass_between_the_halves_is_claimed_by_several_families():
-    """So that the test above does not pass because everything is refused."""
-    for bypass in BETWEEN:
-        taken = []
-        for name in CORE:
-            try:
-                convert(FAMILIES[name](), score=SCORE.get(bypass, "similarity"), bypass=bypass, layers={2: 0.7})
-                taken.append(name)
-            except (UsageError, UnsupportedModelError):
-                continue
-        assert len(taken) >= 2, (bypass, taken)

@@ -1,6 +1,7 @@
 """What people look at: which patches attend, features, the report of a run, the matrix of families."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -74,21 +75,35 @@ def test_heads_that_choose_for_themselves_give_shares(images):
 
 
 @pytest.mark.parametrize("name", ["timm features_only", "hf Dinov2Backbone", "hf DepthAnything"])
-@pytest.mark.parametrize("method", ["tome", "evit"])
-def test_models_that_give_maps_keep_every_token(name, method):
-    with pytest.raises(UsageError, match="need every token"):
-        convert(FAMILIES[name](), method=method, ratio=0.7)
+@pytest.mark.parametrize("method", ["tome", "evit", "mctf"])
+def test_models_that_give_maps_get_every_token_back(name, method, images):
+    model = lively(FAMILIES[name]())
+    with torch.no_grad():
+        wanted = run(model, images)
+        found = run(convert(model, method=method, ratio=0.7), images)
+    for output, value in wanted.items():
+        assert found[output].shape == value.shape
+        assert not torch.equal(found[output], value), output
 
 
-def test_maps_are_refused_where_tokens_are_gone(images):
+def test_maps_have_every_token_in_its_place(images):
+    """Those of one layer are its tokens, copied to where the tokens that they stand for are."""
     model = lively(FAMILIES["timm vit"]())
     wanted = model.forward_intermediates(images)[1]
-    converted = convert(model, method="tome", ratio=0.6)
-    with pytest.raises(UsageError, match="so no maps"):
-        converted.forward_intermediates(images)
-    with pytest.raises(UsageError, match="so no maps"):
-        converted.get_intermediate_layers(images, n=2, reshape=True)
-    assert converted.get_intermediate_layers(images, n=2)[0].shape[1] < 16
+    converted = convert(copy.deepcopy(model), method="tome", ratio=0.6)
+    with torch.no_grad():
+        last, maps = converted.forward_intermediates(images)
+        groups = [block.selection.current.state.groups[layer + 1] for layer, block in enumerate(converted.blocks)]
+        rows = converted.get_intermediate_layers(images, n=6)
+    for ours, theirs in zip(maps, wanted, strict=True):
+        assert ours.shape == theirs.shape
+    for layer, (grid, few) in enumerate(zip(maps[:-1], rows[:-1], strict=True)):
+        assert few.shape[1] < 16
+        places = groups[layer].places[:, 1:] - 1
+        again = torch.stack([few[image][places[image]] for image in range(len(few))])
+        assert torch.allclose(grid.flatten(2).mT, again, atol=1e-5)
+    assert torch.allclose(maps[-1].flatten(2).mT, rows[-1], atol=1e-5)
+    assert torch.allclose(last, converted.forward_features(images), atol=1e-5)
     twin = original(converted)
     for ours, theirs in zip(twin.forward_intermediates(images)[1], wanted, strict=True):
         assert torch.equal(ours, theirs)
@@ -210,3 +225,11 @@ def test_the_matrix_of_families_is_what_the_docs_show():
     readme = (Path(__file__).parent.parent / "docs/models.md").read_text()
     for row in supported.families():
         assert f"| {' | '.join(value for name, value in row.items() if name != 'names')} |" in readme, row
+
+
+def test_a_bypass_that_removes_tokens_gives_no_maps(images):
+    converted = convert(lively(FAMILIES["timm vit"]()), score="class_attention", bypass="drop", ratio=0.6)
+    with pytest.raises(UsageError, match="removes patch tokens, so there are no maps"):
+        converted.forward_intermediates(images)
+    with pytest.raises(UsageError, match="never puts them back"):
+        convert(FAMILIES["hf Dinov2Backbone"](), score="class_attention", bypass="drop", ratio=0.6)

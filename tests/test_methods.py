@@ -36,12 +36,15 @@ WHOLE = tuple(name for name, part in every(Bypass).items() if part.acts is Acts.
 LASTING = tuple(every(Bypass).keys() - set(WHOLE))
 SCORES = ("attention", "class_attention", "similarity", "norm", "random")
 PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attention", "fuse")]
+PAIRS += [("multi_criteria", "pool"), ("similarity", "pool")]
 
 
 def fits(model, score: str, bypass: str) -> bool:
     adapter = adapter_of(model)
     apart = type(adapter).__name__ not in ("TimmFused", "TransformersDpt")  # attention and MLP as modules of their own
-    whole_only = adapter.relative or adapter.gives_maps or not apart or "ResPost" in type(adapter.blocks[0]).__name__
+    whole_only = adapter.windows or not apart or "ResPost" in type(adapter.blocks[0]).__name__
+    if bypass == "pool" and not adapter.own_heads:
+        return False
     return (adapter.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
 
 
@@ -239,6 +242,8 @@ METHODS = [
     {"method": "tome"},
     {"method": "evit"},
     {"method": "idle"},
+    {"method": "mctf"},
+    {"method": "mctf_fast", "attention": "precise"},
     {"score": "similarity", "bypass": "merge", "schedule": "ramp"},
     {"score": "class_attention", "bypass": "borrow", "schedule": "all"},
     {"score": "random", "bypass": "persist", "schedule": "ramp"},

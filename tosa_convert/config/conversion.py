@@ -157,6 +157,12 @@ class ConvertConfig(BaseModel):
             raise ValueError(
                 f"bypass {self.bypass} weighs tokens by the class token's attention: use score {' or '.join(fits)}"
             )
+        if not score.suits(bypass.acts):
+            fits = [name for name, part in parts.every(Bypass).items() if score.suits(part.acts)]
+            raise ValueError(
+                f"score {self.score} goes by the attention of its own layer, which bypass {self.bypass} does not know "
+                f"yet when it takes tokens away; use {' or '.join(fits)}"
+            )
         if bypass.per_head and not score.scores_heads:
             fits = [name for name, part in parts.every(Score).items() if part.scores_heads]
             raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {' or '.join(fits)}")
@@ -184,14 +190,14 @@ class ConvertConfig(BaseModel):
 
     @property
     def acts(self) -> Acts:
-        """Where its bypass acts: around a block, or between its attention and MLP, so that later layers have fewer
-        tokens."""
+        """Where its bypass acts: around a block; or before it, or between its attention and MLP, so that later layers
+        have fewer tokens."""
         return self.part(Bypass).acts
 
     @property
     def reduces(self) -> bool:
         """Whether the layers after a selective one have fewer tokens."""
-        return self.acts is Acts.BETWEEN
+        return self.acts is not Acts.AROUND
 
     @property
     def reads_before(self) -> bool:
@@ -211,8 +217,11 @@ class ConvertConfig(BaseModel):
                         "must be ordinary; leave one layer between selective layers, or use another score"
                     )
 
-    def plan(self, depth: int) -> list[tuple[int, float]]:
+    def plan(self, depth: int, patches: int = 0) -> list[tuple[int, float]]:
         """(layer, keep ratio) of each selective layer of a model with ``depth`` layers, in order.
+
+        Args:
+            patches: patch tokens of the model's own images; 0 if they are not known, for schedules that do not count.
 
         Raises:
             ValueError: a layer beyond the depth, as many ratios as there are not layers, or ratios
@@ -226,7 +235,7 @@ class ConvertConfig(BaseModel):
             raise ValueError(f"layer {max(layers)} does not exist: the model has layers 1 to {depth}")
         self._check_reading(layers)
         if not isinstance(self.ratio, list):
-            ratios = schedule.ratios(self.ratio, len(layers), self.acts)
+            ratios = schedule.ratios_of(self.ratio, len(layers), self.acts, patches)
             return self._evened(dict(zip(sorted(layers), ratios, strict=True)))
         if len(self.ratio) != len(layers):
             raise ValueError(f"{len(self.ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
@@ -252,14 +261,14 @@ class ConvertConfig(BaseModel):
         """These layers, in order, by segments; see :func:`tosa_convert.config.segments.in_segments`."""
         return in_segments(layers, self.segment)
 
-    def stages(self, depth: int) -> list[tuple[int, float]]:
+    def stages(self, depth: int, patches: int = 0) -> list[tuple[int, float]]:
         """:meth:`plan`; and where tokens are gone after a layer, every layer after the first selective one too, with
         what is left there.
 
         Raises:
             ValueError: as :meth:`plan`; tokens that come back, or more gone in one layer than can be.
         """
-        plan = self.plan(depth)
+        plan = self.plan(depth, patches)
         if not self.reduces:
             return plan
         for (_, before), (layer, ratio) in itertools.pairwise([(0, 1.0), *plan]):

@@ -15,11 +15,13 @@ class Groups(NamedTuple):
 
     Attributes:
         sizes: (B, n) how many tokens each of the n current ones stands for.
-        places: (B, N) for each token of the image which of the current ones it is in.
+        places: (B, N) for each token of the image which of the current ones it is in; None where some are in none.
+        at: (B, n) the token of the image in whose place each one stands, where positions matter.
     """
 
     sizes: torch.Tensor
-    places: torch.Tensor
+    places: torch.Tensor | None
+    at: torch.Tensor
 
 
 class Gathered(NamedTuple):
@@ -41,13 +43,14 @@ class Bypass(Part):
 
     Attributes:
         acts: around a block, so that every token leaves it in its place (define :meth:`apply`); or between a block's
-            attention and MLP, so that the layers after have fewer tokens (define :meth:`reduce`).
+            attention and MLP or before a block, so that what comes after has fewer tokens (define :meth:`reduce`).
         partners: whether each skipped token needs one that attends to stand in for it.
         needs_weights: whether skipped tokens are weighed by the class token's attention.
         without_weights: the name of the bypass that comes nearest where there are no such weights.
         gives_normed: whether it says what the norm before the layer's attention gives.
         puts_back: whether every token of the image is there again after the last layer.
         proportional: whether the layers after weigh tokens by how many they stand for.
+        looks_ahead: whether, before a block, the attention of all its tokens serves those that are left.
         groups: whether a skipped token gets what its group gets, so that it can stay in it for several layers: define
             :meth:`gather` in place of :meth:`apply`.
     """
@@ -62,6 +65,14 @@ class Bypass(Part):
     puts_back: ClassVar[bool] = True
     proportional: ClassVar[bool] = False
     groups: ClassVar[bool] = False
+
+    @property
+    def looks_ahead(self) -> bool:
+        return False
+
+    def pooling(self, choice: Choice, groups: Groups) -> torch.Tensor:
+        """(B, N, 1): how much each token counts in the mean of its group, where the bypass acts before a block."""
+        return groups.sizes[..., None]
 
     @property
     def per_head(self) -> bool:
@@ -98,12 +109,12 @@ class Bypass(Part):
 
     def reduce(
         self, tokens: torch.Tensor, choice: Choice, groups: Groups, weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Groups | None]:
-        """(B, N, D) → (B, K, D) and the groups after, None where tokens have left them.
+    ) -> tuple[torch.Tensor, Groups]:
+        """(B, N, D) → (B, K, D) and the groups after.
 
         Args:
-            tokens: after the layer's attention.
+            tokens: after the layer's attention, or before the layer.
             groups: that they form already.
             weights: (B, N), the scores, where there are any.
         """
-        raise NotImplementedError(f"{type(self).__name__} acts between attention and MLP, so it has to define reduce")
+        raise NotImplementedError(f"{type(self).__name__} acts {self.acts}, so it has to define reduce")

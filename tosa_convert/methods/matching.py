@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, is_none, leading, ordered, pick
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, is_none, leading, ordered, pick, put
 
 SKETCHED = 1536
 """A token of D channels is compared by D² / 1536 numbers, see :func:`sketch`: the cost is then the same share of a
@@ -263,3 +263,34 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
     nearest_one = (gather_tokens(units, skipped) @ gather_tokens(units, others).mT).argmax(-1)
     attended = torch.cat([leading(features, prefix), others + prefix, alone + prefix], dim=1)
     return Choice(attended, skipped + prefix, nearest_one + prefix)
+
+
+def choose_both_ways(weights: torch.Tensor, prefix: int, kept: int) -> Choice:
+    """Bidirectional bipartite soft matching (MCTF, arXiv 2403.10030, section 3.3): the patches alternate between two
+    sets; those of the first with the heaviest pairs are skipped for their partners in the second, then as many of the
+    second for those that are left of the first.
+
+    Args:
+        weights: (B, ⌈N / 2⌉, ⌊N / 2⌋) of the pairs of patches 0, 2, 4 … and 1, 3, 5 ….
+        kept: how many patches attend, at least half of them.
+
+    The way back goes by the same weights, as in the paper; a token for which another one was skipped can be skipped
+    itself, and its partner then stands in for both. The tokens that attend keep their order.
+    """
+    batch, ones, others = weights.shape
+    surplus = ones + others - kept
+    there, back = surplus - surplus // 2, surplus // 2
+    best, partner = weights.max(-1)
+    gone, left = ordered(best, descending=True).indices.split([there, ones - there], dim=1)
+    best, mate = gather_tokens(weights, left).max(1)
+    returned, stayed = ordered(best, descending=True).indices.split([back, others - back], dim=1)
+    second = torch.arange(others, device=weights.device).expand(batch, others) * 2 + 1
+    # Where each of the second set ends up; those of the first follow them.
+    second = put(second, returned, pick(left * 2, pick(mate, returned)))
+    attended = torch.sort(torch.cat([left * 2, stayed * 2 + 1], dim=1), dim=1).values
+    ranks = torch.arange(kept, device=weights.device).expand(batch, kept)
+    rank = put(torch.zeros(batch, ones + others, dtype=torch.long, device=weights.device), attended, ranks)
+    into = torch.cat([pick(second, pick(partner, gone)), pick(second, returned)], dim=1)
+    skipped = torch.cat([gone * 2, returned * 2 + 1], dim=1) + prefix
+    everyone = torch.cat([leading(weights, prefix), attended + prefix], dim=1)
+    return Choice(everyone, skipped, pick(rank, into) + prefix)

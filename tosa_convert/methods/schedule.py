@@ -29,3 +29,7 @@ class Schedule(Part):
             ValueError: a ratio that this schedule cannot do.
         """
         return [ratio] * count
+
+    def ratios_of(self, ratio: float, count: int, acts: Acts, patches: int) -> list[float]:
+        """:meth:`ratios` in a model of so many patch tokens, for a schedule that counts them."""
+        return self.ratios(ratio, count, acts)

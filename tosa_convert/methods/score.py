@@ -14,6 +14,7 @@ class Acts(StrEnum):
     """Where a bypass acts, and a score with it."""
 
     AROUND = "around a block"
+    BEFORE = "before a block"
     BETWEEN = "between attention and MLP"
 
 
@@ -22,6 +23,7 @@ class Reads(StrEnum):
 
     QUERIES_KEYS = "queries and keys"
     TOKENS = "tokens"
+    ATTENTION = "the attention that tokens get"
 
 
 class Site(NamedTuple):
@@ -54,6 +56,8 @@ class View(NamedTuple):
         patches: patch tokens of the image, those that are gone by now included.
         grid: rows and columns of the patches; of a video's, times before them.
         reading: what :meth:`Score.read` gave; None for a score that reads tokens.
+        received: (B, N), the attention that each token gets in the layer, the mean over heads and queries, for a score
+            that reads it.
         tokens: (B, N, C), the tokens that enter the layer, or its MLP where the bypass acts before that; None for a
             score that reads queries and keys.
         normed: the same after the norm before the layer's attention.
@@ -66,6 +70,7 @@ class View(NamedTuple):
     patches: int
     grid: tuple[int, ...]
     reading: Any = None
+    received: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     normed: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
@@ -113,6 +118,11 @@ class Score(Part, nn.Module):
 
     def setup(self, site: Site) -> None:
         """Make what depends on the model and the layer: parameters, a seed. Called once per selective layer."""
+
+    @classmethod
+    def suits(cls, acts: Acts) -> bool:
+        """Whether it can be combined with a bypass that acts so."""
+        return cls.reads is not Reads.ATTENTION or acts is Acts.BEFORE
 
     @classmethod
     def reads_at(cls, acts: Acts) -> Reads:

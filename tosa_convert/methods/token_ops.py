@@ -36,12 +36,14 @@ class Choice(NamedTuple):
         partners: (B, S) who stands in for each skipped token, as an index into ``attended``; None
             where none does.
         padding: (B, N) which tokens are none: nobody looks at them. None where all are tokens.
+        weights: (B, N) how much each token counts in the mean of its group; None where they count alike.
     """
 
     attended: torch.Tensor
     skipped: torch.Tensor
     partners: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:

@@ -18,6 +18,7 @@ from torch import nn
 
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import TosaError, UnsupportedModelError
+from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
@@ -44,6 +45,7 @@ class Adapter(ABC):
         gives_maps: whether what it gives are maps of the patches after several layers: every token is needed for them.
         halves: whether a block's attention and MLP are modules of their own, one after the other, as bypasses need
             that take tokens away between them.
+        windows: whether there are layers with attention in windows between its blocks.
         embeds: whether what looks like a classifier's head is the projection of an embedding.
         square: whether images of other sizes than the model's own have to be square.
     """
@@ -59,10 +61,25 @@ class Adapter(ABC):
     gives_maps: bool = False
     halves: bool = True
     square: bool = False
+    windows: bool = False
     embeds: bool = False
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.attending = PerThread()
+
+    def by_parts(self, attention: nn.Module, sizes: torch.Tensor | None, *args: Any, **kwargs: Any):
+        """What an attention's forward gives, from :meth:`project`, :meth:`bias`, :meth:`attend` (or what this thread's
+        :attr:`attending` has in its place) and :meth:`finish`; with sizes as in :meth:`call`."""
+        tokens = args[0] if args else kwargs["hidden_states"]
+        bias = total(self.bias(attention, kwargs), weight_of(sizes))
+        attend = self.attending.get() or self.attend
+        joined, weights = attend(attention, *self.project(attention, tokens, kwargs), bias)
+        return self.finish(attention, joined.transpose(1, 2).flatten(2), tokens, weights)
+
+    def scale(self, queries: torch.Tensor) -> float:
+        """What products of queries (B, H, N, D) with keys are multiplied by."""
+        return queries.shape[-1] ** -0.5
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a block; not where neither :attr:`own_heads` nor :attr:`halves` holds."""

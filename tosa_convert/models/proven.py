@@ -154,6 +154,9 @@ class ProvenVit(TransformersVit):
         cosines, sines = (positions_at(each[0, 0] if len(each) == 1 else each, places) for each in (cosines, sines))
         return cosines, sines
 
+    def scale(self, queries):
+        return self.structure.heads.scale
+
     def attend(self, attention, queries, keys, values, bias):
         dropout = self.attention_dropout(attention) if attention.training else 0.0
         scale = self.structure.heads.scale
@@ -202,16 +205,17 @@ class ProvenVit(TransformersVit):
         try:
             if sizes is None and (places is None or not (self.relative or self.mask(args, kwargs) is not None)):
                 return first_of(forward(block, tokens, *args, **kwargs))
-            with answered(attention, functools.partial(self._attended, attention, sizes)):
+            with answered(attention, functools.partial(self.by_parts, attention, sizes), otherwise=True):
                 return first_of(forward(block, tokens, *args, **kwargs))
         finally:
             self.running.set(None)
 
-    def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, *args, **kwargs):
+    def by_parts(self, attention, sizes, *args, **kwargs):
         given = named(self.attention_names, args, kwargs)
         tokens, mask = next(iter(given.values())), given.get(MASK)
         bias = total(weight_of(sizes), None if mask is None else mask_at(mask, self.running.get(), tokens.dtype))
-        found, weights = self.attend(attention, *self.project(attention, tokens, given), bias)
+        attend = self.attending.get() or self.attend
+        found, weights = attend(attention, *self.project(attention, tokens, given), bias)
         return self.finish(attention, found.transpose(1, 2).flatten(2), tokens, weights)
 
     @property

@@ -74,8 +74,11 @@ def steer(module: nn.Module, method: str = "forward") -> None:
 
 
 @contextmanager
-def answered(module: nn.Module, answer: Callable, method: str = "forward") -> Iterator[None]:
+def answered(module: nn.Module, answer: Callable, method: str = "forward", otherwise: bool = False) -> Iterator[None]:
     """Within this block, and in this thread, ``answer`` is called in place of a steered module's method.
+
+    Args:
+        otherwise: only if nothing answers for it already.
 
     Raises:
         TosaError: the module has taken the place of the one that was steered.
@@ -86,8 +89,10 @@ def answered(module: nn.Module, answer: Callable, method: str = "forward") -> It
             f"a {type(module).__name__} of a selective layer was replaced after the conversion; replace modules first, "
             "then convert the model"
         )
-    steering[method].set(answer)
+    before = steering[method].get()
+    if not (otherwise and before is not None):
+        steering[method].set(answer)
     try:
         yield
     finally:
-        steering[method].set(None)
+        steering[method].set(before)

@@ -2,9 +2,7 @@
 SAM, arXiv 2304.02643): these few, which hold most of the cost at large sizes, are the layers that can be selective."""
 
 import functools
-from typing import Any
 
-import torch
 from torch import nn
 
 from tosa_convert.base.errors import UnsupportedModelError, UsageError
@@ -39,6 +37,7 @@ class Windowed:
 
     relative = True
     own_heads = False
+    windows = True
     gives_maps = True
     channels_first = False
     """Whether blocks take (B, C, rows, columns) rather than (B, rows, columns, C)."""
@@ -71,11 +70,11 @@ class Windowed:
         attention, (grid, _) = self.attention(block), self.running.get()
         self.running.set((grid, places))
         column = tokens.mT[..., None] if self.channels_first else tokens[:, :, None]
-        with answered(attention, functools.partial(self._attended, attention, sizes)):
+        with answered(attention, functools.partial(self.by_parts, attention, sizes)):
             left = first_of(forward(block, column, *args, **kwargs))
         return left[..., 0].mT if self.channels_first else left[:, :, 0]
 
-    def _attended(self, attention: Any, sizes: torch.Tensor | None, *args, **kwargs):
+    def by_parts(self, attention, sizes, *args, **kwargs):
         column = args[0] if args else kwargs["hidden_states"]
         tokens = column[:, :, 0]
         queries, keys, values = self.project(attention, tokens, {})

@@ -57,7 +57,7 @@ def lasting(every_patch: bool) -> list[str]:
     return [
         name
         for name, method in published().items()
-        if bypasses[method.bypass].acts is Acts.BETWEEN
+        if bypasses[method.bypass].acts is not Acts.AROUND
         and not scores[method.score].learns
         and (bypasses[method.bypass].puts_back or not every_patch)
     ]

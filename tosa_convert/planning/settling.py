@@ -76,6 +76,7 @@ def _scores_and_bypasses(search: Search) -> tuple[list[str], list[str]]:
         name
         for name, part in every(Score).items()
         if name != published()[control()].score
+        and part.suits(Acts.AROUND)
         and not (part.learns or part.least)
         and (class_token or not part.needs_class_token)
     ]

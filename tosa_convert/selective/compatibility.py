@@ -3,7 +3,7 @@
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.score import Score
+from tosa_convert.methods.score import Acts, Score
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.reducing_block import check_halves
 
@@ -45,19 +45,24 @@ def _check_heads(adapter: Adapter) -> None:
 
 
 def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
-    if adapter.gives_maps:
+    if adapter.gives_maps and not config.part(Bypass).puts_back:
         raise UsageError(
-            f"bypass {config.bypass} leaves fewer tokens after a layer, and this model gives feature maps, which need "
-            "every token; use identity, borrow or merge"
+            f"bypass {config.bypass} removes patch tokens and never puts them back, and this model gives feature maps, "
+            "which need every token; use identity, borrow, merge or persist"
+        )
+    if adapter.windows:
+        raise UsageError(
+            f"bypass {config.bypass} leaves fewer tokens after a layer, and this model has layers with windows in "
+            "between, which need every token; use identity, borrow or merge"
         )
     if not adapter.halves:
         raise UsageError(
             f"bypass {config.bypass} acts between attention and MLP, and this model does not have them as separate "
             "modules; use identity, borrow or merge"
         )
-    if adapter.relative:
+    if config.acts is Acts.BEFORE and not adapter.own_heads:
         raise UsageError(
-            f"bypass {config.bypass} does not support rotary or relative positions yet, which this model's attention "
-            "uses; use identity, borrow or merge"
+            f"bypass {config.bypass} works a layer's attention out itself, and this model mixes its heads inside it; "
+            "use persist, or identity, borrow or merge"
         )
     check_halves(adapter, adapter.blocks[0])

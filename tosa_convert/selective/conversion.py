@@ -18,6 +18,7 @@ from tosa_convert.models.adapter import Adapter, adapter_of
 from tosa_convert.models.hooks import remove_hooks
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.prove import in_float32
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.subclassing import steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
@@ -53,15 +54,15 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     known = getattr(model, "tosa_proof", None)
     adapter = adapter_of(model)
     try:
-        plan = config.plan(depth=len(adapter.blocks))
-        stages = config.stages(depth=len(adapter.blocks))
+        counts = len(adapter.blocks), adapter.patches(preprocessing_of(model).size)
+        plan, stages = config.plan(*counts), config.stages(*counts)
     except ValueError as error:
         raise UsageError(str(error)) from None
     check_fit(adapter, config, dict(plan))
     _prove(model, known)
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
-    ratio = config.ratio if len(set(ratios)) == 1 and not isinstance(config.ratio, list) else ratios
+    ratio = config.ratio if all(each == config.ratio for each in ratios) else ratios
     _note(model, config, layers, ratio)
     return model
 
@@ -172,7 +173,7 @@ class _Surgeon:
         """Convert the layers of these numbers, with these ratios."""
         adapter, before, previous = self.adapter, 1.0, None
         if self.config.reduces:
-            _guard_maps(adapter.model, self.config.bypass)
+            _guard_maps(adapter.model, self.current, self.bypass.puts_back)
         segments = self.config.segments([layer for layer, _ in stages])
         for layer, ratio in stages:
             selection = self._selection(layer, ratio)
@@ -241,10 +242,10 @@ class _Surgeon:
         return found
 
 
-def _guard_maps(model: nn.Module, bypass: str) -> None:
+def _guard_maps(model: nn.Module, current: CurrentForward, puts_back: bool) -> None:
     for name in MAKERS:
         if hasattr(model, name):
-            setattr(model, name, MapGuard(getattr(model, name), bypass))
+            setattr(model, name, MapGuard(getattr(model, name), current, puts_back))
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -1,6 +1,8 @@
 """What one forward pass hands on from layer to layer beside its tokens."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +80,7 @@ class ForwardState:
         features: layer → (B, N, D), by which partners are found, until the layer takes it.
         scores: layer → (B, N).
         choices: layer → what it chose.
-        groups: layer → where the tokens are after it, once some were merged.
+        groups: layer → where the tokens are after it, once some were taken away.
         left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
     """
 
@@ -88,7 +90,7 @@ class ForwardState:
         self.features: dict[int, torch.Tensor] = {}
         self.scores: dict[int, torch.Tensor] = {}
         self.choices: dict[int, Choice] = {}
-        self.groups: dict[int, Groups | None] = {}
+        self.groups: dict[int, Groups] = {}
         self.left: dict[int, Left] = {}
 
     @property
@@ -109,6 +111,7 @@ class CurrentForward(Hook):
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
         self._state = PerThread()
+        self._putting_back = PerThread()
         self.taps: list[Tap] = []
 
     def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -138,6 +141,20 @@ class CurrentForward(Hook):
                 "again if its patch embedding was replaced"
             )
         return state
+
+    @property
+    def puts_back(self) -> bool:
+        """Whether every token is put back after every layer: maps are made of several."""
+        return self.adapter.gives_maps or bool(self._putting_back.get())
+
+    @contextmanager
+    def putting_back(self) -> Iterator[None]:
+        """Within this block, and in this thread, every token is put back after every layer."""
+        self._putting_back.set(True)
+        try:
+            yield
+        finally:
+            self._putting_back.set(None)
 
     def forget(self) -> None:
         """Let go of what the last forward pass left."""

@@ -1,5 +1,5 @@
-"""Layers after which tokens are gone, as ToMe and EViT have them: between attention and MLP some are dropped, fused
-or merged, and the layers after run on the rest.
+"""Layers after which tokens are gone: as MCTF has them, before the block; as ToMe and EViT have them, between its
+attention and its MLP. The layers after run on the rest.
 
 The halves of a block are run by its own forward, twice: once with its MLP silent, once with its attention. A silent
 half is answered with zeros, so that its branch adds nothing.
@@ -13,42 +13,49 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UnsupportedModelError, UsageError
-from tosa_convert.methods.score import Reads, View
-from tosa_convert.methods.token_ops import gather_tokens
-from tosa_convert.models.adapter import Adapter
+from tosa_convert.methods.bypass import Groups
+from tosa_convert.methods.score import Acts, Reads, View
+from tosa_convert.methods.token_ops import Choice, gather_tokens
+from tosa_convert.models.adapter import Adapter, run
+from tosa_convert.models.proof.calls import call_of, repeat
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.block import listen
+from tosa_convert.selective.forward_state import Arrival, CurrentForward
+from tosa_convert.selective.look_ahead import Run, look_ahead, run_fused, silent
 
 MAKERS = ("forward_intermediates", "get_intermediate_layers")
 """timm's methods that make maps of tokens."""
 
 
 class MapGuard:
-    """Stands in for one of these methods: fewer tokens than patches would be reshaped into nonsense."""
+    """Stands in for one of these methods: every token is put back where it makes maps of them."""
 
-    def __init__(self, method: Callable, bypass: str):
-        self.method, self.bypass = method, bypass
+    def __init__(self, method: Callable, current: CurrentForward, puts_back: bool):
+        self.method, self.current, self.puts_back = method, current, puts_back
 
     def __call__(self, *args, **kwargs):
         asked = inspect.signature(self.method).bind(*args, **kwargs)
         asked.apply_defaults()
-        if asked.arguments.get("output_fmt") == "NCHW" or asked.arguments.get("reshape"):
+        if not (asked.arguments.get("output_fmt") == "NCHW" or asked.arguments.get("reshape")):
+            return self.method(*args, **kwargs)
+        if not self.puts_back:
             raise UsageError(
-                f"after layers with bypass {self.bypass} there are fewer tokens than patches, so no maps; ask for "
-                "output_fmt='NLC' or reshape=False, or convert with identity, borrow or merge"
+                "this conversion removes patch tokens, so there are no maps of them; ask for output_fmt='NLC' or "
+                "reshape=False, or convert with another bypass"
             )
-        return self.method(*args, **kwargs)
+        with self.current.putting_back():
+            return self.method(*args, **kwargs)
 
 
 @functools.cache
 def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a block that takes tokens away between its attention and its MLP."""
+    """A subclass of a block that takes tokens away before it, or between its attention and its MLP."""
 
     def forward(self, *args, **kwargs):
         selection, adapter = self.selection, self.adapter
         if not selection.active:
             return base.forward(self, *args, **kwargs)
-        tokens, args, kwargs = adapter.entering(args, kwargs)
+        entering, args, kwargs = adapter.entering(args, kwargs)
         args, kwargs = adapter.given(args, kwargs)
         adapter.check_arguments(selection.layer, args, kwargs)
         if adapter.mask(args, kwargs) is not None:
@@ -57,27 +64,21 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
                 "support; use identity, borrow or merge, or run the model without a mask"
             )
         state, bypass = selection.current.state, selection.bypass
-        arrival = selection.arrive(state, tokens)
-        groups = selection.entering(arrival, tokens) if bypass.puts_back else None
-        sizes = groups.sizes if bypass.proportional else None
+        arrival, whole = selection.arrive(state, entering), selection.current.puts_back
+        tokens, groups = _those_left(adapter, entering, arrival, whole)
+
+        def go(tokens, groups, sizes=None):
+            return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes)
+
         if not selection.reduces:
-            tokens = adapter.call(self, base.forward, tokens, args, kwargs, sizes=sizes)
+            tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
         else:
-            with answered(adapter.mlp(self), _zeros):
-                tokens = adapter.call(self, base.forward, tokens, args, kwargs, sizes=sizes)
-            view = View(selection.steps, state.patches, state.grid, sizes=sizes)
-            if selection.reads is Reads.TOKENS:
-                view = view._replace(tokens=tokens.detach(), normed=adapter.normed(self, tokens).detach())
-            choice = selection.choose(self.selector, state, arrival, view)
-            if self.matcher is not None:
-                choice = self.matcher(state.features.pop(selection.layer), choice)
-                state.choices[selection.layer] = choice
-            tokens, groups = bypass.reduce(tokens, choice, groups, state.scores.get(selection.layer))
-            with answered(adapter.attention(self), functools.partial(_attention_zeros, adapter)):
-                tokens = adapter.call(self, base.forward, tokens, args, kwargs)
+            reduce = _before if bypass.acts is Acts.BEFORE else _between
+            tokens, groups = reduce(self, go, tokens, groups, arrival)
         state.groups[selection.layer] = groups
-        whole = selection.last and bypass.puts_back
-        return adapter.given_back(gather_tokens(tokens, groups.places) if whole else tokens)
+        if groups.places is not None and (whole or selection.last):
+            tokens = adapter.restored(gather_tokens(tokens, groups.places), entering)
+        return adapter.given_back(tokens)
 
     def listen_for_partners(self, queries, keys):
         if self.selection.selects:
@@ -87,14 +88,62 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
     return grafted_class("Reducing", base, (reducing_class, base), **members)
 
 
-def _zeros(*args, **kwargs) -> torch.Tensor:
-    """What a silent MLP gives."""
-    tokens = args[0] if args else kwargs["hidden_states"]
-    return torch.zeros_like(tokens[:, :1])
+def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whole: bool):
+    """The tokens that a layer has to do with, and their groups; each on its own as long as no layer took any away."""
+    groups = arrival.groups
+    tokens = adapter.taken(entering) if groups is None or whole else entering
+    if groups is None:
+        batch, count, _ = tokens.shape
+        places = torch.arange(count, device=tokens.device).expand(batch, count)
+        return tokens, Groups(tokens.new_ones(batch, count), places, places)
+    return (gather_tokens(tokens, groups.at) if whole else tokens), groups
+
+
+def _between(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arrival: Arrival):
+    """Tokens and groups after a block that takes some away between its attention and its MLP."""
+    adapter, bypass = block.adapter, block.selection.bypass
+    with answered(adapter.mlp(block), silent):
+        tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
+    choice, weights = _choose(block, tokens, groups, arrival)
+    tokens, groups = bypass.reduce(tokens, choice, groups, weights)
+    with answered(adapter.attention(block), functools.partial(_attention_zeros, adapter)):
+        return go(tokens, groups), groups
+
+
+def _before(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arrival: Arrival):
+    """Tokens and groups after a block before which some are taken away."""
+    adapter, bypass = block.adapter, block.selection.bypass
+    ahead = look_ahead(adapter, block, go, tokens, groups, groups.sizes if bypass.proportional else None)
+    choice, weights = _choose(block, tokens, groups, arrival, ahead.received)
+    fewer, after = bypass.reduce(tokens, choice, groups, weights)
+    if bypass.looks_ahead:
+        attended = ahead.fused(choice, bypass.pooling(choice, groups))
+        return run_fused(adapter, block, go, fewer, after, attended), after
+    fewer = go(fewer, after, after.sizes if bypass.proportional else None)
+    state = block.selection.current.state
+    for noted in (state.readings, state.features):  # of the second run, which nobody takes
+        noted.pop(block.selection.layer, None)
+    return fewer, after
+
+
+def _choose(block: nn.Module, tokens: torch.Tensor, groups: Groups, arrival: Arrival, received=None):
+    """Who is left, with partners if they are needed, and the scores if there are any."""
+    selection, layer = block.selection, block.selection.layer
+    state = selection.current.state
+    sizes = groups.sizes if selection.bypass.proportional else None
+    view = View(selection.steps, state.patches, state.grid, sizes=sizes, received=received)
+    if selection.reads is not Reads.QUERIES_KEYS:
+        normed = block.adapter.normed(block, tokens).detach() if selection.reads is Reads.TOKENS else None
+        view = view._replace(tokens=tokens.detach(), normed=normed)
+    choice: Choice = selection.choose(block.selector, state, arrival, view)
+    if block.matcher is not None:
+        choice = block.matcher(state.features.pop(layer), choice)
+        state.choices[layer] = choice
+    return choice, state.scores.get(layer)
 
 
 def _attention_zeros(adapter: Adapter, *args, **kwargs):
-    return adapter.as_attention_output(_zeros(*args, **kwargs))
+    return adapter.as_attention_output(silent(*args, **kwargs))
 
 
 def check_halves(adapter: Adapter, block: nn.Module) -> None:
@@ -103,15 +152,14 @@ def check_halves(adapter: Adapter, block: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it does not, so its halves cannot be run apart.
     """
-    weight = next(block.parameters())
-    tokens = torch.ones(1, 2, adapter.width, device=weight.device, dtype=weight.dtype)
-    halves = (adapter.attention(block), adapter.mlp(block))
+    weight, preprocessing = next(block.parameters()), adapter.preprocessing()
+    image = weight.new_zeros(1, preprocessing.channels, *preprocessing.size)
+    call = call_of(block, lambda: run(adapter.model, image))
+    tokens, halves = call.tokens, (adapter.attention(block), adapter.mlp(block))
     try:
         adapter.attention(block).forward = lambda *args, **kwargs: adapter.as_attention_output(torch.zeros_like(tokens))
         adapter.mlp(block).forward = lambda *args, **kwargs: torch.zeros_like(tokens)
-        with torch.no_grad():
-            no_bias = {adapter.bias_name: None} if adapter.bias_name else {}
-            after = adapter.call(block, type(block).forward, tokens, (), no_bias)
+        after = repeat(block, call, tokens)
     finally:
         for module in halves:
             del module.forward

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.matching import match
 from tosa_convert.methods.score import Reads, Score, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
@@ -169,13 +169,6 @@ class Selection:
             scores = scores.masked_fill(arrival.padding, float("-inf"))
         state.scores[self.layer] = scores
         return choose_best(scores, self.prefix, self.keep(patches))
-
-    def entering(self, arrival: Arrival, tokens: torch.Tensor) -> Groups:
-        """How the tokens stand when they reach this layer; on their own as long as no layer merged any."""
-        if arrival.groups is not None:
-            return arrival.groups
-        batch, count, _ = tokens.shape
-        return Groups(tokens.new_ones(batch, count), torch.arange(count, device=tokens.device).expand(batch, count))
 
 
 def selective_blocks(model: nn.Module) -> list[Any]:

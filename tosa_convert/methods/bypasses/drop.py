@@ -1,15 +1,16 @@
 """Skipped tokens are removed: for classification by the class token only."""
 
-from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.bypass import Bypass, Groups
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import gather_tokens
+from tosa_convert.methods.token_ops import gather_tokens, pick
 
 
 class Drop(Bypass):
-    """A removed token has no group any more, so groups are not tracked."""
+    """A removed token has no group any more."""
 
     acts = Acts.BETWEEN
     puts_back = False
 
     def reduce(self, tokens, choice, groups, weights):
-        return gather_tokens(tokens, choice.attended), None
+        sizes, at = (pick(each, choice.attended) for each in (groups.sizes, groups.at))
+        return gather_tokens(tokens, choice.attended), Groups(sizes, None, at)

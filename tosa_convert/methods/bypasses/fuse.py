@@ -8,7 +8,8 @@ from tosa_convert.methods.token_ops import gather_tokens, pick, stand_ins
 
 
 class Fuse(Bypass):
-    """The fused token comes last. Its weights are the class token's attention."""
+    """The fused token comes last. Its weights are the class token's attention; where positions matter, it stands where
+    the heaviest of its tokens stood."""
 
     acts = Acts.BETWEEN
     needs_weights = True
@@ -22,4 +23,5 @@ class Fuse(Bypass):
         last = torch.full_like(choice.skipped, choice.attended.shape[1])
         into = stand_ins(choice._replace(partners=last))
         together = torch.cat([gather_tokens(tokens, choice.attended), fused], dim=1)
-        return together, Groups(torch.ones_like(together[..., 0]), pick(into, groups.places))
+        at = pick(groups.at, torch.cat([choice.attended, choice.skipped[:, :1]], dim=1))
+        return together, Groups(torch.ones_like(together[..., 0]), pick(into, groups.places), at)

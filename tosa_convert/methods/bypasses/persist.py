@@ -14,4 +14,5 @@ class Persist(Bypass):
     def reduce(self, tokens, choice, groups, weights):
         own = groups.sizes[..., None]
         sizes, summed = add_up(choice, own, tokens * own)
-        return summed / sizes, Groups(sizes[..., 0], pick(stand_ins(choice), groups.places))
+        places, at = pick(stand_ins(choice), groups.places), pick(groups.at, choice.attended)
+        return summed / sizes, Groups(sizes[..., 0], places, at)

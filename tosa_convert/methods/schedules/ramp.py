@@ -10,5 +10,5 @@ class Ramp(Schedule):
     def ratios(self, ratio, count, acts):
         if 2 * ratio - 1 <= 0:
             raise ValueError(f"a ramp with a mean ratio of {ratio} would end at no token at all; stay above 0.5")
-        places = [(index + (1 if acts is Acts.BETWEEN else 0.5)) / count for index in range(count)]
+        places = [(index + (0.5 if acts is Acts.AROUND else 1)) / count for index in range(count)]
         return [round(1 - 2 * (1 - ratio) * place, 6) for place in places]

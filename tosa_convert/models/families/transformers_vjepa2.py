@@ -5,13 +5,11 @@ Its encoder takes videos; the predictor beside it is left as it is. An image is 
 
 import functools
 
-import torch
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class
-from tosa_convert.models.masks import weight_of
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.rotary import RotaryTap
 from tosa_convert.models.subclassing import answered
@@ -54,12 +52,8 @@ class TransformersVjepa2(TransformersVit):
     def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
         others = {name: value for name, value in kwargs.items() if name != PLACES}
         attention = self.attention(block)
-        with answered(attention, functools.partial(self._attended, attention, sizes)):
+        with answered(attention, functools.partial(self.by_parts, attention, sizes), otherwise=True):
             return forward(block, tokens, places, **others)[0]
-
-    def _attended(self, attention: nn.Module, sizes: torch.Tensor | None, tokens: torch.Tensor, **arguments):
-        found, weights = self.attend(attention, *self.project(attention, tokens, arguments), weight_of(sizes))
-        return self.finish(attention, found.transpose(1, 2).flatten(2), tokens, weights)
 
     def finish(self, attention, joined, tokens, weights=None):
         return self.as_attention_output(attention.proj(joined), weights)

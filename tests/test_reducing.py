@@ -1,0 +1,192 @@
+"""Layers after which tokens are gone, on every family, against the original's own blocks and loops over tokens; where a
+bypass is not for a family, the refusal says why."""
+
+import copy
+
+import pytest
+import torch
+from families import CORE, FAMILIES
+from test_bypasses import _groups, _own_forward, built, photos
+from test_contract import close, first
+
+from tosa_convert import UnsupportedModelError, UsageError, convert
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.parts import every
+from tosa_convert.methods.score import Acts
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.selective.selection import last_choices, selective_blocks
+
+REDUCING = [name for name, part in every(Bypass).items() if part.acts is not Acts.AROUND]
+CASES = [*((name, {}) for name in REDUCING), ("pool", {"attention": "precise"})]
+SCORE = {"fuse": "class_attention", "pool": "multi_criteria"}
+"""Where the bypass needs a certain one; similarity otherwise."""
+NOT_CLAIMED = (
+    "layers with windows in between",
+    "mixes its heads inside",
+    "needs a class token",
+    "by their class token",
+    "adds to the tokens by itself",
+    "separate",
+)
+"""Why a bypass after which tokens are gone is not for a family."""
+
+
+@pytest.mark.parametrize(("bypass", "how"), CASES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_equals_the_originals_blocks_with_loops(name, bypass, how):
+    """Or it says which property of the family it is not for."""
+    model, images = built(name), photos()
+    options = {"score": SCORE.get(bypass, "similarity"), "bypass": bypass, "layers": {2: 0.7, 4: 0.5}, **how}
+    try:
+        converted = convert(copy.deepcopy(model), **options)
+    except (UsageError, UnsupportedModelError) as error:
+        refusal = str(error)
+        assert any(reason in refusal for reason in NOT_CLAIMED), refusal
+        return
+    weights = {}
+    for block in selective_blocks(converted):
+        layer = block.selection.layer
+
+        def note(selector, given, output, layer=layer):
+            weights.setdefault(layer, output)
+
+        block.selector.register_forward_hook(note)
+    found = run(converted, images)
+    choices = last_choices(converted)
+    reference = copy.deepcopy(model)
+    _Reference(adapter_of(reference), bypass, how, choices, weights if bypass == "fuse" else {}).spell_out()
+    for output, value in run(reference, images).items():
+        assert close(found[output], value), output
+    assert not torch.allclose(first(found), first(run(model, images)), atol=1e-3)
+
+
+class _Reference:
+    """Each image by itself, its tokens a list of groups of the image's tokens; every token leaves every layer."""
+
+    def __init__(self, adapter, bypass: str, how: dict, choices: dict, weights: dict):
+        self.adapter, self.bypass, self.choices, self.weights = adapter, bypass, choices, weights
+        self.ahead = bypass == "pool" and not how
+        self.members: list[list[list[int]]] = []
+
+    def spell_out(self) -> None:
+        for layer, block in enumerate(self.adapter.blocks, start=1):
+            block.forward = self._spelt_out(layer, block)
+
+    def _spelt_out(self, layer: int, block):
+        own, adapter = _own_forward(self.adapter, block), self.adapter
+
+        def forward(*args, **kwargs):
+            entering, args, kwargs = adapter.entering(args, kwargs)
+            tokens = adapter.taken(entering) if self.bypass != "drop" or layer == 1 else entering
+            if layer == 1:
+                self.members = [[[place] for place in range(tokens.shape[1])] for _ in tokens]
+            rows = [self._one(layer, block, own, image, tokens[image], args, kwargs) for image in range(len(tokens))]
+            if self.bypass == "drop":
+                return adapter.given_back(torch.stack(rows))
+            whole = torch.stack([self._put_back(image, row) for image, row in enumerate(rows)])
+            return adapter.given_back(adapter.restored(whole, entering))
+
+        return forward
+
+    def _one(self, layer: int, block, own, image: int, tokens: torch.Tensor, args, kwargs) -> torch.Tensor:
+        """What is left of an image after a layer."""
+        adapter = self.adapter
+        attention, mlp = adapter.attention(block), adapter.mlp(block)
+        if self.bypass != "drop":
+            tokens = tokens[[group[0] for group in self.members[image]]]
+
+        def call(tokens, sized=True):
+            places = torch.tensor([[group[0] for group in self.members[image]]])
+            sizes = torch.tensor([[float(len(group)) for group in self.members[image]]])
+            sizes = sizes if self.bypass in ("persist", "pool") and sized else None
+            return adapter.call(block, own, tokens[None], args, kwargs, places, sizes)[0]
+
+        if layer not in self.choices:
+            return call(tokens)
+        if self.bypass == "pool":
+            heads = self._fused(layer, image, attention, tokens, call) if self.ahead else None
+            tokens = self._reduced(layer, image, tokens)
+            if heads is None:
+                return call(tokens)
+            attention.forward = lambda hidden=None, *_, **named: adapter.finish(
+                attention, heads.flatten(1)[None], named.get("hidden_states", hidden)
+            )
+            tokens = call(tokens, sized=False)
+            del attention.forward
+            return tokens
+        mlp.forward = lambda hidden, **_: torch.zeros_like(hidden)
+        tokens = call(tokens)
+        del mlp.forward
+        tokens = self._reduced(layer, image, tokens)
+        attention.forward = lambda hidden=None, *_, **named: adapter.as_attention_output(
+            torch.zeros_like(named.get("hidden_states", hidden))
+        )
+        tokens = call(tokens, sized=False)
+        del attention.forward
+        return tokens
+
+    def _fused(self, layer: int, image: int, attention, tokens, call) -> torch.Tensor:
+        """What the heads give for each group, (K, H, D), from the whole map of attention."""
+        adapter, caught = self.adapter, []
+
+        def catch(*args, **kwargs):
+            normed = args[0] if args else kwargs["hidden_states"]
+            caught.extend([*adapter.project(attention, normed, kwargs), adapter.bias(attention, kwargs)])
+            return adapter.as_attention_output(torch.zeros_like(normed))
+
+        attention.forward = catch
+        call(tokens, sized=False)
+        del attention.forward
+        queries, keys, values, bias = caught
+        sizes = torch.tensor([float(len(group)) for group in self.members[image]])
+        logits = queries @ keys.mT * adapter.scale(queries) + (0 if bias is None else bias)
+        maps = (logits + sizes.log()).softmax(-1)[0]
+        groups = list(_groups(self.choices[layer], image).values())
+        rows = [self._mean(layer, image, places, maps.transpose(0, 1)) for places in groups]  # (K, H, N)
+        fused = torch.stack([torch.stack(rows)[..., places].sum(-1) for places in groups], dim=-1)  # (K, H, K)
+        means = torch.stack([self._mean(layer, image, places, values[0].transpose(0, 1)) for places in groups])
+        return torch.einsum("khg,ghd->khd", fused, means)
+
+    def _reduced(self, layer: int, image: int, tokens: torch.Tensor) -> torch.Tensor:
+        choice, members = self.choices[layer], self.members[image]
+        attended, skipped = choice.attended[image].tolist(), choice.skipped[image].tolist()
+        kept = [members[place] for place in attended]
+        if self.bypass == "drop":
+            self.members[image] = kept
+            return tokens[attended]
+        if self.bypass == "fuse":
+            shares = self.weights[layer][image].mean(0)
+            fused = sum(tokens[place] * shares[place] for place in skipped)
+            self.members[image] = [*kept, [part for place in skipped for part in members[place]]]
+            return torch.cat([tokens[attended], fused[None]])
+        rows = [self._mean(layer, image, places, tokens) for places in _groups(choice, image).values()]
+        joined = [[part for place in places for part in members[place]] for places in _groups(choice, image).values()]
+        self.members[image] = joined
+        return torch.stack(rows)
+
+    def _mean(self, layer: int, image: int, places: list[int], rows: torch.Tensor) -> torch.Tensor:
+        """Of one group, by how much each of its tokens counts."""
+        weights = torch.tensor([float(len(self.members[image][place])) for place in places])
+        if self.bypass == "pool":
+            weights = weights * self.choices[layer].weights[image][places]
+        shape = (-1, *[1] * (rows.ndim - 1))
+        return (rows[places] * weights.view(shape)).sum(0) / weights.sum()
+
+    def _put_back(self, image: int, tokens: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(sum(map(len, self.members[image])), tokens.shape[1])
+        for token, group in zip(tokens, self.members[image], strict=True):
+            result[group] = token
+        return result
+
+
+def test_each_bypass_is_claimed_by_several_families():
+    """So that the test above does not pass because everything is refused."""
+    for bypass in REDUCING:
+        taken = []
+        for name in CORE:
+            try:
+                convert(FAMILIES[name](), score=SCORE.get(bypass, "similarity"), bypass=bypass, layers={2: 0.7})
+                taken.append(name)
+            except (UsageError, UnsupportedModelError):
+                continue
+        assert len(taken) >= 2, (bypass, taken)

@@ -1,0 +1,102 @@
+"""A layer's attention worked out before some of its tokens are fused (MCTF, arXiv 2403.10030, section 3.2).
+
+The block runs up to its queries, keys and values on all tokens that enter it; who is fused may depend on the attention
+that each token gets. The same attention then serves the fused tokens: summed over the keys of a group, which is the
+attention of all tokens to the mean of its values; and a weighted mean over its queries.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tosa_convert.methods.bypass import Groups
+from tosa_convert.methods.token_ops import Choice, add_up, gather_tokens, stand_ins
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.masks import total, weight_of
+from tosa_convert.models.subclassing import answered
+
+
+class Ahead(NamedTuple):
+    """The attention of the tokens that enter a layer.
+
+    Attributes:
+        weights: (B, H, N, N), from queries to keys.
+        values: (B, H, N, D).
+    """
+
+    weights: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def received(self) -> torch.Tensor:
+        """(B, N): what each token gets, the mean over heads and queries."""
+        return self.weights.detach().mean((1, 2))
+
+    def fused(self, choice: Choice, shares: torch.Tensor) -> torch.Tensor:
+        """What the groups of a choice get, (B, H, K, D).
+
+        Args:
+            shares: (B, N, 1) how much each token counts in its group.
+        """
+        batch, heads, count, width = self.values.shape
+        means = _means(choice, shares, self.values.transpose(1, 2).flatten(2))
+        each = gather_tokens(means, stand_ins(choice)).unflatten(2, (heads, width)).transpose(1, 2)
+        found = (self.weights @ each).transpose(1, 2).flatten(2)
+        return _means(choice, shares, found).unflatten(2, (heads, width)).transpose(1, 2)
+
+
+def _means(choice: Choice, shares: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, D) → (B, K, D), the mean of each group."""
+    summed, whole = add_up(choice, tokens * shares, shares)
+    return summed / whole
+
+
+Run = Callable[..., torch.Tensor]
+"""A block's forward on some tokens: ``run(tokens, groups, sizes)``."""
+
+
+def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tensor, groups: Groups, sizes) -> Ahead:
+    """The attention of a block among the tokens that enter it, (B, N, C), without going on from there."""
+    seen: list[Ahead] = []
+
+    def attend(attention, queries, keys, values, bias):
+        logits = queries * adapter.scale(queries) @ keys.mT
+        added = total(bias, weight_of(sizes))
+        weights = (logits if added is None else logits + added).softmax(-1)
+        dropout = adapter.attention_dropout(attention) if attention.training else 0.0
+        seen.append(Ahead(F.dropout(weights, dropout) if dropout else weights, values))
+        return torch.zeros_like(values[:, :, :1]), None
+
+    attention = adapter.attention(block)
+    by_parts = functools.partial(adapter.by_parts, attention, None)
+    adapter.attending.set(attend)
+    try:
+        with answered(attention, by_parts), answered(adapter.mlp(block), silent):
+            run(tokens, groups, None)
+    finally:
+        adapter.attending.set(None)
+    return seen[0]
+
+
+def run_fused(
+    adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tensor, groups: Groups, attended: torch.Tensor
+) -> torch.Tensor:
+    """A block's own forward on fused tokens (B, K, C), with what its heads give, (B, H, K, D), known already."""
+    attention = adapter.attention(block)
+
+    def known(*args, **kwargs):
+        normed = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return adapter.finish(attention, attended.transpose(1, 2).flatten(2), normed)
+
+    with answered(attention, known):
+        return run(tokens, groups, None)
+
+
+def silent(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What an MLP gives that adds nothing."""
+    tokens = args[0] if args else kwargs["hidden_states"]
+    return torch.zeros_like(tokens[:, :1])
