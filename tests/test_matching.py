@@ -10,6 +10,7 @@ from tosa_convert.methods.matching import (
     FEWEST,
     SKETCHED,
     choose_bipartite,
+    choose_both_ways,
     choose_by_energy,
     choose_redundant,
     match,
@@ -176,3 +177,34 @@ def test_nobody_is_skipped_at_ratio_one():
     choice = choose_redundant(random(1, 17, 3), 1, grid, 16)
     assert isinstance(choice, Choice)
     assert choice.skipped.shape == choice.partners.shape == (1, 0)
+
+
+@given(
+    patches=st.integers(2, 24), prefix=st.integers(0, 3), batch=st.integers(1, 3), share=st.floats(0, 0.5), seed=seeds
+)
+def test_both_ways_the_heaviest_pairs_go_first(patches, prefix, batch, share, seed):
+    surplus = int(share * patches)
+    weights = random(batch, (patches + 1) // 2, patches // 2, seed=seed).exp()
+    choice = choose_both_ways(weights, prefix, patches - surplus)
+    for image in range(batch):
+        group = {place: place for place in range(patches)}  # who stands in for whom
+        ones, others = list(range(0, patches, 2)), list(range(1, patches, 2))
+
+        def weight(one, other, image=image):
+            return weights[image, one // 2, other // 2].item()
+
+        best = {one: max(others, key=lambda other, one=one: weight(one, other)) for one in ones}
+        gone = sorted(ones, key=lambda one: -weight(one, best[one]))[: surplus - surplus // 2]
+        group |= {one: best[one] for one in gone}
+        left = [one for one in ones if one not in gone]
+        if surplus // 2:
+            best = {other: max(left, key=lambda one, other=other: weight(one, other)) for other in others}
+            back = sorted(others, key=lambda other: -weight(best[other], other))[: surplus // 2]
+            group |= {other: best[other] for other in back}
+        root = {place: group[group[place]] for place in group}
+        attended = choice.attended[image].tolist()
+        assert attended == [*range(prefix), *(place + prefix for place in range(patches) if root[place] == place)]
+        found = zip(choice.skipped[image].tolist(), choice.partners[image].tolist(), strict=True)
+        assert {place - prefix: attended[into] - prefix for place, into in found} == {
+            place: into for place, into in root.items() if place != into
+        }

@@ -282,11 +282,13 @@ def choose_both_ways(weights: torch.Tensor, prefix: int, kept: int) -> Choice:
     there, back = surplus - surplus // 2, surplus // 2
     best, partner = weights.max(-1)
     gone, left = ordered(best, descending=True).indices.split([there, ones - there], dim=1)
-    best, mate = gather_tokens(weights, left).max(1)
-    returned, stayed = ordered(best, descending=True).indices.split([back, others - back], dim=1)
-    second = torch.arange(others, device=weights.device).expand(batch, others) * 2 + 1
+    seconds = torch.arange(others, device=weights.device).expand(batch, others)
     # Where each of the second set ends up; those of the first follow them.
-    second = put(second, returned, pick(left * 2, pick(mate, returned)))
+    returned, stayed, second = seconds[:, :0], seconds, seconds * 2 + 1
+    if not is_none(back):
+        best, mate = gather_tokens(weights, left).max(1)
+        returned, stayed = ordered(best, descending=True).indices.split([back, others - back], dim=1)
+        second = put(second, returned, pick(left * 2, pick(mate, returned)))
     attended = torch.sort(torch.cat([left * 2, stayed * 2 + 1], dim=1), dim=1).values
     ranks = torch.arange(kept, device=weights.device).expand(batch, kept)
     rank = put(torch.zeros(batch, ones + others, dtype=torch.long, device=weights.device), attended, ranks)

@@ -1,0 +1,82 @@
+"""MCTF: its weights against loops, its numbers of tokens, its two passes in fine-tuning."""
+
+import math
+
+import pytest
+import torch
+from conftest import lively
+from families import FAMILIES
+
+from tosa_convert import UsageError, convert
+from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.methods.score import Acts, Site, View
+from tosa_convert.methods.scores import multi_criteria
+from tosa_convert.selective.selection import chosen_tokens
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tau", [(1.0, 20.0, 40.0), (2.0, 1.0, 1.0)])
+def test_a_pair_weighs_as_in_the_paper(tau, monkeypatch):
+    caught = {}
+
+    def catch(weights, prefix, kept):
+        caught["weights"] = weights
+        return own(weights, prefix, kept)
+
+    own = multi_criteria.choose_both_ways
+    monkeypatch.setattr(multi_criteria, "choose_both_ways", catch)
+    names = ("tau_similarity", "tau_information", "tau_size")
+    score = multi_criteria.MultiCriteria(**dict(zip(names, tau, strict=True)))
+    score.setup(Site(2, 3, 1, 8, Acts.BEFORE, 0))
+    tokens, received = random(2, 7, 8), random(2, 7, seed=1).softmax(-1)
+    sizes = torch.randint(1, 5, (2, 7), generator=torch.Generator().manual_seed(2)).float()
+    choice = score(View(8000, 6, (2, 3), tokens=tokens, received=received, sizes=sizes))
+    for image in range(2):
+        patches, attention, counts = tokens[image, 1:], received[image, 1:], sizes[image, 1:]
+        for one in range(0, 6, 2):
+            for other in range(1, 6, 2):
+                a, b = patches[one], patches[other]
+                similar = ((a @ b / a.norm() / b.norm()).item() + 1) / 2
+                little = [(1 / attention[i]) / (1 / attention).max() for i in (one, other)]
+                few = [(1 / counts[i]) / (1 / counts).max() for i in (one, other)]
+                wanted = similar ** (1 / tau[0])
+                wanted *= (little[0] * little[1]).item() ** (1 / tau[1]) * (few[0] * few[1]).item() ** (1 / tau[2])
+                assert caught["weights"][image, one // 2, other // 2].item() == pytest.approx(wanted, rel=1e-4)
+    assert torch.equal(choice.weights, received)
+
+
+@pytest.mark.parametrize(
+    ("method", "gone"), [("mctf", range(1, 12)), ("mctf_fast", [0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 11])]
+)
+@pytest.mark.parametrize("patches", [196, 256, 1369])
+def test_r_tokens_are_gone_after_each_layer(method, gone, patches):
+    plan = ConvertConfig(method=method, r=16).plan(12, patches)
+    assert [layer for layer, _ in plan] == list(range(2, 13))
+    counts = [math.ceil(round(ratio * 10_000) * patches / 10_000) for _, ratio in plan]
+    assert counts == [patches - 16 * step for step in gone]
+
+
+def test_r_is_of_the_models_own_images(images):
+    model = convert(FAMILIES["timm vit"](), method="mctf", r=1)
+    model(images)
+    assert [each.shape[1] for each in chosen_tokens(model).values()] == [16, 15, 14, 13, 12]  # with the class token
+    model = convert(FAMILIES["timm vit"](), method="mctf", ratio=0.8)
+    assert sum(model.tosa_config.ratio) / 5 == pytest.approx(0.8, abs=1e-4)
+
+
+def test_too_large_an_r_says_what_goes():
+    with pytest.raises(UsageError, match=r"r 2 takes 10 tokens in 5 layers, and of 16 .* at least 10 .*give at most 1"):
+        convert(FAMILIES["timm vit"](), method="mctf", r=2)
+    with pytest.raises(UsageError, match=r"stay above 0\.40"):
+        convert(FAMILIES["timm vit"](), method="mctf", ratio=0.3)
+    with pytest.raises(UsageError, match=r"which bypass merge does not know yet .* use pool"):
+        convert(FAMILIES["timm vit"](), score="multi_criteria", bypass="merge")
+
+
+def test_without_a_class_token_all_tokens_may_fuse(images):
+    model = lively(FAMILIES["timm siglip"]())
+    convert(model, method="mctf", ratio=0.8)(images)
+    assert chosen_tokens(model)[6].shape[1] < 16
