@@ -7,11 +7,13 @@ import torch
 from conftest import lively
 from families import FAMILIES
 
-from tosa_convert import UsageError, convert
+from tosa_convert import FinetuneSettings, UsageError, convert, finetune, original
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.score import Acts, Site, View
 from tosa_convert.methods.scores import multi_criteria
-from tosa_convert.selective.selection import chosen_tokens
+from tosa_convert.models.adapter import run
+from tosa_convert.selective.selection import chosen_tokens, selective_blocks
+from tosa_convert.training.finetuning import SelectiveFinetuning
 
 
 def random(*shape, seed=0):
@@ -80,3 +82,76 @@ def test_without_a_class_token_all_tokens_may_fuse(images):
     model = lively(FAMILIES["timm siglip"]())
     convert(model, method="mctf", ratio=0.8)(images)
     assert chosen_tokens(model)[6].shape[1] < 16
+
+
+def of_mctf(name: str = "timm vit"):
+    model = convert(lively(FAMILIES[name]()), method="mctf", ratio=0.8)
+    return model, selective_blocks(model)[0].selection.current
+
+
+def test_a_share_of_the_tokens_is_taken_away(images):
+    model, current = of_mctf()
+    with current.taking(0.0):
+        assert torch.equal(model(images), original(model)(images))
+    half = convert(original(model), method="mctf", ratio=0.9)
+    with current.taking(0.5):
+        assert torch.allclose(model(images), half(images), atol=1e-5)
+    model(images)
+    assert len(chosen_tokens(model)) == 5
+
+
+@pytest.mark.parametrize("labels", [0.0, 1.0])
+def test_the_loss_is_that_of_both_passes(labels, images, monkeypatch):
+    model, current = of_mctf()
+    model.eval()
+    weights = {"labels": labels, "logits": 1.0 - labels, "consistency": 2.0, "features": 0.0, "cut": 0.0}
+    objective = SelectiveFinetuning(model, weights, FinetuneSettings())
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(4))
+    truths = torch.zeros(len(images), dtype=torch.long)
+    parts = objective(images, truths)
+    objective.close()
+    last = []
+    handle = model.blocks[-1].register_forward_hook(lambda module, given, output: last.append(output[:, 0]))
+    student = model(images)
+    with current.taking(4 / 16):
+        teacher = model(images)
+    handle.remove()
+    normed = [torch.nn.functional.layer_norm(each, each.shape[-1:]) for each in last]
+    sure = student.softmax(-1).amax(-1) > 0.4
+    wanted = 3 * ((normed[0] - normed[1]).square().mean(-1) * sure).mean()
+    if labels:
+        wanted = wanted + torch.nn.functional.cross_entropy(teacher, truths)
+    assert parts["consistency"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_both_passes_give_gradients_under_checkpointing_too(images):
+    found = []
+    for checkpointing in (False, True):
+        model, _ = of_mctf("hf ViT classifier")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        weights = {"labels": 1.0, "logits": 0.0, "consistency": 1.0, "features": 0.0, "cut": 0.0}
+        objective = SelectiveFinetuning(model, weights, FinetuneSettings())
+        torch.manual_seed(0)
+        objective(images, torch.zeros(len(images), dtype=torch.long))["loss"].backward()
+        objective.close()
+        found.append([each.grad for each in model.parameters() if each.grad is not None])
+    assert len(found[0]) == len(found[1]) > 50
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*found, strict=True))
+
+
+def test_it_is_part_of_fine_tuning_with_mctf_only(photos):
+    model = convert(lively(FAMILIES["timm vit"]()), method="mctf", ratio=0.8)
+    figures = finetune(model, photos, FinetuneSettings(steps=2, batch_size=4, labels=0.0))
+    assert math.isfinite(figures["consistency"])
+    other = convert(lively(FAMILIES["timm vit"]()), method="tosa")
+    assert "consistency" not in finetune(other, photos, FinetuneSettings(steps=1, batch_size=2, labels=0.0))
+    with pytest.raises(UsageError, match="takes no tokens away"):
+        finetune(other, photos, FinetuneSettings(steps=1, consistency=1.0))
+    siglip = convert(lively(FAMILIES["timm siglip"]()), method="mctf", ratio=0.8)
+    with pytest.raises(UsageError, match="compares class tokens, and this model has none"):
+        finetune(siglip, photos, FinetuneSettings(steps=1, labels=0.0, consistency=1.0))
+    assert "consistency" not in finetune(siglip, photos, FinetuneSettings(steps=1, batch_size=2, labels=0.0))
+    with torch.no_grad():
+        assert torch.isfinite(next(iter(run(model, torch.zeros(1, 3, 32, 32)).values()))).all()

@@ -84,6 +84,8 @@ class FinetuneSettings(TrainSettings):
         features: weight of the distance to the original model's last tokens. None: 0 if there are
             labels, else 1.
         cut: weight of IdleViT's token cut loss. None: 1 with method idle, else 0.
+        consistency: weight of MCTF's consistency of passes with more and with fewer tokens. None: 1 with method mctf
+            or mctf_fast, else 0.
         label_smoothing: of the cross-entropy.
         temperature: of the logits in the KL.
     """
@@ -94,6 +96,7 @@ class FinetuneSettings(TrainSettings):
     logits: NotNegative | None = None
     features: NotNegative | None = None
     cut: NotNegative | None = None
+    consistency: NotNegative | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Positive = 1.0
 

@@ -76,6 +76,7 @@ class ForwardState:
 
     Attributes:
         grid: rows and columns of the patches, of a video's times before them; None where the model does not tell.
+        share: of the tokens that layers are to take away; None for all.
         readings: layer → what its score has read, until the layer takes it.
         features: layer → (B, N, D), by which partners are found, until the layer takes it.
         scores: layer → (B, N).
@@ -84,8 +85,9 @@ class ForwardState:
         left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
     """
 
-    def __init__(self, grid: tuple[int, ...] | None):
+    def __init__(self, grid: tuple[int, ...] | None, share: float | None = None):
         self.grid = grid
+        self.share = share
         self.readings: dict[int, Any] = {}
         self.features: dict[int, torch.Tensor] = {}
         self.scores: dict[int, torch.Tensor] = {}
@@ -112,6 +114,7 @@ class CurrentForward(Hook):
         self.adapter = adapter
         self._state = PerThread()
         self._putting_back = PerThread()
+        self._share = PerThread()
         self.taps: list[Tap] = []
 
     def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -128,7 +131,7 @@ class CurrentForward(Hook):
         grid = self.adapter.grid_of(inputs, output)
         # In a trace, such as fvcore's, which is of one size, sizes are tensors.
         whole = tuple(int(side) if isinstance(side, torch.Tensor) else side for side in grid or ())
-        self._state.set(ForwardState(whole or None))
+        self._state.set(ForwardState(whole or None, self._share.get()))
         for tap in self.taps:
             tap.follow()
 
@@ -156,6 +159,15 @@ class CurrentForward(Hook):
         finally:
             self._putting_back.set(None)
 
+    @contextmanager
+    def taking(self, share: float) -> Iterator[None]:
+        """Within this block, and in this thread, layers take away this share of the tokens that they are to take."""
+        self._share.set(share)
+        try:
+            yield
+        finally:
+            self._share.set(None)
+
     def forget(self) -> None:
         """Let go of what the last forward pass left."""
         self._state.set(None)
@@ -176,6 +188,7 @@ class Arrival(NamedTuple):
     attended: torch.Tensor | None
     segment: Segment | None = None
     padding: torch.Tensor | None = None
+    share: float | None = None
 
 
 class Recollection:

@@ -15,7 +15,7 @@ from torch import nn
 from tosa_convert.base.errors import TosaError, UnsupportedModelError, UsageError
 from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.score import Acts, Reads, View
-from tosa_convert.methods.token_ops import Choice, gather_tokens
+from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens
 from tosa_convert.models.adapter import Adapter, run
 from tosa_convert.models.proof.calls import call_of, repeat
 from tosa_convert.models.subclassing import answered, grafted_class
@@ -70,7 +70,7 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         def go(tokens, groups, sizes=None):
             return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes)
 
-        if not selection.reduces:
+        if not selection.reduces or selection.steps_of(arrival.share) == RATIO_STEPS:
             tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
         else:
             reduce = _before if bypass.acts is Acts.BEFORE else _between
@@ -131,7 +131,7 @@ def _choose(block: nn.Module, tokens: torch.Tensor, groups: Groups, arrival: Arr
     selection, layer = block.selection, block.selection.layer
     state = selection.current.state
     sizes = groups.sizes if selection.bypass.proportional else None
-    view = View(selection.steps, state.patches, state.grid, sizes=sizes, received=received)
+    view = View(selection.steps_of(arrival.share), state.patches, state.grid, sizes=sizes, received=received)
     if selection.reads is not Reads.QUERIES_KEYS:
         normed = block.adapter.normed(block, tokens).detach() if selection.reads is Reads.TOKENS else None
         view = view._replace(tokens=tokens.detach(), normed=normed)

@@ -71,6 +71,10 @@ class Selection:
     def steps(self) -> int:
         return ratio_steps(self.ratio)
 
+    def steps_of(self, share: float | None) -> int:
+        """:attr:`steps` where only a share of the tokens is taken away that it is to take."""
+        return self.steps if share is None else ratio_steps(1 - (1 - self.ratio) * share)
+
     @property
     def per_head(self) -> bool:
         return self.bypass.per_head
@@ -120,6 +124,7 @@ class Selection:
             attended=None if before is None else state.choices[before.layer].attended,
             segment=self._left(state).segment if self.follows else None,
             padding=padding,
+            share=state.share,
         )
         if kept:
             self.recollection.keep(tokens, arrival)
@@ -156,11 +161,11 @@ class Selection:
         with torch.no_grad():
             found = score(view)
             if not score.chooses:
-                found = self._best(found, state, arrival, view.patches)
+                found = self._best(found, state, arrival, keep_count(view.patches, view.steps))
         state.choices[self.layer] = found
         return found
 
-    def _best(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival, patches: int) -> Choice:
+    def _best(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival, kept: int) -> Choice:
         if scores.ndim == 3:
             scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
         if arrival.scores is not None:
@@ -168,7 +173,7 @@ class Selection:
         if arrival.padding is not None:
             scores = scores.masked_fill(arrival.padding, float("-inf"))
         state.scores[self.layer] = scores
-        return choose_best(scores, self.prefix, self.keep(patches))
+        return choose_best(scores, self.prefix, kept)
 
 
 def selective_blocks(model: nn.Module) -> list[Any]:

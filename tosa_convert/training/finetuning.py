@@ -34,8 +34,8 @@ def finetune(
     """Fine-tune a converted model with its layers selective (ToSA, arXiv 2406.08816, section 3, stage 2).
 
     The loss is a weighted sum of the task's loss on labels (cross-entropy), KL to the logits of the model as it
-    was unconverted, the distance to its last tokens, and for IdleViT its token cut loss; see
-    :class:`FinetuneSettings`. Only the first needs labels.
+    was unconverted, the distance to its last tokens, and what belongs to a published method (IdleViT's token cut
+    loss, MCTF's consistency); see :class:`FinetuneSettings`. Only the first needs labels.
 
     Args:
         model: converted; trained in place.
@@ -94,7 +94,8 @@ class SelectiveFinetuning(nn.Module):
         for block in choosing_blocks(model):
             block.selector.requires_grad_(False)
         wanted = [kind for kind in every_loss() if weights[kind.name()]]
-        self.losses = [kind(model, teacher, settings) for kind in wanted]
+        filled = settings.model_copy(update=weights)
+        self.losses = [kind(model, teacher, filled) for kind in wanted]
 
     def close(self) -> None:
         for loss in self.losses:
@@ -102,6 +103,8 @@ class SelectiveFinetuning(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
+        for loss in self.losses:
+            loss.begin(images)
         found, wanted = run(self.model, images), {}
         if any(loss.taught for loss in self.losses):
             with torch.no_grad():

@@ -2,7 +2,7 @@
 :class:`~tosa_convert.config.settings.FinetuneSettings`, which holds their weights."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from tosa_convert.base import discovery
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Images
 from tosa_convert.methods.method import published
+from tosa_convert.models.proof.calls import first_of
 from tosa_convert.tasks.task import Task
 
 FOLDER = "training/losses"
@@ -44,6 +45,10 @@ class Loss(ABC):
     taught: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: FinetuneSettings):
+        """
+        Args:
+            settings: with the weights of all losses filled in.
+        """
         self.settings = settings
 
     @classmethod
@@ -74,6 +79,10 @@ class Loss(ABC):
         """Refuse what this loss is not for."""
         return None
 
+    def begin(self, images: torch.Tensor) -> None:
+        """Before the forward pass on a batch of images (B, C, H, W), for what needs another one."""
+        return None
+
     @abstractmethod
     def of(self, found: dict, wanted: dict, labels: torch.Tensor) -> torch.Tensor:
         """A scalar, of the forward pass that was just run.
@@ -87,6 +96,15 @@ class Loss(ABC):
     def close(self) -> None:
         """Take off what was put on the model."""
         return None
+
+
+class LastTokens:
+    """A hook that keeps the tokens that leave the last block."""
+
+    value: torch.Tensor
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self.value = first_of(output)
 
 
 def every_loss() -> list[type[Loss]]:

@@ -1,7 +1,5 @@
 """The distance to the original's last tokens."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,8 +7,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.proof.calls import first_of
-from tosa_convert.training.loss import Loss
+from tosa_convert.training.loss import LastTokens, Loss
 
 
 class Features(Loss):
@@ -20,7 +17,7 @@ class Features(Loss):
 
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
-        self.student_tokens, self.teacher_tokens = _LastTokens(), _LastTokens()
+        self.student_tokens, self.teacher_tokens = LastTokens(), LastTokens()
         self.handles = [
             adapter_of(model).blocks[-1].register_forward_hook(self.student_tokens),
             adapter_of(teacher).blocks[-1].register_forward_hook(self.teacher_tokens),
@@ -48,15 +45,6 @@ class Features(Loss):
 
 def _whole(model: nn.Module) -> bool:
     return model.tosa_config.make(Bypass).puts_back
-
-
-class _LastTokens:
-    """A hook that keeps the tokens that leave the last block."""
-
-    value: torch.Tensor
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        self.value = first_of(output)
 
 
 def relative_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

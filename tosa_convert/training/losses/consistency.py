@@ -1,0 +1,69 @@
+"""MCTF's token reduction consistency (arXiv 2403.10030, section 3.4): the same weights have to answer alike when fewer
+tokens are taken away."""
+
+import torch
+import torch.nn.functional as F
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.tasks.task import task_of
+from tosa_convert.training.loss import LastTokens, Loss
+
+DRAWN, AGAINST = 8, 16
+"""The paper's r is 16, and that of its second pass 0 to 7."""
+DISTANCE = 3.0
+"""How much the distance of the class tokens counts beside the loss on labels."""
+CONFIDENT = 0.4
+"""The distance counts where the answer is given with more than this probability."""
+
+
+class Consistency(Loss):
+    """A second pass takes away 0 to 7 sixteenths, drawn anew at each step, of the tokens that the first one does. With
+    labels its own loss on them counts too; the first pass's class token, normed, is drawn to the second's."""
+
+    def __init__(self, model, teacher, settings):
+        super().__init__(model, teacher, settings)
+        self.model, self.task = model, task_of(model)
+        self.current = selective_blocks(model)[0].selection.current
+        self.tokens = LastTokens()
+        self.handle = adapter_of(model).blocks[-1].register_forward_hook(self.tokens)
+
+    @classmethod
+    def default(cls, situation):
+        return super().default(situation) if adapter_of(situation.model).class_token else 0.0
+
+    @classmethod
+    def check(cls, situation):
+        if not situation.model.tosa_config.reduces:
+            raise UsageError(
+                f"bypass {situation.model.tosa_config.bypass} takes no tokens away, so there are no two passes "
+                "to be alike; set consistency to 0"
+            )
+        if not adapter_of(situation.model).class_token:
+            raise UsageError("consistency compares class tokens, and this model has none; set consistency to 0")
+
+    def begin(self, images):
+        share = torch.randint(DRAWN, ()).item() / AGAINST
+        with self.current.taking(share):
+            self.other = next(iter(run(self.model, images).values()))
+        self.wanted = _normed(self.tokens.value).detach()
+
+    def of(self, found, wanted, labels):
+        output = next(iter(found.values()))
+        apart = (_normed(self.tokens.value) - self.wanted).square().mean(-1)
+        if not self.task.metrics:
+            return DISTANCE * apart.mean()
+        sure = output.detach().softmax(-1).amax(-1) > CONFIDENT
+        distance = DISTANCE * (apart * sure).mean()
+        if not self.settings.labels:
+            return distance
+        return distance + self.task.loss(self.other, labels, self.settings)
+
+    def close(self):
+        self.handle.remove()
+
+
+def _normed(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, C) → (B, C), the class token."""
+    return F.layer_norm(tokens[:, 0], tokens.shape[-1:])
