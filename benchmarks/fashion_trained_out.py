@@ -4,10 +4,10 @@
     python benchmarks/fashion_trained_out.py --data /usr/share/datasets/fashion-mnist --work fashion_work
 
 The data is the original four IDX files (Debian: ``apt install dataset-fashion-mnist``, MIT licence). Each run goes over
-the 60,000 training images for ten epochs with a cosine to zero, from the same weights and with the same settings; ToSA's
-selectors are distilled first. "original" is the unconverted model, trained on in the same way. A run takes half an hour
-on one core; each is kept in the work folder with its checkpoints and added to the results as it ends, so the script may
-be stopped and started again, and ``--names`` and ``--seeds`` do part of the work.
+the 60,000 training images for ten epochs with a cosine to zero, from the same weights and with the same settings;
+ToSA's selectors are distilled first. "original" is the unconverted model, trained on in the same way. A run takes half
+an hour on one core; each is kept in the work folder with its checkpoints and added to the results as it ends, so the
+script may be stopped and started again, and ``--names`` and ``--seeds`` do part of the work.
 """
 
 import argparse
