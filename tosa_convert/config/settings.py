@@ -1,11 +1,12 @@
 """The typed settings of training and export. A recipe holds them; the commands' options set them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainSettings(BaseModel):
@@ -16,9 +17,12 @@ class TrainSettings(BaseModel):
         epochs: passes over the training images, in place of steps.
         batch_size: images per process and forward pass.
         accumulate: forward passes per optimiser step.
-        lr: peak learning rate, after a linear warm-up, before a cosine to zero.
+        lr: peak learning rate, after a linear warm-up.
         warmup: share of the steps that warm up.
-        weight_decay: AdamW's, on matrices only.
+        opt: optimiser, by timm's name.
+        sched: how the learning rate falls after the warm-up, timm's "cosine", "tanh", "poly" (evenly) or "step" (to a
+            tenth, twice).
+        weight_decay: on matrices only.
         clip_norm: largest gradient norm.
         augment: what training images go through: "crop" (random resized crop of at least half the
             area, mirror), "flip" (mirror only) or "none".
@@ -36,6 +40,8 @@ class TrainSettings(BaseModel):
     accumulate: int = Field(default=1, ge=1)
     lr: Positive = 1e-3
     warmup: float = Field(default=0.1, ge=0, lt=1)
+    opt: str = "adamw"
+    sched: Literal["cosine", "tanh", "poly", "step"] = "cosine"
     weight_decay: NotNegative = 0.0
     clip_norm: Positive = 1.0
     augment: Literal["crop", "flip", "none"] = "crop"
@@ -86,8 +92,18 @@ class FinetuneSettings(TrainSettings):
         cut: weight of IdleViT's token cut loss. None: 1 with method idle, else 0.
         consistency: weight of MCTF's consistency of passes with more and with fewer tokens. None: 1 with method mctf
             or mctf_fast, else 0.
-        label_smoothing: of the cross-entropy.
+        smoothing: of the labels in the cross-entropy.
         temperature: of the logits in the KL.
+        scale: least and largest share of the area that augment "crop" takes.
+        aa: AutoAugment, RandAugment and so on, by timm's string, such as "rand-m9-mstd0.5-inc1"; with augment "crop".
+        reprob: probability of random erasing; with augment "crop".
+        aug_repeats: how often each image of a pass is drawn, augmented anew each time (arXiv 1901.09335); a pass then
+            sees as many times fewer images.
+        mixup, cutmix: alpha of the mixing of images and labels (arXiv 1710.09412, 1905.04899); 0 for none.
+        drop_path: rate of stochastic depth in the last layer, rising evenly from none in the first.
+        layer_decay: factor of the learning rate from each layer to the one before it.
+        model_ema_decay: of a moving average of the weights, which rises to it; the average is what is kept, evaluated
+            and exported. None: the weights themselves are.
     """
 
     lr: Positive = 1e-4
@@ -97,8 +113,39 @@ class FinetuneSettings(TrainSettings):
     features: NotNegative | None = None
     cut: NotNegative | None = None
     consistency: NotNegative | None = None
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Positive = 1.0
+    scale: Annotated[tuple[Share, Share], Strict(False)] = (0.5, 1.0)
+    aa: str | None = None
+    reprob: float = Field(default=0.0, ge=0, le=1)
+    aug_repeats: int = Field(default=1, ge=1)
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    layer_decay: Share = 1.0
+    model_ema_decay: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """Recipes of the version before have another name for the smoothing."""
+        if isinstance(values, dict) and "label_smoothing" in values:
+            values = {"smoothing" if name == "label_smoothing" else name: value for name, value in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _crops(self) -> "FinetuneSettings":
+        if self.augment != "crop" and (self.aa or self.reprob):
+            raise ValueError(f"aa and reprob go with augment crop, not {self.augment}; leave them out, or take crop")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale is the least and the largest share of the area, in this order, such as [0.08, 1.0]")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "FinetuneSettings":
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs of images; give an even batch_size, not {self.batch_size}")
+        return self
 
 
 class ExportSettings(BaseModel):

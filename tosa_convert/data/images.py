@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,22 @@ def built_in_scenes() -> list[Path]:
     return [path for path in sorted(built_in_photos().iterdir()) if path.stem in SCENES]
 
 
+class Augmentation(NamedTuple):
+    """What training images go through.
+
+    Attributes:
+        kind: "crop" (random resized crop and mirror), "flip" (mirror only) or "none".
+        scale: least and largest share of the area of a crop.
+        aa: timm's string for AutoAugment and the like, applied to crops.
+        reprob: probability that a part of a crop is erased.
+    """
+
+    kind: str
+    scale: tuple[float, float] = (0.5, 1.0)
+    aa: str | None = None
+    reprob: float = 0.0
+
+
 class Images(Dataset):
     """The images of a folder. Sub-folders are classes; images at the top level have no labels.
 
@@ -42,12 +59,17 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, source: str | Path | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
+        self,
+        source: str | Path | None,
+        preprocessing: Preprocessing,
+        augment: "str | Augmentation | None" = None,
+        seed: int = 0,
     ):
         self.name = BUILT_IN if source is None else str(source)
         self.reader = _reader(built_in_photos() if source is None else Path(source))
         self.classes = _classes(self.reader)
         self.preprocessing, self.training, self.seed = preprocessing, augment is not None, seed
+        augment = Augmentation(augment) if isinstance(augment, str) else augment
         self.transform = _transform(preprocessing, augment)
 
     @property
@@ -107,8 +129,9 @@ def _classes(reader: ReaderImageFolder) -> list[str]:
     return [] if "" in names else sorted(names, key=names.get)
 
 
-def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.Compose:
-    cropped = augment == "crop"
+def _transform(preprocessing: Preprocessing, augment: Augmentation | None) -> transforms.Compose:
+    cropped = augment is not None and augment.kind == "crop"
+    asked = augment._asdict() if cropped else {}
     transform = create_transform(
         (preprocessing.channels, *preprocessing.size),
         is_training=cropped,
@@ -117,10 +140,14 @@ def _transform(preprocessing: Preprocessing, augment: str | None) -> transforms.
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
-        scale=(0.5, 1.0),
         color_jitter=0.0,
+        scale=asked.get("scale"),
+        auto_augment=asked.get("aa"),
+        re_prob=asked.get("reprob", 0.0),
+        re_mode="pixel",
     )
-    return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if augment == "flip" else transform
+    flipped = augment is not None and augment.kind == "flip"
+    return transforms.Compose([transforms.RandomHorizontalFlip(), transform]) if flipped else transform
 
 
 def read_image(file: Path, preprocessing: Preprocessing) -> torch.Tensor:
@@ -181,11 +208,12 @@ def seed_everything(seed: int) -> None:
 class Draws(Sampler):
     """An endless, seeded shuffle cut to positions [first, last), so that a resumed training sees what comes next.
 
-    Yields (position, index); each pass over the data is its own permutation.
+    Yields (position, index); each pass over the data is its own permutation. With ``repeats`` each index comes so often
+    in a row, and a pass, which is as long, holds fewer of them.
     """
 
-    def __init__(self, length: int, first: int, last: int, seed: int):
-        self.length, self.first, self.last, self.seed = length, first, last, seed
+    def __init__(self, length: int, first: int, last: int, seed: int, repeats: int = 1):
+        self.length, self.first, self.last, self.seed, self.repeats = length, first, last, seed, repeats
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -196,7 +224,7 @@ class Draws(Sampler):
             if place == 0 or position == self.first:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 order = torch.randperm(self.length, generator=generator).tolist()
-            yield position, order[place]
+            yield position, order[place // self.repeats]
 
 
 def collate(items: list) -> dict:
@@ -214,9 +242,11 @@ def stacked(labels: list[int | torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.as_tensor(label) for label in labels]) if labels else torch.empty(0, dtype=torch.long)
 
 
-def training_loader(images: Images, batch_size: int, first: int, last: int, workers: int) -> DataLoader:
+def training_loader(
+    images: Images, batch_size: int, first: int, last: int, workers: int, repeats: int = 1
+) -> DataLoader:
     """Batches of the draws [first, last), the same ones however often training was interrupted."""
-    draws = Draws(len(images), first, last, images.seed)
+    draws = Draws(len(images), first, last, images.seed, repeats)
     return DataLoader(images, batch_size, sampler=draws, num_workers=workers, collate_fn=collate)
 
 

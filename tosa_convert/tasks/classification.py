@@ -42,4 +42,5 @@ class Classification(Task):
         return {"top1": (output.argmax(-1) == labels).float()}
 
     def loss(self, output, labels, settings):
-        return F.cross_entropy(output, labels, label_smoothing=settings.label_smoothing)
+        mixed = labels.ndim == 2  # by mixup, which smoothes them too
+        return F.cross_entropy(output, labels, label_smoothing=0.0 if mixed else settings.smoothing)

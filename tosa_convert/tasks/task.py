@@ -13,7 +13,7 @@ from torch import nn
 
 from tosa_convert.base import discovery
 from tosa_convert.config.settings import FinetuneSettings
-from tosa_convert.data.images import Images
+from tosa_convert.data.images import Augmentation, Images
 from tosa_convert.models.preprocessing import Preprocessing
 
 FOLDER = "tasks"
@@ -52,7 +52,11 @@ class Task:
         return False
 
     def read(
-        self, source: str | Path | None, preprocessing: Preprocessing, augment: str | None = None, seed: int = 0
+        self,
+        source: str | Path | None,
+        preprocessing: Preprocessing,
+        augment: str | Augmentation | None = None,
+        seed: int = 0,
     ) -> Images:
         """The images of a folder, with their labels; see :class:`Images` for the arguments."""
         return Images(source, preprocessing, augment, seed)

@@ -9,14 +9,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from tosa_convert.base import distributed as processes
@@ -26,6 +27,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import TrainSettings
 from tosa_convert.data.images import Images, seed_everything, training_loader
 from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
+from tosa_convert.training.optimisation import make_optimizer, make_schedule
 
 CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
 
@@ -42,6 +44,10 @@ class Stage:
         seed: of everything random.
         out: run directory for metrics and checkpoints; None keeps nothing.
         resume: go on from the checkpoint in ``out``, if there is one.
+        scales: parameter → what its learning rate is multiplied by.
+        repeats: how often in a row each image is drawn.
+        averaged: the part of the objective that ends as the moving average of its weights; None for none.
+        decay: of that average; it rises to it.
     """
 
     name: str
@@ -50,6 +56,10 @@ class Stage:
     seed: int = 0
     out: Path | None = None
     resume: bool = False
+    scales: dict[nn.Parameter, float] = field(default_factory=dict)
+    repeats: int = 1
+    averaged: nn.Module | None = None
+    decay: float = 0.0
 
 
 def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator:
@@ -88,22 +98,22 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     if stage.out:
         stage.out.mkdir(parents=True, exist_ok=True)
     steps = settings.total_steps(len(images), world)
-    optimizer = torch.optim.AdamW(_parameter_groups(stage.objective, settings.weight_decay), lr=settings.lr)
+    optimizer = make_optimizer(stage.objective, settings, stage.scales)
+    average = _average(stage, accelerator)
     per_step = settings.batch_size * settings.accumulate * world
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     objective.train()
-    schedule = _warmup_cosine(steps, settings.warmup)
+    schedule = make_schedule(optimizer, settings, steps)
     first = min(_resume(stage, accelerator), steps) if stage.resume else 0
-    loader = training_loader(images, settings.batch_size, first * per_step, steps * per_step, settings.workers)
+    drawn = (first * per_step, steps * per_step)
+    loader = training_loader(images, settings.batch_size, *drawn, settings.workers, stage.repeats)
     loader = accelerator.prepare(loader)
     recorder = _Recorder(stage, accelerator)
     stop = _CtrlC(enabled=stage.out is not None and world == 1)
     with stop, progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
         for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
-            lr = settings.lr * schedule(step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            schedule(step - 1)
             for batch in passes:
                 with accelerator.accumulate(objective):
                     figures = objective(batch["images"], batch["labels"])
@@ -113,6 +123,9 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                     optimizer.step()
                     optimizer.zero_grad()
                 recorder.broken.update(batch["broken"])
+            if average is not None:
+                average.update(stage.averaged, step)
+            lr = max(group["lr"] for group in optimizer.param_groups)
             recorder.note(step, figures, lr, images=step * per_step, final=step == steps)
             recorder.checkpoint_when_due(step, final=step == steps)
             if stop.requested and step < steps:
@@ -121,9 +134,20 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                     f"interrupted at step {step} of {steps}; go on with the same command and --out {stage.out} --resume"
                 )
             advance(f"loss {recorder.last['loss']:.4f}" if recorder.last else "")
+    if average is not None:
+        stage.averaged.load_state_dict(average.module.state_dict())
     accelerator.wait_for_everyone()
     broken = sorted(set(gather_object(sorted(recorder.broken))))
     return {**recorder.last, "steps": steps, "images": steps * per_step, "broken": broken}
+
+
+def _average(stage: Stage, accelerator: Accelerator) -> ModelEmaV3 | None:
+    """The moving average of what the stage averages, kept with its checkpoints."""
+    if stage.averaged is None:
+        return None
+    average = ModelEmaV3(stage.averaged, stage.decay, use_warmup=True, device=accelerator.device)
+    accelerator.register_for_checkpointing(average)
+    return average
 
 
 def _grouped(loader, size: int) -> Iterator[list[dict]]:
@@ -134,24 +158,6 @@ def _grouped(loader, size: int) -> Iterator[list[dict]]:
         if len(group) == size:
             yield group
             group = []
-
-
-def _parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
-    trainable = [p for p in objective.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim > 1]
-    others = [p for p in trainable if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    rising = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return factor
 
 
 def _resume(stage: Stage, accelerator: Accelerator) -> int:

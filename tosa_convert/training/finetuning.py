@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
+from timm.data import Mixup
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import FinetuneSettings
-from tosa_convert.data.images import Images
-from tosa_convert.models.adapter import run
+from tosa_convert.data.images import Augmentation, Images
+from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted, original
@@ -18,6 +19,7 @@ from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.loss import Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
+from tosa_convert.training.optimisation import drop_path, layer_scales
 
 
 def finetune(
@@ -50,21 +52,39 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    images = task_of(model).read(data, preprocessing_of(model), settings.augment, seed)
+    augmentation = Augmentation(settings.augment, settings.scale, settings.aa, settings.reprob)
+    images = task_of(model).read(data, preprocessing_of(model), augmentation, seed)
     weights = loss_weights(settings, images, model)
+    _check_mixing(settings, weights, model)
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device
     objective = SelectiveFinetuning(model, weights, settings)
+    stage = Stage(
+        "finetune",
+        objective,
+        settings,
+        seed,
+        out,
+        resume,
+        scales=layer_scales(model, settings.layer_decay),
+        repeats=settings.aug_repeats,
+        averaged=model if settings.model_ema_decay else None,
+        decay=settings.model_ema_decay or 0.0,
+    )
     try:
         objective.teacher[0].to(accelerator.device)
-        return train(
-            Stage("finetune", objective, settings, seed, out, resume), images, accelerator, progress or Progress()
-        )
+        with drop_path(adapter_of(model), settings.drop_path):
+            return train(stage, images, accelerator, progress or Progress())
     finally:
         for block in choosing_blocks(model):
             block.selector.requires_grad_(True)
         objective.close()
         model.to(home).eval()
+
+
+def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:
+    if (settings.mixup or settings.cutmix) and not (weights["labels"] and outputs_of(model)):
+        raise UsageError("mixup and cutmix mix labels of classes, and there are none to learn from; leave them out")
 
 
 def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -> dict[str, float]:
@@ -94,6 +114,9 @@ class SelectiveFinetuning(nn.Module):
         for block in choosing_blocks(model):
             block.selector.requires_grad_(False)
         wanted = [kind for kind in every_loss() if weights[kind.name()]]
+        mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": settings.smoothing}
+        mixes = settings.mixup or settings.cutmix
+        self.mix = Mixup(**mixing, num_classes=outputs_of(model)) if mixes else None
         filled = settings.model_copy(update=weights)
         self.losses = [kind(model, teacher, filled) for kind in wanted]
 
@@ -103,6 +126,8 @@ class SelectiveFinetuning(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
+        if self.mix is not None:
+            images, labels = self.mix(images.clone(), labels)
         for loss in self.losses:
             loss.begin(images)
         found, wanted = run(self.model, images), {}
