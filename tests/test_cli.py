@@ -210,9 +210,9 @@ def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tm
     write_images(tmp_path / "three", 3, ["a", "b", "c"])
     (tmp_path / "empty").mkdir()
     code, _, err = tosa("finetune", quick_run, "--data", "three")
-    assert (code, "3 class folders but the model has 10" in err) == (2, True)
+    assert (code, "3 classes but the model has 10" in err) == (2, True)
     code, _, err = tosa("eval", quick_run, "--data", "three")
-    assert (code, "3 class folders but the model has 10" in err) == (2, True)
+    assert (code, "3 classes but the model has 10" in err) == (2, True)
     code, _, err = tosa("finetune", quick_run, "--data", "empty")
     assert (code, "contains no images" in err) == (2, True)
 

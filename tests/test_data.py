@@ -118,7 +118,7 @@ def test_evaluation_counts_top1_and_agreement(labelled):
 
 def test_evaluation_refuses_other_classes(tmp_path):
     write_images(tmp_path, 4, ["a", "b"])
-    with pytest.raises(UsageError, match="2 class folders but the model has 10 outputs"):
+    with pytest.raises(UsageError, match="2 classes but the model has 10 outputs"):
         evaluate(load("quickstart"), tmp_path)
 
 

@@ -171,7 +171,7 @@ def test_a_refused_export_leaves_the_earlier_one(tmp_path):
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
     export_onnx(model, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UsageError, match="3 class folders"):
+    with pytest.raises(UsageError, match="3 classes"):
         export_onnx(model, tmp_path / "out", tmp_path / "three")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert export_onnx(model, tmp_path / "out", tmp_path / "three", ExportSettings(labels=False)).passed

@@ -161,7 +161,7 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
 
 def test_a_wrong_class_count_is_refused(tmp_path):
     write_images(tmp_path / "three", 6, ["a", "b", "c"])
-    with pytest.raises(UsageError, match="3 class folders but the model has 10 outputs"):
+    with pytest.raises(UsageError, match="3 classes but the model has 10 outputs"):
         finetune(converted(), tmp_path / "three", FinetuneSettings(steps=1))
 
 

@@ -60,7 +60,7 @@ def features(
     source: Source = None,
     images: Annotated[
         str | None,
-        typer.Option(help="folder of images, with or without sub-folders", show_default="built-in photos"),
+        typer.Option(help="images: a folder, tar:FILE, wds:SHARDS or hfds:NAME", show_default="built-in photos"),
     ] = None,
     out: Annotated[Path, typer.Option(help=".npz or .safetensors file to write")] = Path("features.npz"),
     dtype: Annotated[Dtype, typer.Option(help="number format in the file")] = Dtype.float32,

@@ -25,7 +25,8 @@ Keep = StrEnum("Keep", ["patches", "pooled", "logits", "map"])
 Runtime = StrEnum("Runtime", ["eager", "onnx"])
 SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
 Sample = Annotated[
-    str | None, typer.Option("--data", help="folder of images to measure on", show_default="built-in photos")
+    str | None,
+    typer.Option("--data", help="images: a folder, tar:FILE, wds:SHARDS or hfds:NAME", show_default="built-in photos"),
 ]
 SampleSize = Annotated[int, typer.Option(help="number of images to measure on", callback=at_least(1))]
 

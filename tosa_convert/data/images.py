@@ -1,4 +1,4 @@
-"""Images → batches, through timm's folder reader and transforms; broken images are left out and reported."""
+"""Images → batches, through timm's transforms; broken images are left out and reported."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.data.reader import read
 from tosa_convert.models.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
@@ -50,7 +50,7 @@ class Augmentation(NamedTuple):
 
 
 class Images(Dataset):
-    """The images of a folder. Sub-folders are classes; images at the top level have no labels.
+    """The images of a source: a folder, a tar file, shards, a dataset, see :mod:`tosa_convert.data.readers`.
 
     An item is (image (C, H, W) float32, label, None), or (None, None, name) for an image that
     cannot be read. With ``augment`` the images are for training: an item is indexed by a draw (see
@@ -66,8 +66,7 @@ class Images(Dataset):
         seed: int = 0,
     ):
         self.name = BUILT_IN if source is None else str(source)
-        self.reader = _reader(built_in_photos() if source is None else Path(source))
-        self.classes = _classes(self.reader)
+        self.reader = read(built_in_photos() if source is None else source)
         self.preprocessing, self.training, self.seed = preprocessing, augment is not None, seed
         augment = Augmentation(augment) if isinstance(augment, str) else augment
         self.transform = _transform(preprocessing, augment)
@@ -78,13 +77,13 @@ class Images(Dataset):
 
     @property
     def ambiguous(self) -> str:
-        """What makes the labels ambiguous: images next to class folders, or one class name in two places."""
-        folders = {Path(path).parent for path, _ in self.reader.samples}
-        if self.classes and len({folder.name for folder in folders}) < len(folders):
-            return "two folders have the same name, as in train/ and val/ side by side"
-        if not self.classes and len(folders) > 1:
-            return "there are images next to the class folders"
-        return ""
+        """What makes the labels ambiguous, if anything does."""
+        return self.reader.ambiguous
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in the order of the labels; empty where there are no labels."""
+        return self.reader.classes
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -102,31 +101,15 @@ class Images(Dataset):
 
     def label(self, index: int) -> int | torch.Tensor:
         """That of one image; −1 where there are none."""
-        return self.reader.samples[index][1] if self.labelled else -1
+        return self.reader.label(index) if self.labelled else -1
 
     def _read(self, index: int):
         try:
-            stream, _ = self.reader[index]
-            with stream, Image.open(stream) as opened:
+            with self.reader.open(index) as stream, Image.open(stream) as opened:
                 image = self.transform(opened.convert(self.preprocessing.mode))
         except UNREADABLE:
             return None, None, self.reader.filename(index)
         return image, self.label(index), None
-
-
-def _reader(path: Path) -> ReaderImageFolder:
-    if not path.is_dir():
-        raise UsageError(f"there is no folder of images at {path}; check the path")
-    try:
-        return ReaderImageFolder(str(path))
-    except RuntimeError:
-        raise UsageError(f"{path} contains no images; give a folder with .jpg or .png files in it") from None
-
-
-def _classes(reader: ReaderImageFolder) -> list[str]:
-    """Class names in label order; none where there are images at the top level."""
-    names = reader.class_to_idx
-    return [] if "" in names else sorted(names, key=names.get)
 
 
 def _transform(preprocessing: Preprocessing, augment: Augmentation | None) -> transforms.Compose:
@@ -168,7 +151,7 @@ def _gist(error: Exception) -> str:
 
 
 def sample(
-    source: str | Path | None, preprocessing: Preprocessing, count: int, read: Callable[..., "Images"] = Images
+    source: str | Path | None, preprocessing: Preprocessing, count: int, make: Callable[..., "Images"] = Images
 ) -> tuple[torch.Tensor, "Images", torch.Tensor]:
     """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
     crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
@@ -180,12 +163,12 @@ def sample(
     Raises:
         TosaError: none of them can be read.
     """
-    images = read(source, preprocessing)
+    images = make(source, preprocessing)
     if len(images) >= count and source is not None:
         indices = [place * len(images) // count for place in range(count)]
         items = [images[index] for index in indices]
     else:
-        crops = read(source, preprocessing, augment="crop")
+        crops = make(source, preprocessing, augment="crop")
         indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
         drawn = [crops[draw, indices[draw % len(indices)]] for draw in range(count)]
         items = [item for item in drawn if item[2] is None]  # without another one in the place of a broken one

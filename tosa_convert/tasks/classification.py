@@ -23,17 +23,19 @@ class Classification(Task):
             return False
         if images.ambiguous:
             raise UsageError(
-                f"{images.name}: {images.ambiguous}; give a folder that contains the class folders and nothing else"
+                f"{images.name}: {images.ambiguous}; give images that are sorted by classes, and nothing else"
             )
         outputs, names = outputs_of(model), class_names(model)
+        if images.reader.numbered and len(images.classes) <= outputs:  # the last classes may have no image here
+            return True
         if len(images.classes) != outputs:
             raise UsageError(
-                f"{images.name} has {len(images.classes)} class folders but the model has {outputs} outputs; use the "
+                f"{images.name} has {len(images.classes)} classes but the model has {outputs} outputs; use the "
                 "data the model was trained on, or a model with as many classes"
             )
         if set(names) == set(images.classes) and names != images.classes:
             raise UsageError(
-                f"the class folders of {images.name} have the model's class names, but folders sort in another order "
+                f"the classes of {images.name} have the model's class names, but they sort in another order "
                 "than its labels; put the label number in front of each folder's name, such as 0-name"
             )
         return True

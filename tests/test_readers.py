@@ -1,0 +1,191 @@
+"""Tar files, shards and datasets give what the folder gives that they were made of."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import lively
+from families import FAMILIES
+from PIL import Image
+
+from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
+from tosa_convert.data.images import Images, loader, sample
+from tosa_convert.models.provenance import preprocessing_of
+
+NAMES = ("0-one", "1-two", "2-three")
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same nine images, three of each class, in every form; {form: source}."""
+    root = tmp_path_factory.mktemp("sources")
+    with tarfile.open(root / "all.tar", "w") as archive:
+        for index in range(9):
+            label = index // 3
+            place = root / "folder" / NAMES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{index}.png").write_bytes(png(index))
+            add(archive, f"{NAMES[label]}/{index}.png", png(index))
+    (root / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(root / "shards" / f"part-{shard:03d}.tar", "w") as archive:
+            for index in range(shard * 5, min(9, shard * 5 + 5)):
+                add(archive, f"{index:06d}.png", png(index))
+                add(archive, f"{index:06d}.json", json.dumps({"label": index // 3, "caption": "x"}).encode())
+                add(archive, f"{index:06d}.txt", b"a caption")
+    forms = {
+        "folder": str(root / "folder"),
+        "tar": f"tar:{root / 'all.tar'}",
+        "wds": f"wds:{root / 'shards'}",
+        "wds braces": f"wds:{root / 'shards'}/part-{{000..001}}.tar",
+    }
+    return {**forms, **_datasets(root)}
+
+
+def _datasets(root) -> dict[str, str]:
+    try:
+        import datasets
+    except ImportError:
+        return {}
+    rows = {"image": [{"bytes": png(index), "path": None} for index in range(9)], "label": [i // 3 for i in range(9)]}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))}
+    named = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    (root / "parquet").mkdir()
+    named.to_parquet(root / "parquet" / "train-00000.parquet")
+    named.select(range(3)).to_parquet(root / "parquet" / "test-00000.parquet")
+    return {"hfds": f"hfds:{root / 'parquet'}", "hfds test": f"hfds:{root / 'parquet'}:test"}
+
+
+FORMS = ("folder", "tar", "wds", "wds braces", "hfds")
+
+
+def read(sources, form, **options):
+    if form not in sources:
+        pytest.skip("datasets is not installed")
+    return Images(sources[form], preprocessing_of(FAMILIES["timm vit"]()), **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_source_gives_the_same_images_and_labels(form, sources):
+    images, wanted = read(sources, form), read(sources, "folder")
+    assert len(images) == 9
+    assert images.labelled
+    assert not images.ambiguous
+    assert images.classes == (["0", "1", "2"] if form.startswith("wds") else list(NAMES))
+    for index in range(9):
+        (pixels, label, broken), (theirs, truth, _) = images[index], wanted[index]
+        assert broken is None
+        assert torch.equal(pixels, theirs)
+        assert label == truth
+        assert images.reader.filename(index)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_training_draws_the_same_images_from_every_source(form, sources):
+    ours, theirs = (read(sources, each, augment="crop", seed=3) for each in (form, "folder"))
+    for draw in ((0, 4), (7, 2)):
+        assert torch.equal(ours[draw][0], theirs[draw][0])
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_several_processes_read_one_source(form, sources):
+    images = read(sources, form)
+    alone, together = (torch.cat([batch["images"] for batch in loader(images, 2, workers)]) for workers in (0, 2))
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_they_stand_wherever_a_folder_does(form, sources, tmp_path):
+    if form not in sources:
+        pytest.skip("datasets is not installed")
+    model = lively(FAMILIES["timm vit"]())
+    model.reset_classifier(3)
+    wanted, found = (evaluate(model, sources[each])["models"]["model"] for each in ("folder", form))
+    assert found["top1"] == wanted["top1"]
+    converted = convert(model, score="similarity", bypass="merge", layers=[3], ratio=0.5)
+    figures = finetune(converted, sources[form], FinetuneSettings(steps=2, batch_size=2), out=tmp_path)
+    assert figures["labels"] > 0
+    assert len(sample(sources[form], preprocessing_of(model), 4)[0]) == 4
+
+
+def test_another_split_is_named(sources):
+    if "hfds" not in sources:
+        pytest.skip("datasets is not installed")
+    assert len(read(sources, "hfds test")) == 3
+    with pytest.raises(UsageError, match=r"has no split 'valid'; name one of .*train"):
+        Images(sources["hfds"] + ":valid", preprocessing_of(FAMILIES["timm vit"]()))
+
+
+def test_a_shard_that_lacks_the_last_class_still_has_labels(sources):
+    model = lively(FAMILIES["timm vit"]())  # of five classes
+    assert "top1" in evaluate(model, sources["wds"])["models"]["model"]
+    model.reset_classifier(2)
+    with pytest.raises(UsageError, match="has 3 classes but the model has 2 outputs"):
+        evaluate(model, sources["wds"])
+
+
+def test_broken_images_are_left_out_and_counted(tmp_path):
+    content = png(0)
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        add(archive, "a/1.png", content)
+        add(archive, "a/2.png", content[: len(content) // 2])
+        add(archive, "b/3.png", b"")
+    for source, broken in ((f"tar:{tmp_path / 'some.tar'}", 2), (f"wds:{tmp_path / 'some.tar'}", 2)):
+        batch = next(iter(loader(Images(source, preprocessing_of(FAMILIES["timm vit"]())), 8)))
+        assert len(batch["images"]) == 1
+        assert len(batch["broken"]) == broken
+
+
+def _shard(path, **files: bytes):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            add(archive, name.replace("_", "."), content)
+    return path
+
+
+def test_sources_that_cannot_be_read_say_why(tmp_path, sources):
+    def refused(source: str, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            Images(source, preprocessing_of(FAMILIES["timm vit"]()))
+
+    whole = _shard(tmp_path / "whole.tar", a_png=png(0), a_cls=b"1", b_png=png(1), b_cls=b"0").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "text.tar").write_bytes(b"no tar at all" * 100)
+    refused(f"wds:{tmp_path / 'cut.tar'}", "the shard .*cut.tar is damaged")
+    refused(f"tar:{tmp_path / 'cut.tar'}", "truncated, or no tar file")
+    refused(f"wds:{tmp_path / 'text.tar'}", "the shard .*text.tar is damaged")
+    refused(f"tar:{tmp_path / 'none.tar'}", "there is no tar file at")
+    refused(f"wds:{tmp_path / 'none'}", "there are no shards at .*none")
+    refused(f"wds:{tmp_path}/part-{{00..03}}.tar", "there are no shards at .*part-00.tar")
+    refused(
+        f"wds:{_shard(tmp_path / 'words.tar', a_png=png(0), a_cls=b'cat')}", "a.cls .* holds no number as its label"
+    )
+    refused(f"wds:{_shard(tmp_path / 'empty.tar', a_txt=b'x')}", "contains no images")
+    refused(f"tar:{tmp_path / 'empty.tar'}", "contains no images")
+    half = Images(f"wds:{_shard(tmp_path / 'half.tar', a_png=png(0), a_cls=b'1', b_png=png(1))}",
+                  preprocessing_of(FAMILIES["timm vit"]()))  # fmt: skip
+    assert "b.png in half.tar has no label, unlike others" in half.ambiguous
+    none = Images(f"wds:{_shard(tmp_path / 'none.tar', a_png=png(0), b_png=png(1))}",
+                  preprocessing_of(FAMILIES["timm vit"]()))  # fmt: skip
+    assert not none.labelled
+    converted = convert(load("quickstart"), layers=[2], ratio=0.5)
+    with pytest.raises(UsageError, match="has no labels"):
+        finetune(converted, none.name, FinetuneSettings(steps=1, labels=1.0))
+    if "hfds" in sources:
+        refused(f"hfds:{tmp_path / 'nowhere'}", "the dataset .*nowhere cannot be loaded")

@@ -1,0 +1,66 @@
+"""Where images come from. One file each in :mod:`tosa_convert.data.readers`; ``tar:FILE`` is read by tar.py, and so on;
+a path without such a beginning is a folder."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+from tosa_convert.base import discovery
+
+FOLDER = "data/readers"
+PLAIN = "folder"
+
+
+class Reader(ABC):
+    """Images in an order of their own, any of which can be read at any time, from several processes.
+
+    Attributes:
+        example: how such a source is written.
+        classes: names of the classes in the order of the labels; empty where there are no labels.
+        ambiguous: what makes the labels ambiguous, if anything does.
+        numbered: whether labels are numbers without names; the classes are then those up to the largest.
+    """
+
+    example: ClassVar[str]
+    classes: list[str]
+    ambiguous: str = ""
+    numbered: bool = False
+
+    @abstractmethod
+    def __init__(self, place: str):
+        """
+        Raises:
+            UsageError: there are no images in this place, or they cannot be read.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """The bytes of an image file."""
+
+    @abstractmethod
+    def label(self, index: int) -> int:
+        """The number of its class, where there are classes."""
+
+    @abstractmethod
+    def filename(self, index: int) -> str:
+        """What messages call it."""
+
+
+def read(source: str | Path) -> Reader:
+    """The reader of a source.
+
+    Raises:
+        UsageError: see the readers.
+    """
+    prefix, colon, place = str(source).partition(":")
+    kind = prefix if colon and prefix in discovery.names(FOLDER) and prefix != PLAIN else PLAIN
+    found = discovery.module(FOLDER, kind)
+    mine = next(part for part in vars(found).values() if _is_one(part) and part.__module__ == found.__name__)
+    return mine(str(source) if kind == PLAIN else place)
+
+
+def _is_one(part: object) -> bool:
+    return isinstance(part, type) and issubclass(part, Reader)
