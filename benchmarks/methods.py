@@ -27,7 +27,20 @@ from tosa_convert.planning.comparison import compare
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 BY_HAND = ["similarity/merge", "similarity/merge/all", "similarity/merge/pairs", "similarity/borrow"]
-METHODS = ["plan", *BY_HAND, "tome", "pitome", "mpm", "evit", "idle", "tosa", "class_attention/merge", "random/merge"]
+METHODS = [
+    "plan",
+    *BY_HAND,
+    "tome",
+    "pitome",
+    "mpm",
+    "mctf",
+    "mctf_fast",
+    "evit",
+    "idle",
+    "tosa",
+    "class_attention/merge",
+    "random/merge",
+]
 MODELS = {
     "dinov2": (
         lambda weights: load("vit_small_patch14_dinov2", checkpoint=weights, img_size=224),
@@ -36,7 +49,7 @@ MODELS = {
     ),
     "clip": (
         load,
-        ["plan", "similarity/merge", "tome", "pitome", "mpm"],
+        ["plan", "similarity/merge", "tome", "pitome", "mpm", "mctf"],
         "methods_clip.json",
     ),
 }

@@ -10,6 +10,7 @@ from rich.console import Console
 from tosa_convert.base.errors import UsageError
 from tosa_convert.cli.conversion import takes_conversion
 from tosa_convert.cli.options import (
+    IMAGES,
     Checkpoint,
     Device,
     ImgSize,
@@ -60,7 +61,7 @@ def features(
     source: Source = None,
     images: Annotated[
         str | None,
-        typer.Option(help="images: a folder, tar:FILE, wds:SHARDS or hfds:NAME", show_default="built-in photos"),
+        typer.Option(help=IMAGES, show_default="built-in photos"),
     ] = None,
     out: Annotated[Path, typer.Option(help=".npz or .safetensors file to write")] = Path("features.npz"),
     dtype: Annotated[Dtype, typer.Option(help="number format in the file")] = Dtype.float32,

@@ -25,12 +25,13 @@ class Precision(StrEnum):
 
 
 MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
+IMAGES = "images: a folder, tar:FILE, wds:SHARDS or hfds:NAME; of classes if each has a folder, or a label"
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
 Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="images: a folder (with one of each class inside if labelled), tar:FILE, wds:SHARDS or hfds:NAME",
+        help=IMAGES,
         show_default="built-in photos",
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tosa_convert.cli.options import (
+    IMAGES,
     Checkpoint,
     Device,
     ImgSize,
@@ -26,7 +27,7 @@ Runtime = StrEnum("Runtime", ["eager", "onnx"])
 SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
 Sample = Annotated[
     str | None,
-    typer.Option("--data", help="images: a folder, tar:FILE, wds:SHARDS or hfds:NAME", show_default="built-in photos"),
+    typer.Option("--data", help=IMAGES, show_default="built-in photos"),
 ]
 SampleSize = Annotated[int, typer.Option(help="number of images to measure on", callback=at_least(1))]
 
