@@ -34,11 +34,11 @@ def families() -> list[dict[str, str]]:
                 "names": str(known or ""),
                 "positions": _of_all(family, _positions),
                 "per head": _of_all(family, lambda adapter: "yes" if adapter.own_heads else "no"),
-                "tome": _of_all(family, _takes_away, "no"),
+                "tome": _of_all(family, _takes_away),
             }
         )
     proven = {"family": "transformers: any other ViT, by proof (`models CLASS` or `models FOLDER` runs it)"}
-    return [*rows, {**proven, "names": "", "positions": "added or rotary", "per head": "yes", "tome": "if no maps"}]
+    return [*rows, {**proven, "names": "", "positions": "added or rotary", "per head": "yes", "tome": "yes"}]
 
 
 def family_of(model: nn.Module) -> str:
@@ -107,9 +107,7 @@ def _of_all(family: ModuleType, say: Callable[[type[Adapter]], str], otherwise: 
 
 
 def _takes_away(adapter: type[Adapter]) -> str:
-    if adapter.relative or not adapter.halves:
-        return "no"
-    return "yes" if isinstance(adapter.gives_maps, bool) else "if no maps"
+    return "yes" if adapter.halves and not adapter.windows else "no"
 
 
 def _positions(adapter: type[Adapter]) -> str:
