@@ -33,6 +33,7 @@ DESCRIBED = {
     "--cut": ["1 with method idle"],
     "--precision": ["all on this device"],
     "--hidden": ["2 per head"],
+    "--r": ["by --ratio"],
 }
 """Defaults that depend on something else; what they come to is tested with the commands."""
 
@@ -40,7 +41,7 @@ DESCRIBED = {
 def defaults_of(command: str) -> dict[str, object]:
     """Option → what holds where it is not given, by the objects that do the work."""
     config = ConvertConfig()
-    others = [part().options.model_dump() for part in every(Score).values()]
+    others = [part().options.model_dump() for kind in (Score, Bypass, Schedule) for part in every(kind).values()]
     parts = [*others, *(config.make(kind).options.model_dump() for kind in (Score, Bypass, Schedule))]
     own: BaseModel | None = SETTINGS[command]() if command in SETTINGS else None
     known = {"seed": Recipe(model="any").seed, "budget": planning.BUDGET, "method": "tosa"}

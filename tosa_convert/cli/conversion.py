@@ -28,6 +28,11 @@ class CompareBy(StrEnum):
     tokens = "tokens"
 
 
+class Attention(StrEnum):
+    ahead = "ahead"
+    precise = "precise"
+
+
 class _Options:
     """One annotation per option, in the order of --help."""
 
@@ -61,6 +66,13 @@ class _Options:
     hidden: Annotated[
         int | None,
         typer.Option(help="channels of the selector", show_default="2 per head", callback=at_least(1)),
+    ]
+    r: Annotated[
+        int | None,
+        typer.Option("--r", help="tokens that each layer takes, with method mctf", show_default="by --ratio"),
+    ]
+    attention: Annotated[
+        Attention | None, typer.Option(help="mctf's: fused ahead, or worked out again", show_default="ahead")
     ]
     compare_by: Annotated[CompareBy | None, typer.Option(help="what similarity compares", show_default="normed")]
     kernel: Annotated[
