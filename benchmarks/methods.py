@@ -6,6 +6,11 @@
     python benchmarks/methods.py dinov2 dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
     python benchmarks/methods.py clip clip/transformers /usr/share/doc/opencv-doc/examples/data
 
+and on another source, CIFAR-10's test images as benchmarks/cifar10.py unpacks them, enlarged to 224 px:
+
+    python benchmarks/methods.py dinov2 dinov2/timm.safetensors cifar_work/test/images --images 48 \\
+        --only plan,similarity/merge,tome,pitome,mpm,mctf --out benchmarks/results/methods_cifar10.json
+
 Error = 1 − cosine to the original's output. Plans are made on the photos that travel in the package. Takes a quarter of
 an hour on two cores with the first, half an hour with the second.
 """
@@ -15,7 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import record
@@ -92,17 +97,27 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/methods[_clip].json")
     parser.add_argument("--only", help="methods, comma-separated, whose rows take the place of those recorded")
+    parser.add_argument("--images", type=int, help="so many of all images in the folder, in place of those 24 scenes")
     arguments = parser.parse_args()
     opened, methods, name = MODELS[arguments.model]
     model, out = opened(arguments.weights), arguments.out or Path("benchmarks/results") / name
     chosen = arguments.only.split(",") if arguments.only else methods
-    with scenes_of(arguments.photos) as folder:
+    count = arguments.images or len(SCENES)
+    with nullcontext(arguments.photos) if arguments.images else scenes_of(arguments.photos) as folder:
         results = compare(
-            model, folder, budgets=BUDGETS, methods=chosen, images=len(SCENES), runtime=None, progress=Progress(True)
+            model,
+            folder,
+            budgets=BUDGETS,
+            methods=chosen,
+            images=count,
+            runtime=None,
+            labels=False,
+            progress=Progress(),
         )
-    if arguments.only:
+    if arguments.only and out.exists():
         results = with_rows(json.loads(out.read_text()), [row for row in results["rows"] if row["method"] in chosen])
-    results["data"] = f"{len(SCENES)} photos of Debian's opencv-doc"
+    kind = f"images of {arguments.photos.name}" if arguments.images else "photos of Debian's opencv-doc"
+    results["data"] = f"{count} {kind}"
     results["targets"] = [_target(results["rows"], budget) for budget in BUDGETS]
     record.write(out, results)
     for found in results["targets"]:
