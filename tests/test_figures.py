@@ -36,7 +36,7 @@ def values_in(content: object) -> list[float]:
 
 
 def derived(content: dict) -> list[float]:
-    """What is said of a file's figures beside them: gains in top-1, errors as a share of ToMe's."""
+    """What is said of a file's figures beside them: gains in top-1, errors as a share of a rival's."""
     values = []
     if isinstance(content.get("results"), dict) and "top1" in content["results"]:
         top1, macs = content["results"]["top1"], content["results"]["macs"]
@@ -44,8 +44,9 @@ def derived(content: dict) -> list[float]:
         values += [each / macs["original"] for each in macs.values()]
     methods = {(row["method"], row["budget"]): row for row in content.get("rows", []) if "patch" in row}
     for (_, budget), row in methods.items():
-        rival = methods["tome", budget]
-        values += [(1 - row[key]) / (1 - rival[key]) for key in ("patch", "class") if key in row]
+        for name in ("tome", "mpm", "mctf"):
+            rival = methods.get((name, budget), row)
+            values += [(1 - row[key]) / (1 - rival[key]) for key in ("patch", "class") if key in row]
     return values
 
 
