@@ -187,6 +187,7 @@ def test_models_are_told_apart_by_the_code_that_converts(tosa):
         (["distill", "quickstart", "--bogus"], 2, "--bogus"),
         (["distill", "quickstart", "--device", "warp"], 2, "device"),
         (["finetune", "nowhere"], 2, "nowhere"),
+        (["finetune", "quickstart", "--teacher", "--labels", "1"], 2, "leave out one of the two"),
         (["eval", "/nonexistent"], 2, "no folder"),
         (["run", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
         (["export", "quickstart", "--threshold", "7"], 2, "threshold"),

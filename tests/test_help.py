@@ -31,6 +31,7 @@ DESCRIBED = {
     "--logits": ["1 without labels"],
     "--features": ["1 without labels"],
     "--cut": ["1 with method idle"],
+    "--consistency": ["1 with method mctf"],
     "--precision": ["all on this device"],
     "--hidden": ["2 per head"],
     "--r": ["by --ratio"],

@@ -18,7 +18,7 @@ from rich.text import Text
 # virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tosa_convert.base.errors import TosaError, TosaWarning
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.conversion import takes_conversion
 from tosa_convert.cli.inspection import features, flops, models, report, show_patches
@@ -142,6 +142,10 @@ def finetune(
     cut: Annotated[
         float | None, typer.Option(help="weight of the token cut loss", show_default="1 with method idle")
     ] = None,
+    consistency: Annotated[
+        float | None, typer.Option(help="weight of mctf's second pass", show_default="1 with method mctf")
+    ] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="learn from the original alone, without labels")] = False,
     augment: AugmentOption = None,
     precision: PrecisionOption = None,
     workers: Workers = None,
@@ -156,6 +160,9 @@ def finetune(
     """
     from tosa_convert.workflows import pipeline as stages
 
+    if teacher and labels:
+        raise UsageError("--teacher learns without labels, and --labels gives them a weight; leave out one of the two")
+    labels = 0.0 if teacher else labels
     source = pick_source(run)
     trained = is_run(source)
     stages.refuse_options_of_a_run(trained, conversion)
