@@ -12,7 +12,7 @@ from families import FAMILIES
 from PIL import Image
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
-from tosa_convert.data.images import Images, loader, sample
+from tosa_convert.data.images import Images, loader, sample, training_loader
 from tosa_convert.models.provenance import preprocessing_of
 
 NAMES = ("0-one", "1-two", "2-three")
@@ -69,7 +69,8 @@ def _datasets(root) -> dict[str, str]:
     (root / "parquet").mkdir()
     named.to_parquet(root / "parquet" / "train-00000.parquet")
     named.select(range(3)).to_parquet(root / "parquet" / "test-00000.parquet")
-    return {"hfds": f"hfds:{root / 'parquet'}", "hfds test": f"hfds:{root / 'parquet'}:test"}
+    place = root / "parquet"
+    return {"hfds": f"hfds:{place}", "hfds test": f"hfds:{place}:test", "hfids": f"hfids:{place}"}
 
 
 FORMS = ("folder", "tar", "wds", "wds braces", "hfds")
@@ -189,3 +190,49 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, sources):
         finetune(converted, none.name, FinetuneSettings(steps=1, labels=1.0))
     if "hfds" in sources:
         refused(f"hfds:{tmp_path / 'nowhere'}", "the dataset .*nowhere cannot be loaded")
+
+
+def drawn(images, first: int, last: int, repeats: int = 1) -> list:
+    batches = training_loader(images, 2, first, last, 0, repeats)
+    return [(image, label) for batch in batches for image, label in zip(batch["images"], batch["labels"], strict=True)]
+
+
+def test_a_stream_is_seeded_and_begins_anywhere(sources):
+    images = read(sources, "hfids", augment="crop", seed=3)
+    assert images.classes == list(NAMES)
+    whole = drawn(images, 0, 18)
+    assert sorted(label.item() for _, label in whole[:9]) == [0] * 3 + [1] * 3 + [2] * 3
+    for first in (4, 8, 14):
+        again = drawn(images, first, 18)
+        assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(again, whole[first:], strict=True))
+    assert not torch.equal(drawn(read(sources, "hfids", augment="crop", seed=4), 0, 2)[0][0], whole[0][0])
+    twice = drawn(images, 0, 18, repeats=2)
+    labels = [label.item() for _, label in twice]
+    assert labels[::2] == labels[1::2] == [label.item() for _, label in whole[:9]]
+    assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(drawn(images, 7, 18, 2), twice[7:], strict=True))
+
+
+def test_a_stream_is_trained_on_and_nothing_else(sources, tmp_path):
+    if "hfids" not in sources:
+        pytest.skip("datasets is not installed")
+    model = lively(FAMILIES["timm vit"]())
+    model.reset_classifier(3)
+    convert(model, score="similarity", bypass="merge", layers=[3], ratio=0.5)
+    figures = finetune(model, sources["hfids"], FinetuneSettings(steps=3, batch_size=2))
+    assert figures["labels"] > 0
+    with pytest.raises(UsageError, match="can be trained on only; elsewhere use hfds:"):
+        evaluate(model, sources["hfids"])
+    with pytest.raises(UsageError, match="give steps, not epochs"):
+        finetune(model, sources["hfids"], FinetuneSettings(epochs=1.0))
+
+
+def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": png(i) if i % 3 else b"broken", "path": f"{i}.png"} for i in range(6)]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    images = Images(f"hfids:{tmp_path}", preprocessing_of(FAMILIES["timm vit"]()), augment="none")
+    batches = list(training_loader(images, 3, 0, 12, 0))
+    assert [len(batch["images"]) for batch in batches] == [3] * 4
+    assert sorted(name for batch in batches for name in batch["broken"]) == ["0.png", "0.png", "3.png", "3.png"]
+    assert not images.labelled

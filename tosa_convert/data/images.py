@@ -1,16 +1,17 @@
 """Images → batches, through timm's transforms; broken images are left out and reported."""
 
+import io
 import random
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError
@@ -19,6 +20,8 @@ from tosa_convert.models.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+MOST_BROKEN = 1000
+"""Images in a row of a stream that may not be readable."""
 SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
 """The everyday ones among them."""
 
@@ -105,11 +108,42 @@ class Images(Dataset):
 
     def _read(self, index: int):
         try:
-            with self.reader.open(index) as stream, Image.open(stream) as opened:
-                image = self.transform(opened.convert(self.preprocessing.mode))
+            image = self.decoded(self.reader.open(index))
         except UNREADABLE:
             return None, None, self.reader.filename(index)
         return image, self.label(index), None
+
+    def decoded(self, content: BinaryIO) -> torch.Tensor:
+        """The bytes of an image → (C, H, W), as the model takes it."""
+        with content, Image.open(content) as opened:
+            return self.transform(opened.convert(self.preprocessing.mode))
+
+
+class _Stream(IterableDataset):
+    """The draws [first, last) of a stream of training images. In the place of one that cannot be read comes the next
+    good one, as with :class:`Images`, so that what is drawn depends on the place in the stream alone."""
+
+    def __init__(self, images: Images, first: int, last: int, repeats: int):
+        self.images, self.first, self.last, self.repeats = images, first, last, repeats
+
+    def __iter__(self):
+        images, broken = self.images, []
+        begun = self.first // self.repeats
+        for place, drawn in enumerate(images.reader.draws(images.seed, begun), start=begun):
+            content = drawn.content.read()
+            for position in range(place * self.repeats, (place + 1) * self.repeats):
+                try:
+                    for at, name in [*broken, (position, None)]:
+                        if self.first <= at < self.last:
+                            seed_everything(images.seed + 1_000_003 * (at + 1))
+                            yield images.decoded(io.BytesIO(content)), drawn.label, name
+                    broken = []
+                except UNREADABLE:
+                    broken.append((position, drawn.name))
+            if len(broken) > MOST_BROKEN:
+                raise TosaError(f"none of {MOST_BROKEN} images in a row of {images.name} can be read")
+            if (place + 1) * self.repeats >= self.last and not broken:
+                return
 
 
 def _transform(preprocessing: Preprocessing, augment: Augmentation | None) -> transforms.Compose:
@@ -229,6 +263,8 @@ def training_loader(
     images: Images, batch_size: int, first: int, last: int, workers: int, repeats: int = 1
 ) -> DataLoader:
     """Batches of the draws [first, last), the same ones however often training was interrupted."""
+    if images.reader.streams:
+        return DataLoader(_Stream(images, first, last, repeats), batch_size, collate_fn=collate)
     draws = Draws(len(images), first, last, images.seed, repeats)
     return DataLoader(images, batch_size, sampler=draws, num_workers=workers, collate_fn=collate)
 

@@ -2,8 +2,9 @@
 a path without such a beginning is a folder."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, NamedTuple
 
 from tosa_convert.base import discovery
 
@@ -11,19 +12,30 @@ FOLDER = "data/readers"
 PLAIN = "folder"
 
 
+class Drawn(NamedTuple):
+    """An image of a stream: its bytes, the number of its class (−1 without one), and what messages call it."""
+
+    content: BinaryIO
+    label: int
+    name: str
+
+
 class Reader(ABC):
-    """Images in an order of their own, any of which can be read at any time, from several processes.
+    """Images in an order of their own, any of which can be read at any time, from several processes, if they are not a
+    stream.
 
     Attributes:
         example: how such a source is written.
         classes: names of the classes in the order of the labels; empty where there are no labels.
         ambiguous: what makes the labels ambiguous, if anything does.
+        streams: whether images come in one order only, that of :meth:`draws`.
         numbered: whether labels are numbers without names; the classes are then those up to the largest.
     """
 
     example: ClassVar[str]
     classes: list[str]
     ambiguous: str = ""
+    streams: ClassVar[bool] = False
     numbered: bool = False
 
     @abstractmethod
@@ -47,6 +59,10 @@ class Reader(ABC):
     @abstractmethod
     def filename(self, index: int) -> str:
         """What messages call it."""
+
+    def draws(self, seed: int, first: int) -> Iterator[Drawn]:
+        """The images of a stream in a seeded order, again and again, from the one at ``first`` on."""
+        raise NotImplementedError(f"{type(self).__name__} is no stream")
 
 
 def read(source: str | Path) -> Reader:

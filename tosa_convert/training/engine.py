@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -76,6 +76,7 @@ def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator
         # The loader is read ahead, so its end must not count as the end of a group of batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulate, sync_with_dataloader=False),
         # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),  # a batch holds names too
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
@@ -97,7 +98,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     settings, world = stage.settings, accelerator.num_processes
     if stage.out:
         stage.out.mkdir(parents=True, exist_ok=True)
-    steps = settings.total_steps(len(images), world)
+    steps = settings.total_steps(len(images) if settings.epochs else 0, world)
     optimizer = make_optimizer(stage.objective, settings, stage.scales)
     average = _average(stage, accelerator)
     per_step = settings.batch_size * settings.accumulate * world

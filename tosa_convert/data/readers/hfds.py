@@ -13,10 +13,8 @@ class Hfds(Reader):
     example = "hfds:NAME, hfds:FOLDER or hfds:NAME:SPLIT"
 
     def __init__(self, place):
-        name, _, split = place.rpartition(":") if ":" in place else (place, "", "")
-        self.data, self.image = _loaded(name, split)
-        self.name = name
-        self.labels, self.classes = _labels(self.data)
+        self.name, self.data, self.image = opened(place)
+        self.labels, self.classes = labels_of(self.data)
         self.numbered = bool(self.labels) and not self.classes
         if self.numbered:
             self.classes = [str(number) for number in range(1 + max(self.data[self.labels]))]
@@ -25,11 +23,7 @@ class Hfds(Reader):
         return len(self.data)
 
     def open(self, index):
-        found = self.data[index][self.image]
-        content = found.get("bytes") if found else None
-        if content is None and not (found and found.get("path")):
-            raise OSError(f"{self.filename(index)} is empty")
-        return io.BytesIO(content) if content is not None else Path(found["path"]).open("rb")
+        return io.BytesIO(bytes_of(self.data[index][self.image]))
 
     def label(self, index):
         return int(self.data[index][self.labels])
@@ -39,15 +33,29 @@ class Hfds(Reader):
         return (found or {}).get("path") or f"{self.name}[{index}]"
 
 
-def _loaded(name: str, split: str) -> tuple[Any, str]:
-    """The split of a dataset, its images as they are stored, and the column that they are in."""
+def bytes_of(stored: dict | None) -> bytes:
+    """Those of an image, as a dataset stores it; none if there is nothing."""
+    if not stored or stored.get("bytes") is None:
+        path = (stored or {}).get("path")
+        return Path(path).read_bytes() if path and Path(path).is_file() else b""
+    return stored["bytes"]
+
+
+def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
+    """The name of a dataset, the split that is asked for with its images as they are stored, and the column that they
+    are in.
+
+    Raises:
+        UsageError: it cannot be loaded, or has no such split, or no images.
+    """
+    name, _, split = place.rpartition(":") if ":" in place else (place, "", "")
     try:
         import datasets
     except ImportError:
         raise UsageError("hfds: needs Hugging Face's datasets: pip install 'tosa-convert[hfds]'") from None
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:
         raise UsageError(
             f"the dataset {name} cannot be loaded: {' '.join(str(error).split())[:150]}; give a name of the hub, or a "
@@ -60,13 +68,15 @@ def _loaded(name: str, split: str) -> tuple[Any, str]:
             f"the dataset {name} has no split {wanted!r}; name one of {', '.join(known)}, as in hfds:{name}:{known[0]}"
         )
     data = found[wanted]
+    if data.features is None:  # of a stream whose files do not tell
+        data = data._resolve_features()
     column = next((name for name, kind in data.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise UsageError(f"the dataset {name} has no column of images, only {', '.join(data.features)}")
-    return data.cast_column(column, datasets.Image(decode=False)), column
+    return name, data.cast_column(column, datasets.Image(decode=False)), column
 
 
-def _labels(data: Any) -> tuple[str, list[str]]:
+def labels_of(data: Any) -> tuple[str, list[str]]:
     """The column of labels, empty if there is none, and the names of the classes, if they have any."""
     named = next((name for name, kind in data.features.items() if hasattr(kind, "names")), None)
     if named:

@@ -1,0 +1,59 @@
+"""A dataset of Hugging Face's library as a stream, which is trained on without being stored: ``hfids:NAME`` or
+``hfids:NAME:SPLIT``, as with ``hfds:``. Its order is a seeded shuffle within a buffer, so a training goes on where it
+was by passing over what it has seen."""
+
+import io
+from collections.abc import Iterator
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.data.reader import Drawn, Reader
+from tosa_convert.data.readers.hfds import bytes_of, labels_of, opened
+
+BUFFER = 1000
+"""Images among which the next one is drawn."""
+
+
+class Hfids(Reader):
+    example = "hfids:NAME, hfids:FOLDER or hfids:NAME:SPLIT"
+    streams = True
+
+    def __init__(self, place):
+        self.name, self.data, self.image = opened(place, streaming=True)
+        self.labels, names = labels_of(self.data)
+        self.numbered = bool(self.labels) and not names
+        self.classes = ["0"] if self.numbered else names  # how many numbers there are shows when they come
+
+    def __len__(self):
+        split = (self.data.info.splits or {}).get(str(self.data.split))
+        if split is None or not split.num_examples:
+            raise UsageError(f"the stream {self.name} does not say how many images it has; give steps, not epochs")
+        return split.num_examples
+
+    def draws(self, seed, first):
+        epoch = 0
+        while True:
+            passed = 0
+            for found in self._shuffled(seed + epoch):
+                passed += 1
+                if first > 0:
+                    first -= 1
+                    continue
+                yield found
+            if not passed:
+                raise UsageError(f"the stream {self.name} holds no images")
+            epoch += 1
+
+    def _shuffled(self, seed: int) -> Iterator[Drawn]:
+        for index, row in enumerate(self.data.shuffle(seed=seed, buffer_size=BUFFER)):
+            label = int(row[self.labels]) if self.labels else -1
+            name = (row[self.image] or {}).get("path") or f"{self.name}[{index}]"
+            yield Drawn(io.BytesIO(bytes_of(row[self.image])), label, name)
+
+    def open(self, index):
+        raise UsageError(f"the stream {self.name} can be trained on only; elsewhere use hfds:{self.name}")
+
+    def label(self, index):
+        return self.open(index)
+
+    def filename(self, index):
+        return f"{self.name}[{index}]"
