@@ -181,7 +181,7 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, sources):
     refused(f"tar:{tmp_path / 'empty.tar'}", "contains no images")
     half = Images(f"wds:{_shard(tmp_path / 'half.tar', a_png=png(0), a_cls=b'1', b_png=png(1))}",
                   preprocessing_of(FAMILIES["timm vit"]()))  # fmt: skip
-    assert "b.png in half.tar has no label, unlike others" in half.ambiguous
+    assert "half.tar/b.png has no label, unlike others" in half.ambiguous
     none = Images(f"wds:{_shard(tmp_path / 'none.tar', a_png=png(0), b_png=png(1))}",
                   preprocessing_of(FAMILIES["timm vit"]()))  # fmt: skip
     assert not none.labelled
@@ -238,3 +238,65 @@ def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
     assert [len(batch["images"]) for batch in batches] == [3] * 4
     assert sorted(name for batch in batches for name in batch["broken"]) == ["0.png", "0.png", "3.png", "3.png"]
     assert not images.labelled
+
+
+def hub(tmp_path, name: str, **columns):
+    """A folder of parquet with images and these columns, {name: (feature, values)}."""
+    datasets = pytest.importorskip("datasets")
+    count = len(next(iter(columns.values()))[1])
+    rows = {"image": [{"bytes": png(index), "path": None} for index in range(count)]}
+    features = {"image": datasets.Image()}
+    for column, (feature, values) in columns.items():
+        rows[column], features[column] = values, feature(datasets)
+    folder = tmp_path / name
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / "train.parquet")
+    return Images(f"hfds:{folder}", preprocessing_of(FAMILIES["timm vit"]()))
+
+
+def test_the_column_of_labels_is_the_one_that_is_called_so(tmp_path):
+    def classes(*names):
+        return lambda datasets: datasets.ClassLabel(names=list(names))
+
+    two = hub(tmp_path, "two", coarse=(classes("a", "b"), [0, 1]), label=(classes("x", "y", "z"), [2, 1]))
+    assert two.classes == ["x", "y", "z"]
+    assert [two.label(0), two.label(1)] == [2, 1]
+    words = hub(tmp_path, "words", label=(lambda datasets: datasets.Value("string"), ["dog", "cat", "dog"]))
+    assert words.classes == ["cat", "dog"]
+    assert [words.label(index) for index in range(3)] == [1, 0, 1]
+    numbers = hub(tmp_path, "numbers", label=(lambda datasets: datasets.Value("int64"), [0, 3]))
+    assert numbers.classes == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_images_without_a_label_among_others_are_told(missing, tmp_path):
+    def named(datasets):
+        return datasets.ClassLabel(names=["a", "b"])
+
+    some = hub(tmp_path, "some", label=(named, [0, missing, 1]))
+    assert "[1] has no label, unlike others" in some.ambiguous
+    assert not some.labelled
+    none = hub(tmp_path, "none", label=(named, [missing, missing]))
+    assert not none.labelled
+    assert not none.ambiguous
+
+
+def test_what_belongs_together_in_a_shard(tmp_path):
+    def opened(**files):
+        shard = _shard(tmp_path / "one.tar", **files)
+        return Images(f"wds:{shard}", preprocessing_of(FAMILIES["timm vit"]()))
+
+    both = opened(a_png=png(0), a_json=b'{"label": "cat"}', a_cls=b"1")
+    assert both.label(0) == 1
+    assert opened(a_png=png(0), a_json=b'{"label": 3.0}').label(0) == 3
+    assert not opened(a_png=png(0), a_cls=b"-1").labelled
+    with pytest.raises(UsageError, match="no number of a class"):
+        opened(a_png=png(0), a_cls=b"3000000000")
+    with tarfile.open(tmp_path / "dots.tar", "w") as archive:
+        for name in ("img 1.0.png", "img 1.1.png"):
+            add(archive, name, png(0))
+    with pytest.raises(UsageError, match="several images called img 1"):
+        Images(f"wds:{tmp_path / 'dots.tar'}", preprocessing_of(FAMILIES["timm vit"]()))
+    for prefix in ("tar", "wds", "hfds", "hfids"):
+        with pytest.raises(UsageError, match=f"nothing is named behind {prefix}:; write {prefix}:"):
+            Images(f"{prefix}:", preprocessing_of(FAMILIES["timm vit"]()))

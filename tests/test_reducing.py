@@ -26,7 +26,7 @@ NOT_CLAIMED = (
     "needs a class token",
     "by their class token",
     "adds to the tokens by itself",
-    "separate",
+    "as a module each",
 )
 """Why a bypass after which tokens are gone is not for a family."""
 

@@ -219,3 +219,19 @@ def test_attentions_are_given_of_every_layer(family, options):
         assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
     mine, theirs = whole.attentions[1].sort(-1).values.sort(-2).values, wanted[1].sort(-1).values.sort(-2).values
     assert torch.allclose(mine, theirs, atol=1e-5), "all tokens attend, in the order of their choice"
+
+
+@pytest.mark.parametrize("family", ["hf ViTModel", "hf Dinov2Model", "hf BeitModel", "hf DINOv3ViTModel"])
+def test_attention_that_was_fused_is_given_too(family):
+    """Among the tokens that are left, as much as they had together."""
+    torch.manual_seed(0)
+    model = lively(FAMILIES[family]())
+    model.set_attn_implementation("eager")
+    options = {"score": "multi_criteria", "bypass": "pool", "layers": {2: 0.7, 4: 0.5}}
+    found = convert(copy.deepcopy(model), **options)(photos(1), output_attentions=True).attentions
+    counts = [maps.shape[-1] for maps in found]
+    assert len(found) == 6
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[1] > counts[3] == counts[5]
+    for maps in found:
+        assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)

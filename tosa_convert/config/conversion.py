@@ -150,6 +150,12 @@ class ConvertConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_number_of_tokens(self) -> "ConvertConfig":
+        if "ratio" in self.model_fields_set and (self.__pydantic_extra__ or {}).get("r") is not None:
+            raise ValueError("r and ratio both say how many tokens are gone; leave out one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _fit_together(self) -> "ConvertConfig":
         score, bypass = self.part(Score), self.make(Bypass)
         if bypass.needs_weights and not score.weighs:

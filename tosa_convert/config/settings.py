@@ -130,6 +130,8 @@ class FinetuneSettings(TrainSettings):
     def _renamed(cls, values: Any) -> Any:
         """Recipes of the version before have another name for the smoothing."""
         if isinstance(values, dict) and "label_smoothing" in values:
+            if "smoothing" in values:
+                raise ValueError("smoothing and label_smoothing, its name of before, are both given; keep smoothing")
             values = {"smoothing" if name == "label_smoothing" else name: value for name, value in values.items()}
         return values
 
@@ -145,6 +147,8 @@ class FinetuneSettings(TrainSettings):
     def _pairs(self) -> "FinetuneSettings":
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs of images; give an even batch_size, not {self.batch_size}")
+        if (self.mixup or self.cutmix) and self.labels == 0:
+            raise ValueError("mixup and cutmix mix labels, and labels weigh 0; leave them out")
         return self
 
 

@@ -52,6 +52,20 @@ class Augmentation(NamedTuple):
     reprob: float = 0.0
 
 
+def check_augmentation(augmentation: Augmentation) -> None:
+    """
+    Raises:
+        UsageError: timm does not understand its string.
+    """
+    try:
+        create_transform(32, is_training=True, auto_augment=augmentation.aa)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise UsageError(
+            f"aa {augmentation.aa!r} is not understood by timm ({' '.join(str(error).split())[:80]}); write it such as "
+            "rand-m9-mstd0.5-inc1"
+        ) from None
+
+
 class Images(Dataset):
     """The images of a source: a folder, a tar file, shards, a dataset, see :mod:`tosa_convert.data.readers`.
 

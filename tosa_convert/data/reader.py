@@ -2,11 +2,12 @@
 a path without such a beginning is a folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
 from tosa_convert.base import discovery
+from tosa_convert.base.errors import UsageError
 
 FOLDER = "data/readers"
 PLAIN = "folder"
@@ -75,8 +76,16 @@ def read(source: str | Path) -> Reader:
     kind = prefix if colon and prefix in discovery.names(FOLDER) and prefix != PLAIN else PLAIN
     found = discovery.module(FOLDER, kind)
     mine = next(part for part in vars(found).values() if _is_one(part) and part.__module__ == found.__name__)
+    if kind != PLAIN and not place.strip(":"):
+        raise UsageError(f"nothing is named behind {kind}:; write {mine.example}")
     return mine(str(source) if kind == PLAIN else place)
 
 
 def _is_one(part: object) -> bool:
     return isinstance(part, type) and issubclass(part, Reader)
+
+
+def partly(labels: Sequence[int | None]) -> int | None:
+    """The first of some images that has no label where others have one; None if all have, or none has."""
+    missing = [index for index, label in enumerate(labels) if label is None]
+    return missing[0] if 0 < len(missing) < len(labels) else None

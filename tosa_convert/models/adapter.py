@@ -37,14 +37,13 @@ class Adapter(ABC):
         prefix: number of class, distillation and register tokens in front of the patch tokens.
         class_token: whether the first of them is a class token.
         width: channels of a token.
-        bias_name: the keyword by which a block's forward takes what is added to its attention's logits, which
-            is also its first argument after the tokens, unless the model calls its blocks by keyword; None where
-            it takes nothing of the kind.
+        bias_name: the keyword by which a block's forward takes what is added to its attention's logits, also its first
+            argument after the tokens, unless the model calls its blocks by keyword; None where there is none.
         relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
         own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
         gives_maps: whether what it gives are maps of the patches after several layers: every token is needed for them.
-        halves: whether a block's attention and MLP are modules of their own, one after the other, as bypasses need
-            that take tokens away between them.
+        halves: whether attention and MLP are modules of their own, one after the other, so that tokens can be gone between.
+        shows_attention: whether the model may be asked for its attention.
         windows: whether there are layers with attention in windows between its blocks.
         embeds: whether what looks like a classifier's head is the projection of an embedding.
         square: whether images of other sizes than the model's own have to be square.
@@ -61,6 +60,7 @@ class Adapter(ABC):
     gives_maps: bool = False
     halves: bool = True
     square: bool = False
+    shows_attention: bool = False
     windows: bool = False
     embeds: bool = False
 

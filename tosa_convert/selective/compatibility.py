@@ -57,8 +57,8 @@ def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
         )
     if not adapter.halves:
         raise UsageError(
-            f"bypass {config.bypass} acts between attention and MLP, and this model does not have them as separate "
-            "modules; use identity, borrow or merge"
+            f"bypass {config.bypass} needs attention and MLP as a module each, one after the other, which this model "
+            "has not; use identity, borrow or merge"
         )
     if config.acts is Acts.BEFORE and not adapter.own_heads:
         raise UsageError(

@@ -94,7 +94,8 @@ def _prove(model: Any, before: dict | None) -> None:
 
 def _note(model: Any, config: ConvertConfig, layers: list[int], ratio: float | list[float]) -> None:
     """Let a model know how it is converted."""
-    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio})
+    counted = {"r": None} if getattr(config, "r", None) else {}  # the ratios say it now
+    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio, **counted})
 
 
 def _take_objects(options: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:

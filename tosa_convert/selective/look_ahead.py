@@ -48,6 +48,12 @@ class Ahead(NamedTuple):
         found = (self.weights @ each).transpose(1, 2).flatten(2)
         return _means(choice, shares, found).unflatten(2, (heads, width)).transpose(1, 2)
 
+    def map(self, choice: Choice, shares: torch.Tensor) -> torch.Tensor:
+        """The attention among the groups of a choice, (B, H, K, K), for those who ask for it."""
+        rows = _means(choice, shares, self.weights.transpose(1, 2).flatten(2)).unflatten(2, self.weights.shape[1::2])
+        (summed,) = add_up(choice, rows.permute(0, 3, 2, 1).flatten(2))
+        return summed.unflatten(2, rows.shape[2:0:-1]).permute(0, 2, 3, 1)
+
 
 def _means(choice: Choice, shares: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(B, N, D) → (B, K, D), the mean of each group."""
@@ -83,14 +89,15 @@ def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tenso
 
 
 def run_fused(
-    adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tensor, groups: Groups, attended: torch.Tensor
+    adapter: Adapter, block: nn.Module, run: Run, ahead: Ahead, choice: Choice, shares: torch.Tensor, tokens, groups
 ) -> torch.Tensor:
-    """A block's own forward on fused tokens (B, K, C), with what its heads give, (B, H, K, D), known already."""
-    attention = adapter.attention(block)
+    """A block's own forward on the groups of a choice (B, K, C), whose attention is known already."""
+    attention, attended = adapter.attention(block), ahead.fused(choice, shares)
+    weights = ahead.map(choice, shares) if adapter.shows_attention else None
 
     def known(*args, **kwargs):
         normed = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        return adapter.finish(attention, attended.transpose(1, 2).flatten(2), normed)
+        return adapter.finish(attention, attended.transpose(1, 2).flatten(2), normed, weights)
 
     with answered(attention, known):
         return run(tokens, groups, None)

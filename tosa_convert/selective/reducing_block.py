@@ -117,8 +117,8 @@ def _before(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arr
     choice, weights = _choose(block, tokens, groups, arrival, ahead.received)
     fewer, after = bypass.reduce(tokens, choice, groups, weights)
     if bypass.looks_ahead:
-        attended = ahead.fused(choice, bypass.pooling(choice, groups))
-        return run_fused(adapter, block, go, fewer, after, attended), after
+        shares = bypass.pooling(choice, groups)
+        return run_fused(adapter, block, go, ahead, choice, shares, fewer, after), after
     fewer = go(fewer, after, after.sizes if bypass.proportional else None)
     state = block.selection.current.state
     for noted in (state.readings, state.features):  # of the second run, which nobody takes

@@ -9,7 +9,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import FinetuneSettings
-from tosa_convert.data.images import Augmentation, Images
+from tosa_convert.data.images import Augmentation, Images, check_augmentation
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -19,7 +19,7 @@ from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.loss import Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
-from tosa_convert.training.optimisation import drop_path, layer_scales
+from tosa_convert.training.optimisation import check_optimiser, drop_path, layer_scales
 
 
 def finetune(
@@ -52,7 +52,7 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    augmentation = Augmentation(settings.augment, settings.scale, settings.aa, settings.reprob)
+    augmentation = check_settings(settings)
     images = task_of(model).read(data, preprocessing_of(model), augmentation, seed)
     weights = loss_weights(settings, images, model)
     _check_mixing(settings, weights, model)
@@ -80,6 +80,18 @@ def finetune(
             block.selector.requires_grad_(True)
         objective.close()
         model.to(home).eval()
+
+
+def check_settings(settings: FinetuneSettings) -> Augmentation:
+    """What can be told without data and model; the augmentation that is asked for.
+
+    Raises:
+        UsageError: timm has no such optimiser or augmentation.
+    """
+    augmentation = Augmentation(settings.augment, settings.scale, settings.aa, settings.reprob)
+    check_augmentation(augmentation)
+    check_optimiser(settings)
+    return augmentation
 
 
 def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from timm.layers import DropPath
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -18,6 +18,19 @@ STEPS_DOWN = 3
 """How often the schedule "step" falls to a tenth."""
 
 
+def check_optimiser(settings: TrainSettings) -> None:
+    """
+    Raises:
+        UsageError: timm has none of this name, or it wants gradients of gradients.
+    """
+    name, known = settings.opt.removeprefix("lookahead_"), list_optimizers()
+    if name not in known:
+        hint = near(name, known) or "timm.optim.list_optimizers() says what there is"
+        raise UsageError(f"timm has no optimiser {name!r}; {hint}")
+    if get_optimizer_info(name).second_order:
+        raise UsageError(f"optimiser {name!r} wants gradients of gradients, which training does not keep; take another")
+
+
 def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.Parameter, float] | None = None):
     """timm's optimiser of a name, for what is trainable; weight decay is for matrices only.
 
@@ -27,10 +40,7 @@ def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.
     Raises:
         UsageError: there is none of this name, or it needs a package that is missing.
     """
-    known = list_optimizers()
-    if settings.opt not in known:
-        hint = near(settings.opt, known) or "timm.optim.list_optimizers() says what there is"
-        raise UsageError(f"timm has no optimiser {settings.opt!r}; {hint}")
+    check_optimiser(settings)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in trained.parameters():
         if parameter.requires_grad:

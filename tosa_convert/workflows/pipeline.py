@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tosa_convert.base import distributed as processes
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json, write_text
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe, read_recipe
@@ -25,7 +25,7 @@ from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
-from tosa_convert.training.finetuning import finetune
+from tosa_convert.training.finetuning import check_settings, finetune
 
 
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
@@ -70,6 +70,12 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
                 "finetune:"
             )
         stages = ["convert", *stages]
+    if resume and (runs.is_run(out) or (out / CHECKPOINT).exists()):
+        raise UsageError(
+            f"{out} is a stage of a run, not the run; resume its parent folder: --out {out.parent} --resume"
+        )
+    if recipe.finetune is not None:
+        check_settings(recipe.finetune)
     if processes.is_main():
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", recipe.to_yaml())
@@ -78,11 +84,17 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     for name in stages:
         if name == "convert":
             run, results[name] = out / name, convert_stage(recipe, out / name, resume=resume, device=device)
-        elif name == "distill":
-            run, results[name] = out / name, distill_stage(recipe, out / name, **options)
-        elif name == "finetune":
+        elif name in ("distill", "finetune"):
             source = str(run or recipe.model)
-            run, results[name] = out / name, finetune_stage(source, recipe, out / name, **options)
+            try:
+                results[name] = (
+                    distill_stage(recipe, out / name, **options)
+                    if name == "distill"
+                    else finetune_stage(source, recipe, out / name, **options)
+                )
+            except InterruptedTrainingError as error:  # to go on with the run, not with the stage
+                raise InterruptedTrainingError(str(error).replace(str(out / name), str(out))) from None
+            run = out / name
         elif processes.is_main():
             results[name] = export_stage(run, recipe.export, recipe.data.eval or recipe.data.train, progress=progress)
         if processes.is_main():

@@ -2,11 +2,15 @@
 split, or its only one; ``hfds:NAME:SPLIT`` another."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader
+from tosa_convert.data.reader import Reader, partly
+
+CALLED = ("label", "labels", "cls")
+"""What a column of labels is called."""
 
 
 class Hfds(Reader):
@@ -14,10 +18,15 @@ class Hfds(Reader):
 
     def __init__(self, place):
         self.name, self.data, self.image = opened(place)
-        self.labels, self.classes = labels_of(self.data)
-        self.numbered = bool(self.labels) and not self.classes
+        column, self.classes = labels_of(self.data)
+        self.labels = numbers_of(self.data[column], self.classes) if column else []
+        self.numbered = any(label is not None for label in self.labels) and not self.classes
         if self.numbered:
-            self.classes = [str(number) for number in range(1 + max(self.data[self.labels]))]
+            self.classes = [str(number) for number in range(1 + max(each for each in self.labels if each is not None))]
+        if (odd := partly(self.labels)) is not None:
+            self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
+        elif not any(label is not None for label in self.labels):
+            self.classes = []
 
     def __len__(self):
         return len(self.data)
@@ -26,7 +35,7 @@ class Hfds(Reader):
         return io.BytesIO(bytes_of(self.data[index][self.image]))
 
     def label(self, index):
-        return int(self.data[index][self.labels])
+        return self.labels[index]
 
     def filename(self, index):
         found = self.data[index][self.image]
@@ -54,6 +63,7 @@ def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
     except ImportError:
         raise UsageError("hfds: needs Hugging Face's datasets: pip install 'tosa-convert[hfds]'") from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         found = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:
@@ -77,9 +87,21 @@ def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
 
 
 def labels_of(data: Any) -> tuple[str, list[str]]:
-    """The column of labels, empty if there is none, and the names of the classes, if they have any."""
-    named = next((name for name, kind in data.features.items() if hasattr(kind, "names")), None)
-    if named:
-        return named, list(data.features[named].names)
+    """The column of labels, empty if there is none, and the names of the classes, if they have any: one that is called
+    so, or else the only one with names."""
+    named = [name for name, kind in data.features.items() if hasattr(kind, "names")]
     types = {name: str(getattr(kind, "dtype", "")) for name, kind in data.features.items()}
-    return next((name for name in ("label", "labels", "cls") if "int" in types.get(name, "")), ""), []
+    called = [name for name in CALLED if name in named or "int" in types.get(name, "") or types.get(name) == "string"]
+    column = called[0] if called else named[0] if len(named) == 1 else ""
+    if column in named:
+        return column, list(data.features[column].names)
+    if types.get(column) == "string":
+        return column, sorted({each for each in data[column] if each is not None})
+    return column, []
+
+
+def numbers_of(labels: Iterable, classes: list[str]) -> list[int | None]:
+    """Labels as they are stored, numbers or names of classes → their numbers, None where there is none."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    found = (numbers.get(label) if isinstance(label, str) else label for label in labels)
+    return [None if label is None or label < 0 else int(label) for label in found]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.data.reader import Drawn, Reader
-from tosa_convert.data.readers.hfds import bytes_of, labels_of, opened
+from tosa_convert.data.readers.hfds import bytes_of, labels_of, numbers_of, opened
 
 BUFFER = 1000
 """Images among which the next one is drawn."""
@@ -20,7 +20,8 @@ class Hfids(Reader):
 
     def __init__(self, place):
         self.name, self.data, self.image = opened(place, streaming=True)
-        self.labels, names = labels_of(self.data)
+        self.labels, self.names = labels_of(self.data)
+        names = self.names
         self.numbered = bool(self.labels) and not names
         self.classes = ["0"] if self.numbered else names  # how many numbers there are shows when they come
 
@@ -49,9 +50,17 @@ class Hfids(Reader):
         known = inspect.signature(self.data.shuffle).parameters
         one = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
         for index, row in enumerate(self.data.shuffle(seed=seed, buffer_size=BUFFER, **one)):
-            label = int(row[self.labels]) if self.labels else -1
+            label = self._label(row, index)
             name = (row[self.image] or {}).get("path") or f"{self.name}[{index}]"
             yield Drawn(io.BytesIO(bytes_of(row[self.image])), label, name)
+
+    def _label(self, row: dict, index: int) -> int:
+        if not self.labels:
+            return -1
+        (label,) = numbers_of([row[self.labels]], self.names)
+        if label is None:
+            raise UsageError(f"{self.name}[{index}] has no label, unlike others; train without labels, or leave it out")
+        return label
 
     def open(self, index):
         raise UsageError(f"the stream {self.name} can be trained on only; elsewhere use hfds:{self.name}")

@@ -15,10 +15,12 @@ from typing import NamedTuple
 from timm.data.readers.img_extensions import get_img_extensions
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader
+from tosa_convert.data.reader import Reader, partly
 from tosa_convert.data.tar_files import check_whole
 
 LABELS = ("cls", "label", "json")
+MOST = 1_000_000
+"""A number of a class is not larger."""
 IN_JSON = ("label", "cls", "class", "target")
 
 
@@ -40,13 +42,13 @@ class Wds(Reader):
         self.samples = [sample for shard in shards for sample in _samples(shard)]
         if not self.samples:
             raise UsageError(f"{place} contains no images; give shards with .jpg or .png files in them")
-        labelled = [sample for sample in self.samples if sample.label is not None]
-        self.numbered = bool(labelled)
-        self.classes = [str(number) for number in range(1 + max((each.label for each in labelled), default=-1))]
-        if labelled and len(labelled) < len(self.samples):
-            odd = next(sample for sample in self.samples if sample.label is None)
-            self.classes = []
-            self.ambiguous = f"{odd.name} in {odd.shard.name} has no label, unlike others"
+        labels = [sample.label for sample in self.samples]
+        self.numbered = any(label is not None for label in labels)
+        self.classes = [
+            str(number) for number in range(1 + max((each for each in labels if each is not None), default=-1))
+        ]
+        if (odd := partly(labels)) is not None:
+            self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
 
     def __len__(self):
         return len(self.samples)
@@ -84,32 +86,44 @@ def _shards(place: str) -> list[Path]:
 def _samples(shard: Path) -> Iterator[Sample]:
     """Those of a shard, in its order."""
     images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, dict[str, int]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                key, _, kind = member.name.rpartition("/")[-1].lower().partition(".")
+                kind = member.name.rpartition("/")[-1].lower().partition(".")[2]
                 key = member.name[: len(member.name) - len(kind) - 1]
                 if f".{kind.rpartition('.')[-1]}" in get_img_extensions(as_set=True):
+                    if key in images:
+                        raise UsageError(
+                            f"the shard {shard} has several images called {key}: files belong together whose "
+                            "names are the same before their first dot; rename them"
+                        )
                     images[key] = member
                 elif kind in LABELS and (label := _label(archive, member, kind)) is not None:
-                    labels[key] = label
+                    labels.setdefault(key, {})[kind] = label
         check_whole(shard)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UsageError(f"the shard {shard} is damaged ({error}); get it again, or leave it out") from None
     for key, member in images.items():
-        yield Sample(shard, member.offset_data, member.size, member.name, labels.get(key))
+        mine = labels.get(key, {})
+        label = next((mine[kind] for kind in LABELS if kind in mine), None)
+        yield Sample(shard, member.offset_data, member.size, member.name, label)
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> int | None:
+    """The number in a file; None where it is negative, or a JSON file holds none."""
     file = archive.extractfile(member)
     text = b"" if file is None else file.read()
     try:
-        if kind != "json":
-            return int(text)
-        facts = json.loads(text)
-        return next((int(facts[name]) for name in IN_JSON if isinstance(facts.get(name), (int, str))), None)
+        if kind == "json":
+            facts = json.loads(text)
+            found = next((facts[name] for name in IN_JSON if isinstance(facts.get(name), (int, float))), -1)
+        else:
+            found = int(text)
     except (ValueError, AttributeError):
         raise UsageError(
             f"{member.name} in the shard {archive.name} holds no number as its label; write one in each .cls file"
         ) from None
+    if found != int(found) or found > MOST:
+        raise UsageError(f"{member.name} in the shard {archive.name} holds {found}, which is no number of a class")
+    return int(found) if found >= 0 else None

@@ -156,9 +156,14 @@ class TransformersVit(Adapter):
         heads = attention.config.num_attention_heads
         return tuple(split_heads(linear(tokens), heads) for linear in self.projections(attention))
 
+    @property
+    def shows_attention(self):
+        """In the library's own form, "eager", from which ``output_attentions=True`` takes it."""
+        return self._vision_config._attn_implementation == "eager"
+
     def attend(self, attention, queries, keys, values, bias):
-        """With its weights in the library's own form, "eager", from which ``output_attentions=True`` takes them."""
-        if self._vision_config._attn_implementation != "eager":
+        """With its weights if the model shows them."""
+        if not self.shows_attention:
             return super().attend(attention, queries, keys, values, bias)
         logits = queries @ keys.mT * queries.shape[-1] ** -0.5
         weights = (logits if bias is None else logits + bias).softmax(-1)
