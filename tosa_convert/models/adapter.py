@@ -42,7 +42,7 @@ class Adapter(ABC):
         relative: whether the attention itself looks at the places of tokens: rotary positions, a bias per pair.
         own_heads: whether a head's attention is softmax(QKᵀ) V of its own and no more, as per-head selection needs.
         gives_maps: whether what it gives are maps of the patches after several layers: every token is needed for them.
-        halves: whether attention and MLP are modules of their own, one after the other, so that tokens can be gone between.
+        halves: whether attention and MLP are modules of their own, one after the other, for tokens to be gone between.
         shows_attention: whether the model may be asked for its attention.
         windows: whether there are layers with attention in windows between its blocks.
         embeds: whether what looks like a classifier's head is the projection of an embedding.

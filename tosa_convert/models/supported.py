@@ -38,7 +38,7 @@ def families() -> list[dict[str, str]]:
             }
         )
     proven = {"family": "transformers: any other ViT, by proof (`models CLASS` or `models FOLDER` runs it)"}
-    return [*rows, {**proven, "names": "", "positions": "added or rotary", "per head": "yes", "tome": "yes"}]
+    return [*rows, {**proven, "names": "", "positions": "added or rotary", "per head": "yes", "tome": "mostly"}]
 
 
 def family_of(model: nn.Module) -> str:
