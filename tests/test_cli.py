@@ -15,8 +15,11 @@ from conftest import write_images
 from families import FAMILIES
 
 from tosa_convert import load
+from tosa_convert.base.errors import InterruptedTrainingError
+from tosa_convert.config.recipe import Recipe
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.metrics_log import read_metrics
+from tosa_convert.workflows import pipeline
 
 QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
 
@@ -127,6 +130,31 @@ export: {{images: 8}}
     assert code == 0, err
     assert (tmp_path / "all/distill/model.safetensors").stat().st_mtime_ns == stamp
     assert (tmp_path / "all/finetune/config.json").exists()
+    code, out, err = tosa("run", "mine.yaml", "--out", "all/finetune", "--resume")
+    assert code == 2
+    assert "all/finetune is a stage of a run, not the run; resume its parent folder: --out all --resume" in err
+
+
+def test_an_interrupted_run_is_resumed_as_a_whole(labelled, tmp_path, monkeypatch):
+    def interrupted(recipe, out, **options):
+        raise InterruptedTrainingError(f"interrupted at step 1; go on with the same command and --out {out} --resume")
+
+    monkeypatch.setattr(pipeline, "distill_stage", interrupted)
+    recipe = Recipe(**{"model": "quickstart", "data": {"train": str(labelled)}, "distill": {"steps": 2}})
+    with pytest.raises(InterruptedTrainingError, match=f"--out {tmp_path / 'all'} --resume"):
+        pipeline.run_recipe(recipe, tmp_path / "all", report=print)
+
+
+@pytest.mark.parametrize(("key", "value"), [("opt", "adamww"), ("opt", "adahessian"), ("aa", "garbage")])
+def test_what_timm_does_not_know_is_told_before_the_first_stage(key, value, labelled, tosa, tmp_path):
+    text = f"model: quickstart\ndata: {{train: {labelled}}}\ndistill: {{steps: 1}}\n"
+    text += f"finetune: {{steps: 1, {key}: {value}}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    for command in (["recipes", "validate", "mine.yaml"], ["run", "mine.yaml", "--out", "all"]):
+        code, _, err = tosa(*command)
+        assert code == 2
+        assert value in err
+    assert not (tmp_path / "all").exists()
 
 
 def test_options_override_the_recipe_and_the_resolved_one_is_kept(tosa, tmp_path):
