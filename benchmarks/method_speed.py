@@ -20,6 +20,7 @@ CASES = {
     "merge": {"score": "similarity", "bypass": "merge", "layers": TEN},
     "random, identity": {"score": "random", "layers": TEN},
     "tome": {"method": "tome", "ratio": 0.6},
+    "mctf": {"method": "mctf", "ratio": 0.6},
 }
 
 
