@@ -1,6 +1,7 @@
 """Small random-weight instances of the real classes, small photos, and no network."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -136,3 +137,39 @@ def quick_run(tmp_path_factory):
         main(["distill", "quickstart", *arguments, "--out", str(out)])
     assert stop.value.code == 0
     return out
+
+
+def check_resuming(train, make, folder, monkeypatch):
+    """That a training which is killed at its fifth step goes on to what it would have come to; gives the model.
+
+    Args:
+        train: of a model, ``train(model, out=..., resume=...)``, with a line of metrics and a checkpoint at each step.
+        make: gives the model to train, the same each time.
+    """
+    from tosa_convert.runs.metrics_log import read_metrics
+    from tosa_convert.training import engine
+
+    class KilledError(Exception):
+        pass
+
+    note = engine._Recorder.note
+
+    def killed_at_five(self, step, *args, **kwargs):
+        if step == 5:
+            raise KilledError
+        note(self, step, *args, **kwargs)
+
+    whole = make()
+    train(whole, out=folder / "whole", resume=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._Recorder, "note", killed_at_five)
+        with pytest.raises(KilledError):
+            train(make(), out=folder / "cut", resume=False)
+    assert json.loads((folder / "cut/checkpoint/step.json").read_text())["step"] == 4
+    resumed = make()
+    train(resumed, out=folder / "cut", resume=True)
+    ours, theirs = resumed.state_dict(), whole.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    losses = [[line["loss"] for line in read_metrics(folder / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    return whole

@@ -1,9 +1,11 @@
 """The parts of timm's training script: schedules, learning rates by layer, averages, mixing, stochastic depth."""
 
+import functools
 import math
 
 import pytest
 import torch
+from conftest import check_resuming
 from families import FAMILIES
 from pydantic import ValidationError
 from timm.layers import DropPath
@@ -12,7 +14,6 @@ from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetu
 from tosa_convert.data.images import Augmentation, Draws, Images
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.classification import Classification
 from tosa_convert.training import engine
 from tosa_convert.training.optimisation import drop_path, layer_scales, make_optimizer, make_schedule
@@ -141,28 +142,8 @@ def test_what_is_kept_is_the_average(labelled, monkeypatch):
 
 def test_all_of_it_together_is_seeded_and_resumes(labelled, tmp_path, monkeypatch):
     settings = FinetuneSettings(steps=6, batch_size=4, log_every=1, checkpoint_minutes=1e-9, **EVERYTHING)
-    whole = converted()
-    finetune(whole, labelled, settings, out=tmp_path / "whole", seed=5)
-
-    class KilledError(Exception):
-        pass
-
-    note = engine._Recorder.note
-
-    def killed_at_five(self, step, *args, **kwargs):
-        if step == 5:
-            raise KilledError
-        note(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(engine._Recorder, "note", killed_at_five)
-    with pytest.raises(KilledError):
-        finetune(converted(), labelled, settings, out=tmp_path / "cut", seed=5)
-    monkeypatch.undo()
-    resumed = converted()
-    finetune(resumed, labelled, settings, out=tmp_path / "cut", seed=5, resume=True)
-    assert same(state(whole), state(resumed))
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
-    assert losses[0] == losses[1]
+    train = functools.partial(finetune, data=labelled, settings=settings, seed=5)
+    whole = check_resuming(train, converted, tmp_path, monkeypatch)
     assert evaluate(whole, labelled)["models"]["model"]["top1"] >= 0
 
 

@@ -1,13 +1,13 @@
 """Seeded against seeded, interrupted against uninterrupted, one process against two."""
 
-import json
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, lively, write_images
+from conftest import FAMILIES, check_resuming, lively, write_images
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
 from tosa_convert.data.images import Draws
@@ -57,29 +57,7 @@ def test_one_seed_gives_one_result(verb, labelled):
 def test_a_killed_training_resumes_to_the_same_result(verb, labelled, tmp_path, monkeypatch):
     run, kind = {"distill": (distill, DistillSettings), "finetune": (finetune, FinetuneSettings)}[verb]
     settings = kind(steps=6, batch_size=4, accumulate=2, log_every=1, checkpoint_minutes=1e-9)
-    whole = converted()
-    run(whole, labelled, settings, out=tmp_path / "whole", seed=5)
-
-    class KilledError(Exception):
-        pass
-
-    note = engine._Recorder.note
-
-    def killed_at_five(self, step, *args, **kwargs):
-        if step == 5:
-            raise KilledError
-        note(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(engine._Recorder, "note", killed_at_five)
-    with pytest.raises(KilledError):
-        run(converted(), labelled, settings, out=tmp_path / "cut", seed=5)
-    monkeypatch.undo()
-    assert json.loads((tmp_path / "cut/checkpoint/step.json").read_text())["step"] == 4
-    resumed = converted()
-    run(resumed, labelled, settings, out=tmp_path / "cut", seed=5, resume=True)
-    assert same(state(whole), state(resumed))
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
-    assert losses[0] == losses[1]
+    check_resuming(functools.partial(run, data=labelled, settings=settings, seed=5), converted, tmp_path, monkeypatch)
 
 
 def test_finetuning_moves_the_backbone_and_not_the_selectors(labelled):
