@@ -155,6 +155,8 @@ def test_what_timm_does_not_know_is_told_before_the_first_stage(key, value, labe
         assert code == 2
         assert value in err
     assert not (tmp_path / "all").exists()
+    (tmp_path / "first.yaml").write_text("model: quickstart\ndistill: {opt: adamww}\n")
+    assert tosa("recipes", "validate", "first.yaml")[0] == 2
 
 
 def test_options_override_the_recipe_and_the_resolved_one_is_kept(tosa, tmp_path):

@@ -30,10 +30,7 @@ Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False
 Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        help=IMAGES,
-        show_default="built-in photos",
-    ),
+    typer.Option(help=IMAGES, show_default="built-in photos"),
 ]
 RecipeOption = Annotated[str | None, typer.Option(help="recipe that the other options override", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="folder for the results", show_default="runs/…")]

@@ -47,14 +47,12 @@ def recipes_cp(name: str, to: Annotated[Path | None, typer.Argument(show_default
 def recipes_validate(files: list[str]) -> None:
     """Check recipes without running them."""
     from tosa_convert.config.recipe import find_recipe, read_recipe
-    from tosa_convert.training.finetuning import check_settings
+    from tosa_convert.training.finetuning import check_recipe
 
     problems = []
     for name in files:
         try:
-            recipe = read_recipe(find_recipe(name))
-            if recipe.finetune is not None:
-                check_settings(recipe.finetune)
+            check_recipe(read_recipe(find_recipe(name)))
             say(f"{name}: valid")
         except UsageError as error:
             problems.append(str(error))

@@ -61,6 +61,19 @@ class Reader(ABC):
     def filename(self, index: int) -> str:
         """What messages call it."""
 
+    def label_all(self, labels: Sequence[int | None], names: Sequence[str] = ()) -> None:
+        """What follows for the classes from the labels of all images, None where one has none.
+
+        Args:
+            names: of the classes; none where labels are numbers without.
+        """
+        known = [label for label in labels if label is not None]
+        self.numbered = bool(known) and not names
+        self.classes = list(names) if known and names else [str(each) for each in range(1 + max(known, default=-1))]
+        if 0 < len(known) < len(labels):
+            odd = next(index for index, label in enumerate(labels) if label is None)
+            self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
+
     def draws(self, seed: int, first: int) -> Iterator[Drawn]:
         """The images of a stream in a seeded order, again and again, from the one at ``first`` on."""
         raise NotImplementedError(f"{type(self).__name__} is no stream")
@@ -83,9 +96,3 @@ def read(source: str | Path) -> Reader:
 
 def _is_one(part: object) -> bool:
     return isinstance(part, type) and issubclass(part, Reader)
-
-
-def partly(labels: Sequence[int | None]) -> int | None:
-    """The first of some images that has no label where others have one; None if all have, or none has."""
-    missing = [index for index, label in enumerate(labels) if label is None]
-    return missing[0] if 0 < len(missing) < len(labels) else None

@@ -7,7 +7,7 @@ import torch
 
 from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import Choice, gather_tokens, stand_ins
+from tosa_convert.methods.token_ops import Choice, gather_tokens, pick, stand_ins
 
 
 class Groups(NamedTuple):
@@ -22,6 +22,16 @@ class Groups(NamedTuple):
     sizes: torch.Tensor
     places: torch.Tensor | None
     at: torch.Tensor
+
+
+def merged(choice: Choice, groups: Groups, sizes: torch.Tensor) -> Groups:
+    """The groups after each skipped one has joined its partner's.
+
+    Args:
+        sizes: (B, K), of those that are left.
+    """
+    places = None if groups.places is None else pick(stand_ins(choice), groups.places)
+    return Groups(sizes, places, pick(groups.at, choice.attended))
 
 
 class Gathered(NamedTuple):

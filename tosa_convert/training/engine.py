@@ -75,8 +75,8 @@ def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator
         mixed_precision=settings.precision,
         # The loader is read ahead, so its end must not count as the end of a group of batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulate, sync_with_dataloader=False),
-        # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),  # a batch holds names too
+        # A fine-tuned backbone may hold parameters that its forward never reaches, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 

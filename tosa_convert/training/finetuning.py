@@ -8,6 +8,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Augmentation, Images, check_augmentation
 from tosa_convert.models.adapter import adapter_of, run
@@ -92,6 +93,18 @@ def check_settings(settings: FinetuneSettings) -> Augmentation:
     check_augmentation(augmentation)
     check_optimiser(settings)
     return augmentation
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What can be told of a recipe's training before its first stage.
+
+    Raises:
+        UsageError: see :func:`check_settings`.
+    """
+    if recipe.distill is not None:
+        check_optimiser(recipe.distill)
+    if recipe.finetune is not None:
+        check_settings(recipe.finetune)
 
 
 def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
-from tosa_convert.training.finetuning import check_settings, finetune
+from tosa_convert.training.finetuning import check_recipe, finetune
 
 
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
@@ -74,8 +74,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
         raise UsageError(
             f"{out} is a stage of a run, not the run; resume its parent folder: --out {out.parent} --resume"
         )
-    if recipe.finetune is not None:
-        check_settings(recipe.finetune)
+    check_recipe(recipe)
     if processes.is_main():
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", recipe.to_yaml())

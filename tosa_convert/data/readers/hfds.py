@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader, partly
+from tosa_convert.data.reader import Reader
 
 CALLED = ("label", "labels", "cls")
 """What a column of labels is called."""
@@ -18,15 +18,11 @@ class Hfds(Reader):
 
     def __init__(self, place):
         self.name, self.data, self.image = opened(place)
-        column, self.classes = labels_of(self.data)
-        self.labels = numbers_of(self.data[column], self.classes) if column else []
-        self.numbered = any(label is not None for label in self.labels) and not self.classes
-        if self.numbered:
-            self.classes = [str(number) for number in range(1 + max(each for each in self.labels if each is not None))]
-        if (odd := partly(self.labels)) is not None:
-            self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
-        elif not any(label is not None for label in self.labels):
-            self.classes = []
+        column, names = labels_of(self.data)
+        stored = list(self.data[column]) if column else []
+        names = names or sorted({label for label in stored if isinstance(label, str)})
+        self.labels = numbers_of(stored, names)
+        self.label_all(self.labels, names)
 
     def __len__(self):
         return len(self.data)
@@ -87,17 +83,13 @@ def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
 
 
 def labels_of(data: Any) -> tuple[str, list[str]]:
-    """The column of labels, empty if there is none, and the names of the classes, if they have any: one that is called
+    """The column of labels, empty if there is none, and the names of the classes, if it says them: one that is called
     so, or else the only one with names."""
     named = [name for name, kind in data.features.items() if hasattr(kind, "names")]
     types = {name: str(getattr(kind, "dtype", "")) for name, kind in data.features.items()}
     called = [name for name in CALLED if name in named or "int" in types.get(name, "") or types.get(name) == "string"]
     column = called[0] if called else named[0] if len(named) == 1 else ""
-    if column in named:
-        return column, list(data.features[column].names)
-    if types.get(column) == "string":
-        return column, sorted({each for each in data[column] if each is not None})
-    return column, []
+    return column, list(data.features[column].names) if column in named else []
 
 
 def numbers_of(labels: Iterable, classes: list[str]) -> list[int | None]:

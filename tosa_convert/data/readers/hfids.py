@@ -21,9 +21,8 @@ class Hfids(Reader):
     def __init__(self, place):
         self.name, self.data, self.image = opened(place, streaming=True)
         self.labels, self.names = labels_of(self.data)
-        names = self.names
-        self.numbered = bool(self.labels) and not names
-        self.classes = ["0"] if self.numbered else names  # how many numbers there are shows when they come
+        self.numbered = bool(self.labels) and not self.names
+        self.classes = ["0"] if self.numbered else self.names  # how many numbers there are shows when they come
 
     def __len__(self):
         split = (self.data.info.splits or {}).get(str(self.data.split))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from timm.data.readers.img_extensions import get_img_extensions
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader, partly
+from tosa_convert.data.reader import Reader
 from tosa_convert.data.tar_files import check_whole
 
 LABELS = ("cls", "label", "json")
@@ -42,13 +42,7 @@ class Wds(Reader):
         self.samples = [sample for shard in shards for sample in _samples(shard)]
         if not self.samples:
             raise UsageError(f"{place} contains no images; give shards with .jpg or .png files in them")
-        labels = [sample.label for sample in self.samples]
-        self.numbered = any(label is not None for label in labels)
-        self.classes = [
-            str(number) for number in range(1 + max((each for each in labels if each is not None), default=-1))
-        ]
-        if (odd := partly(labels)) is not None:
-            self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
+        self.label_all([sample.label for sample in self.samples])
 
     def __len__(self):
         return len(self.samples)

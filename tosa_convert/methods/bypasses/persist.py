@@ -1,8 +1,8 @@
 """ToMe's bypass (arXiv 2210.09461, section 3): skipped tokens stay merged into their partner."""
 
-from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.bypass import Bypass, merged
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import add_up, pick, stand_ins
+from tosa_convert.methods.token_ops import add_up
 
 
 class Persist(Bypass):
@@ -14,5 +14,4 @@ class Persist(Bypass):
     def reduce(self, tokens, choice, groups, weights):
         own = groups.sizes[..., None]
         sizes, summed = add_up(choice, own, tokens * own)
-        places, at = pick(stand_ins(choice), groups.places), pick(groups.at, choice.attended)
-        return summed / sizes, Groups(sizes[..., 0], places, at)
+        return summed / sizes, merged(choice, groups, sizes[..., 0])

@@ -4,9 +4,9 @@ the tokens that they were."""
 from typing import Literal
 
 from tosa_convert.methods import parts
-from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.bypass import Bypass, merged
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import add_up, pick, stand_ins
+from tosa_convert.methods.token_ops import add_up
 
 
 class Pool(Bypass):
@@ -31,12 +31,11 @@ class Pool(Bypass):
 
     def pooling(self, choice, groups):
         if choice.weights is None:
-            return groups.sizes[..., None]
+            return super().pooling(choice, groups)
         weights = choice.weights * groups.sizes
         return (weights / weights.amax(1, keepdim=True)).clamp(min=1e-6)[..., None]
 
     def reduce(self, tokens, choice, groups, weights):
         shares = self.pooling(choice, groups)
         sizes, total, summed = add_up(choice, groups.sizes[..., None], shares, tokens * shares)
-        places, at = pick(stand_ins(choice), groups.places), pick(groups.at, choice.attended)
-        return summed / total, Groups(sizes[..., 0], places, at)
+        return summed / total, merged(choice, groups, sizes[..., 0])

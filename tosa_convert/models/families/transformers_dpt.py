@@ -3,10 +3,10 @@
 Its depth or segmentation head stays.
 """
 
+import functools
 from contextlib import contextmanager
 from unittest import mock
 
-import torch
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
@@ -64,17 +64,6 @@ class TransformersDpt(TransformersVit):
     def call(self, block, forward, tokens, args, kwargs, places=None, sizes=None):
         if sizes is None:
             return forward(block, tokens, *args, **kwargs)
-        with answered(self.attention(block), _Weighed(self, self.attention(block), sizes)):
+        attention = self.attention(block)
+        with answered(attention, functools.partial(self.by_parts, attention, sizes)):
             return forward(block, tokens, *args, **kwargs)
-
-
-class _Weighed:
-    """The attention's forward, with each key weighed by how many tokens it stands for."""
-
-    def __init__(self, adapter: TransformersDpt, attention: nn.Module, sizes: torch.Tensor):
-        self.adapter, self.attention, self.bias = adapter, attention, sizes.log()[:, None, None, :]
-
-    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = self.adapter.project(self.attention, hidden_states, kwargs)
-        joined, weights = self.adapter.attend(self.attention, *heads, self.bias)
-        return joined.transpose(1, 2).flatten(2), weights
