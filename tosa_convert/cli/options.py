@@ -59,7 +59,8 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 def make_recipe(path: str | None, stage: str, options: dict):
     """The recipe to work by: a file's, with the options of the command over it, ``conversion`` among them."""
-    from tosa_convert.config.conversion import ConvertConfig, over
+    from tosa_convert.config.conversion import ConvertConfig
+    from tosa_convert.config.options import over
     from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe
     from tosa_convert.config.settings import DistillSettings, FinetuneSettings
     from tosa_convert.config.validation import build

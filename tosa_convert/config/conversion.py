@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tosa_convert.config.fit import check_parts
 from tosa_convert.config.segments import in_segments
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
@@ -41,6 +43,9 @@ class ConvertConfig(BaseModel):
         layers: the selective layers, counted from 1, or {layer: ratio}. None: the schedule's.
         ratio: share of the patch tokens that attend in a selective layer, one number or one per layer.
             With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
+        threshold: in place of a number of tokens: those attend whose score is at least this, one number or one per
+            layer, so that every image keeps as many as it needs. ``ratio`` is then the most that attend, 1 unless it
+            is given. With bypasses around a block.
         score: which tokens attend. "attention" is ToSA's learned selector, "class_attention" takes the
             tokens that the class token looks at, "similarity" skips those that another one can stand
             in for, "mutual" one of each pair that are most like each other, "energy" those with much company, "norm"
@@ -63,6 +68,7 @@ class ConvertConfig(BaseModel):
     method: str | None = None
     layers: list[int] | None = None
     ratio: Annotated[float | list[float], BeforeValidator(_keep_ratio)] = 0.8
+    threshold: float | list[float] | None = None
     score: str = "attention"
     bypass: str = "identity"
     schedule: str = "pairs"
@@ -94,6 +100,24 @@ class ConvertConfig(BaseModel):
             raise ValueError("layers names a ratio for each layer already; leave ratio out")
         pairs = sorted(values["layers"].items(), key=lambda pair: (str(type(pair[0])), pair[0]))
         return {**values, "layers": [layer for layer, _ in pairs], "ratio": [ratio for _, ratio in pairs]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_most_unless_asked(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("threshold") is None:
+            return values
+        values = values if "ratio" in values or isinstance(values.get("layers"), dict) else {**values, "ratio": 1.0}
+        each = values["threshold"] if isinstance(values["threshold"], list) else [values["threshold"]]
+        each = [float(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in each]
+        return {**values, "threshold": each if isinstance(values["threshold"], list) else each[0]}
+
+    @field_validator("threshold")
+    @classmethod
+    def _finite(cls, threshold: float | list[float] | None) -> float | list[float] | None:
+        each = threshold if isinstance(threshold, list) else [threshold]
+        if any(value is not None and not math.isfinite(value) for value in each):
+            raise ValueError(f"{threshold} is out of range; a threshold is a finite number in the units of the score")
+        return threshold
 
     @field_validator("score", "bypass", "schedule")
     @classmethod
@@ -129,6 +153,11 @@ class ConvertConfig(BaseModel):
             raise ValueError(
                 f"{len(self.ratio)} ratios for {len(self.layers)} selective layers; give one, or one per layer"
             )
+        if isinstance(self.threshold, list) and (self.layers is None or len(self.threshold) != len(self.layers)):
+            raise ValueError(
+                f"{len(self.threshold)} thresholds for {len(self.layers or [])} selective layers; give one, or one "
+                "per layer with layers named"
+            )
         return self
 
     @model_validator(mode="after")
@@ -157,24 +186,7 @@ class ConvertConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "ConvertConfig":
-        score, bypass = self.part(Score), self.make(Bypass)
-        if bypass.needs_weights and not score.weighs:
-            fits = [name for name, part in parts.every(Score).items() if part.weighs]
-            raise ValueError(
-                f"bypass {self.bypass} weighs tokens by the class token's attention: use score {' or '.join(fits)}"
-            )
-        if not score.suits(bypass.acts):
-            fits = [name for name, part in parts.every(Bypass).items() if score.suits(part.acts)]
-            raise ValueError(
-                f"score {self.score} goes by the attention of its own layer, which bypass {self.bypass} does not know "
-                f"yet when it takes tokens away; use {' or '.join(fits)}"
-            )
-        if bypass.per_head and not score.scores_heads:
-            fits = [name for name, part in parts.every(Score).items() if part.scores_heads]
-            raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {' or '.join(fits)}")
-        if self.segment != 1 and not bypass.shares:
-            fits = [name for name, part in parts.every(Bypass).items() if part.groups]
-            raise ValueError(f"segment is for bypasses that form groups: {' and '.join(fits)}, not {self.bypass}")
+        check_parts(self)
         if self.layers is not None:
             self._check_reading(self.layers)
         return self
@@ -263,6 +275,12 @@ class ConvertConfig(BaseModel):
         }
         return [(layer, round(mean, 6)) for layer, mean in means.items()]
 
+    def thresholds(self, layers: list[int]) -> dict[int, float | None]:
+        """Layer → its threshold, of these layers."""
+        if not isinstance(self.threshold, list):
+            return dict.fromkeys(layers, self.threshold)
+        return dict(zip(self.layers or layers, self.threshold, strict=True))
+
     def segments(self, layers: list[int]) -> list[list[int]]:
         """These layers, in order, by segments; see :func:`tosa_convert.config.segments.in_segments`."""
         return in_segments(layers, self.segment)
@@ -311,24 +329,3 @@ def _unknown(name: str, known: list[str]) -> str:
     if owners:
         return f"an option of {' and '.join(owners)}, which this conversion does not use; leave it out"
     return f"unknown key; {parts.near(name, known) or 'valid here: ' + ', '.join(known)}"
-
-
-def over(config: dict, options: dict) -> dict:
-    """The values of a configuration with others over them. What they replace takes its options along: another score
-    has no use for those of the one before."""
-    given = dict(config)
-    if isinstance(options.get("layers"), dict):
-        given.pop("ratio", None)
-    if options.get("method") is not None:
-        given = {
-            name: value for name, value in given.items() if name in ConvertConfig.model_fields and name not in KINDS
-        }
-    if any(options.get(name) is not None for name in ("method", "bypass", "layers", "schedule")):
-        given.pop("segment", None)
-    for kind, base in KINDS.items():
-        before = given.get(kind, ConvertConfig.model_fields[kind].default)
-        if options.get(kind, before) != before:
-            given.pop("method", None)
-            for name in parts.find(base, before).Options.model_fields:
-                given.pop(name, None)
-    return {**given, **options}

@@ -9,7 +9,8 @@ from torch import nn
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.config.conversion import ConvertConfig, over
+from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.config.options import over
 from tosa_convert.config.segments import as_option
 from tosa_convert.config.validation import build
 from tosa_convert.data.images import loader

@@ -174,12 +174,7 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
     ranked = features.index_select(1, places)
     lengths = ranked.square().sum(-1)
     always = torch.arange(coarsest, device=features.device).expand(batch, coarsest)
-    nearness = []
-    for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
-        # Narrowed, not sliced: one operator in a graph, where a slice is two.
-        those, others = ranked.narrow(1, count, finer - count), ranked.narrow(1, 0, count)
-        nearness.append(nearest(those, others, lengths.narrow(1, 0, count)).values)
-    distances = lengths.narrow(1, coarsest, patches - coarsest) - 2 * torch.cat(nearness, dim=1)
+    distances = _distances(ranked, lengths, grid)
     closest = ordered(distances).indices + coarsest
     skipped, finest = closest.split([patches - kept, kept - coarsest], dim=1)  # slices would lose symbolic lengths
     attended = torch.cat([always, finest], dim=1)
@@ -191,6 +186,28 @@ def choose_redundant(features: torch.Tensor, prefix: int, grid: Pyramid, kept: i
     located = places.index_select(0, everyone.reshape(-1)).reshape(everyone.shape)
     attended, skipped = located.split([kept, patches - kept], dim=1)
     return Choice(torch.cat([leading(features, prefix), attended], dim=1), skipped, found)
+
+
+def _distances(ranked: torch.Tensor, lengths: torch.Tensor, grid: Pyramid) -> torch.Tensor:
+    """Features in the pyramid's order, (B, N, D), and their squared lengths → squared distances of those that are not
+    on its coarsest level to the nearest one on a coarser level than their own, (B, N − coarsest)."""
+    patches, coarsest, nearness = grid.order.shape[0], grid.counts[-1], []
+    for finer, count in reversed(list(zip([patches, *grid.counts[:-1]], grid.counts, strict=True))):
+        # Narrowed, not sliced: one operator in a graph, where a slice is two.
+        those, others = ranked.narrow(1, count, finer - count), ranked.narrow(1, 0, count)
+        nearness.append(nearest(those, others, lengths.narrow(1, 0, count)).values)
+    return lengths.narrow(1, coarsest, patches - coarsest) - 2 * torch.cat(nearness, dim=1)
+
+
+def losses_if_skipped(features: torch.Tensor, prefix: int, grid: Pyramid) -> torch.Tensor:
+    """(B, prefix + N, D) → (B, prefix + N): the squared distance by which :func:`choose_redundant` orders the patches,
+    infinite for those that always attend."""
+    batch, coarsest = features.shape[0], grid.counts[-1]
+    ranked = features.index_select(1, grid.order + prefix)
+    distances = _distances(ranked, ranked.square().sum(-1), grid)
+    whole = torch.cat([distances.new_full((batch, coarsest), float("inf")), distances], dim=1)
+    back = torch.argsort(grid.order)
+    return torch.cat([whole.new_full((batch, prefix), float("inf")), whole.index_select(1, back)], dim=1)
 
 
 def nearest(tokens: torch.Tensor, others: torch.Tensor, their_lengths: torch.Tensor):
@@ -256,13 +273,18 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
         nobody = everyone[:, :0]
         return Choice(everyone, nobody, nobody)
     units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
-    cosines = units @ units.mT
-    energy = torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1).mean(-1)
-    pairs, alone = ordered(energy, descending=True).indices.split([2 * surplus, patches - 2 * surplus], dim=1)
+    pairs, alone = ordered(energy_of(units, margin), descending=True).indices.split([2 * surplus, patches - 2 * surplus], dim=1)
     skipped, others = pairs.reshape(batch, surplus, 2).unbind(-1)
     nearest_one = (gather_tokens(units, skipped) @ gather_tokens(units, others).mT).argmax(-1)
     attended = torch.cat([leading(features, prefix), others + prefix, alone + prefix], dim=1)
     return Choice(attended, skipped + prefix, nearest_one + prefix)
+
+
+def energy_of(units: torch.Tensor, margin: float) -> torch.Tensor:
+    """(B, N, D) of length one → (B, N), the mean similarity of each token to all; cosines below the margin count
+    little."""
+    cosines = units @ units.mT
+    return torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1).mean(-1)
 
 
 def choose_both_ways(weights: torch.Tensor, prefix: int, kept: int) -> Choice:

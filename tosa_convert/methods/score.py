@@ -64,6 +64,7 @@ class View(NamedTuple):
         sizes: (B, N) how many tokens of the image each one stands for; None where each stands for itself.
         padding: (B, N) which tokens are none; None where all are tokens.
         partners: whether those of the skipped tokens are asked for.
+        any_number: whether it is asked for its :meth:`Score.worth`, by which a threshold goes, not for its choice.
     """
 
     steps: int
@@ -76,6 +77,19 @@ class View(NamedTuple):
     sizes: torch.Tensor | None = None
     padding: torch.Tensor | None = None
     partners: bool = True
+    any_number: bool = False
+
+
+class Worth(NamedTuple):
+    """What a score gives where a threshold says how many tokens attend.
+
+    Attributes:
+        values: (B, N), or (B, H, N) per head: a token attends whose value is at least the threshold.
+        features: (B, N, D) by which the others' partners are found; None leaves that to the layer's tokens.
+    """
+
+    values: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 class Score(Part, nn.Module):
@@ -146,10 +160,18 @@ class Score(Part, nn.Module):
             raise NotImplementedError(f"{type(self).__name__} reads tokens, so it has to define score")
         return view.reading
 
+    def worth(self, view: View) -> Worth:
+        """What a threshold goes by: the scores, or for one that chooses what it orders the tokens by."""
+        if self.chooses:
+            raise NotImplementedError(f"{type(self).__name__} chooses itself, so it has to define worth for thresholds")
+        return Worth(self.score(view))
+
     def forward(self, *given: Any) -> Any:
-        """:meth:`read` of queries and keys, or :meth:`score` of a view: calls of the module, so that they are
-        counted."""
-        return self.score(*given) if isinstance(given[0], View) else self.read(*given)
+        """:meth:`read` of queries and keys, or :meth:`score` or :meth:`worth` of a view: calls of the module, so that
+        they are counted."""
+        if not isinstance(given[0], View):
+            return self.read(*given)
+        return self.worth(*given) if given[0].any_number else self.score(*given)
 
     def loss(self, read: tuple[torch.Tensor, torch.Tensor], own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """What there is to learn: the queries and keys of the layer that is read, and of its own → a scalar."""

@@ -27,8 +27,21 @@ def keep_count(patches: int, steps: int) -> int:
     return (patches * steps + (RATIO_STEPS - 1)) // RATIO_STEPS
 
 
+class Packed(NamedTuple):
+    """How the tokens that attend lie in the row of a batch, see :mod:`tosa_convert.methods.packing`.
+
+    Attributes:
+        lengths: how many there are of each image, which follow one another.
+        places: (1, K) where each of them is within its image.
+    """
+
+    lengths: tuple[int, ...]
+    places: torch.Tensor
+
+
 class Choice(NamedTuple):
-    """What one layer does with its tokens, as positions within each image.
+    """What one layer does with its tokens, as positions within each image; or within the row of the whole batch, where
+    the images keep different numbers of tokens.
 
     Attributes:
         attended: (B, K) tokens that run the layer, prefix tokens first.
@@ -37,6 +50,7 @@ class Choice(NamedTuple):
             where none does.
         padding: (B, N) which tokens are none: nobody looks at them. None where all are tokens.
         weights: (B, N) how much each token counts in the mean of its group; None where they count alike.
+        packed: how the images of a batch lie in a row; None where each has a row of its own, as B images or as one.
     """
 
     attended: torch.Tensor
@@ -44,6 +58,7 @@ class Choice(NamedTuple):
     partners: torch.Tensor | None = None
     padding: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    packed: Packed | None = None
 
 
 def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:

@@ -15,9 +15,12 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.matching import apart, features_of
+from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.score import Reads, View
+from tosa_convert.methods.token_ops import Choice
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.forward_state import Arrival
+from tosa_convert.selective.packed import run_row
 from tosa_convert.selective.per_head_attention import attend_per_head
 from tosa_convert.selective.segment import form, hand_on, leave, take_up
 
@@ -50,25 +53,32 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
             with answered(adapter.attention(self), attend):
                 return base.forward(self, entering, *others, **named)
         run = functools.partial(_run, self, base, others, named)
-        leave = _by_groups if selection.bypass.shares else _by_layer
+        by = _by_groups if selection.bypass.shares else _by_layer
         arrival = selection.arrive(selection.current.state, entering, padding)
-        return adapter.given_back(adapter.restored(leave(self, run, tokens, arrival), entering))
+        return adapter.given_back(adapter.restored(by(self, run, tokens, arrival), entering))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
 
 
-def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, attended, tokens, sizes=None, normed=None):
-    """A block's own forward on the tokens at some places, with ``normed`` in place of what its first norm gives."""
+def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice, tokens, sizes=None, normed=None):
+    """A block's own forward on the tokens that attend, with ``normed`` in place of what its first norm gives."""
     adapter = block.adapter
-    norm = None if normed is None else adapter.norm(block)
-    with nullcontext() if norm is None else answered(norm, lambda *given, **named: adapter.as_normed(normed)):
-        return adapter.call(block, base.forward, tokens, args, kwargs, attended, sizes)
+
+    def call(tokens, args, kwargs, places, sizes, normed):
+        norm = None if normed is None else adapter.norm(block)
+        with nullcontext() if norm is None else answered(norm, lambda *given, **named: adapter.as_normed(normed)):
+            return adapter.call(block, base.forward, tokens, args, kwargs, places, sizes)
+
+    if choice.packed is None:
+        return call(tokens, args, kwargs, choice.attended, sizes, normed)
+    return run_row(block, call, tokens, args, kwargs, choice.packed, sizes, normed)
 
 
 def _by_layer(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
     """(B, N, D) → (B, N, D), by the tokens that the layer chooses."""
     choice, normed = _choose(block, tokens, arrival)
-    return block.selection.bypass.apply(functools.partial(run, choice.attended), tokens, normed, choice)
+    together = (as_row(each, choice) for each in (tokens, normed))
+    return block.selection.bypass.apply(functools.partial(run, choice), *together, choice).reshape(tokens.shape)
 
 
 def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
@@ -84,9 +94,9 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: A
             state.scores[layer] = state.scores[selection.segment[0]]
     else:
         choice, normed = _choose(block, tokens, arrival)
-        segment, course, normed = form(bypass, tokens, normed, choice)
-    course = course._replace(groups=run(segment.choice.attended, course.groups, segment.sizes, normed))
-    output = leave(segment, course)
+        segment, course, normed = form(bypass, *(as_row(each, choice) for each in (tokens, normed)), choice)
+    course = course._replace(groups=run(segment.choice, course.groups, segment.sizes, normed))
+    output = leave(segment, course).reshape(tokens.shape)
     if selection.goes_on:
         hand_on(state, layer, segment, None if block._forward_hooks else course, output)
     return output
@@ -105,9 +115,12 @@ def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
         view = view._replace(tokens=tokens.detach(), normed=normed.detach())
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
-        choice = block.matcher(apart(features_of(tokens.detach(), normed.detach()), padding), choice)
+        features = state.features.pop(selection.layer, None)
+        if features is None:
+            features = apart(features_of(tokens.detach(), normed.detach()), padding)
+        choice = block.matcher(features, choice)
     if padding is not None:
-        choice = choice._replace(padding=padding)
+        choice = choice._replace(padding=as_row(padding, choice))
     state.choices[selection.layer] = choice
     return choice, normed
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError
-from tosa_convert.config.conversion import KINDS, ConvertConfig, over
+from tosa_convert.config.conversion import KINDS, ConvertConfig
+from tosa_convert.config.options import over
 from tosa_convert.config.segments import as_option
 from tosa_convert.config.validation import build
 from tosa_convert.methods.bypass import Bypass
@@ -95,7 +96,10 @@ def _prove(model: Any, before: dict | None) -> None:
 def _note(model: Any, config: ConvertConfig, layers: list[int], ratio: float | list[float]) -> None:
     """Let a model know how it is converted."""
     counted = {"r": None} if getattr(config, "r", None) else {}  # the ratios say it now
-    model.tosa_config = config.model_copy(update={"layers": layers, "ratio": ratio, **counted})
+    own = config.thresholds(layers)
+    threshold = [own[layer] for layer in layers] if isinstance(config.threshold, list) else config.threshold
+    noted = {"layers": layers, "ratio": ratio, "threshold": threshold, **counted}
+    model.tosa_config = config.model_copy(update=noted)
 
 
 def _take_objects(options: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:
@@ -176,8 +180,10 @@ class _Surgeon:
         if self.config.reduces:
             _guard_maps(adapter.model, self.current, self.bypass.puts_back)
         segments = self.config.segments([layer for layer, _ in stages])
+        thresholds = self.config.thresholds([layer for layer, _ in stages])
         for layer, ratio in stages:
             selection = self._selection(layer, ratio)
+            selection.threshold = thresholds[layer]
             selection.segment = next(tuple(segment) for segment in segments if layer in segment)
             if self.config.reduces:
                 selection.reduces, before = ratio < before, ratio
@@ -227,7 +233,8 @@ class _Surgeon:
             score = copy.deepcopy(self.score)
             score.setup(site)
         block.selector = score.to(weight.device, weight.dtype).train(block.training)
-        partners_needed = self.bypass.partners and not score.finds_partners
+        finds_partners = score.finds_partners and selection.threshold is None
+        partners_needed = self.bypass.partners and not finds_partners
         block.matcher = Matcher(adapter.prefix) if partners_needed else None
 
     def _steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:

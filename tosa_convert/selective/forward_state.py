@@ -83,6 +83,7 @@ class ForwardState:
         choices: layer → what it chose.
         groups: layer → where the tokens are after it, once some were taken away.
         left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
+        row: the row of images that a layer runs, while it does, where these keep different numbers of tokens.
     """
 
     def __init__(self, grid: tuple[int, ...] | None, share: float | None = None):
@@ -94,6 +95,7 @@ class ForwardState:
         self.choices: dict[int, Choice] = {}
         self.groups: dict[int, Groups] = {}
         self.left: dict[int, Left] = {}
+        self.row: Any = None
 
     @property
     def patches(self) -> int:

@@ -8,6 +8,7 @@ nobody looks at them inside a segment, compilers leave them out.
 import torch
 
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.token_ops import Choice, gather_tokens, stand_ins
 from tosa_convert.selective.forward_state import Course, ForwardState, Left, Segment, version_of
 
@@ -31,8 +32,9 @@ def take_up(bypass: Bypass, tokens: torch.Tensor, segment: Segment, left: Left |
     unchanged = left is not None and left.tokens is tokens and left.version == version_of(tokens)
     if left is not None and left.course is not None and unchanged and not differentiable:
         return left.course
-    groups = bypass.gather(tokens, None, segment.choice).tokens
-    return Course(tokens, groups, groups)
+    entered = as_row(tokens, segment.choice)
+    groups = bypass.gather(entered, None, segment.choice).tokens
+    return Course(entered, groups, groups)
 
 
 def leave(segment: Segment, course: Course) -> torch.Tensor:

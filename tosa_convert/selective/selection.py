@@ -1,5 +1,6 @@
 """How one selective layer chooses its tokens."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.matching import match
+from tosa_convert.methods.packing import by_image, choose_above, match_in_row
 from tosa_convert.methods.score import Reads, Score, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
 from tosa_convert.selective.forward_state import (
@@ -32,7 +33,7 @@ class Matcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: torch.Tensor, choice: Choice) -> Choice:
-        return match(features, self.prefix, choice)
+        return match_in_row(features, self.prefix, choice)
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Selection:
 
     Attributes:
         layer: from 1.
-        ratio: share of the patch tokens that attend, or that are left after the layer.
+        ratio: share of the patch tokens that attend, or that are left after the layer; with a threshold the most.
         prefix: tokens in front of the patches.
         bypass: what the other tokens get.
         reads: what the score looks at.
@@ -51,6 +52,9 @@ class Selection:
         reduces: whether tokens are gone after this layer; False as well where a layer only lives with what is left.
         last: whether it is the model's last layer.
         segment: the layers in a row that share one choice, this one among them.
+        threshold: the score from which on a token attends; None where it is a number of tokens that do.
+        attends_elsewhere: whether its attention was found not to be torch's own, see
+            :mod:`tosa_convert.selective.packed`.
     """
 
     layer: int
@@ -64,7 +68,9 @@ class Selection:
     reduces: bool = True
     last: bool = False
     segment: tuple[int, ...] = ()
+    threshold: float | None = None
     active: bool = True
+    attends_elsewhere: bool = False
     recollection: Recollection = field(default_factory=Recollection)
 
     @property
@@ -82,7 +88,9 @@ class Selection:
     @property
     def selects(self) -> bool:
         """Whether there is anything to choose."""
-        return self.active and self.reduces and (self.per_head or self.steps < RATIO_STEPS)
+        if not (self.active and self.reduces):
+            return False
+        return self.per_head or self.threshold is not None or self.steps < RATIO_STEPS
 
     @property
     def follows(self) -> bool:
@@ -102,7 +110,9 @@ class Selection:
         """Let the score read queries and keys, (B, H, N, D); no more of them is kept than it needs."""
         if self.selects and not self.follows:
             with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
-                self.current.state.readings[self.layer] = score(queries, keys)
+                state = self.current.state
+                read = score if state.row is None else functools.partial(state.row.hear, self.layer, score)
+                state.readings[self.layer] = read(queries, keys)
 
     def arrive(self, state: ForwardState, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> Arrival:
         """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run
@@ -158,14 +168,32 @@ class Selection:
                     "run the model from its images on, and convert it again if that layer was replaced"
                 )
             view = view._replace(reading=reading)
+        kept = keep_count(view.patches, view.steps)
         with torch.no_grad():
-            found = score(view)
-            if not score.chooses:
-                found = self._best(found, state, arrival, keep_count(view.patches, view.steps))
+            if self.threshold is not None:
+                found = choose_above(self._worth(score, view, state, arrival), self.prefix, self.threshold, kept)
+            else:
+                found = score(view)
+                if not score.chooses:
+                    found = choose_best(self._settled(found, state, arrival), self.prefix, kept)
         state.choices[self.layer] = found
         return found
 
-    def _best(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival, kept: int) -> Choice:
+    def _worth(self, score: Score, view: View, state: ForwardState, arrival: Arrival) -> torch.Tensor:
+        """(B, N), by which the threshold goes."""
+        view = view._replace(any_number=True)
+        if not isinstance(view.reading, list):
+            values, features = score(view)
+            if features is not None:
+                state.features[self.layer] = features
+            return self._settled(values, state, arrival)
+        # Image by image, of those that attended in the layer that is read.
+        each = [score(view._replace(reading=reading)).values for reading in view.reading]
+        values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
+        return self._settled(values, state, arrival)
+
+    def _settled(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival) -> torch.Tensor:
+        """Scores of the tokens that were read, (B, H, N) or (B, N) → of all tokens, (B, N), noted in the state."""
         if scores.ndim == 3:
             scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
         if arrival.scores is not None:
@@ -173,7 +201,7 @@ class Selection:
         if arrival.padding is not None:
             scores = scores.masked_fill(arrival.padding, float("-inf"))
         state.scores[self.layer] = scores
-        return choose_best(scores, self.prefix, kept)
+        return scores
 
 
 def selective_blocks(model: nn.Module) -> list[Any]:
@@ -208,11 +236,15 @@ def last_choices(model: nn.Module) -> dict[int, Choice]:
     return {} if state is None else {layer: state.choices[layer] for layer in sorted(state.choices)}
 
 
-def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor]:
+def chosen_tokens(model: nn.Module) -> dict[int, torch.Tensor | list[torch.Tensor]]:
     """Which tokens attended in the last forward pass of this thread: layer → positions, (B, prefix + K), or
-    (B·H, prefix + K) where each head has its own; prefix tokens first. With a bypass between attention and MLP: which
+    (B·H, prefix + K) where each head has its own; prefix tokens first. Where images keep different numbers of tokens:
+    a list of (prefix + K,), one for each. With a bypass between attention and MLP: which
     of the tokens that entered the layer were left after it, none where all were."""
-    return {layer: choice.attended for layer, choice in last_choices(model).items()}
+    return {
+        layer: choice.attended if choice.packed is None else by_image(choice)
+        for layer, choice in last_choices(model).items()
+    }
 
 
 def forget(model: nn.Module) -> None:

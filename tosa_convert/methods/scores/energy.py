@@ -1,10 +1,11 @@
 """PiToMe's score (arXiv 2405.16148, section 3.2): tokens with much company are merged, those that stand alone stay."""
 
 import torch
+import torch.nn.functional as F
 
-from tosa_convert.methods.matching import choose_by_energy
-from tosa_convert.methods.score import Acts, Reads, Score, Site, View
-from tosa_convert.methods.token_ops import Choice, keep_count
+from tosa_convert.methods.matching import choose_by_energy, energy_of
+from tosa_convert.methods.score import Acts, Reads, Score, Site, View, Worth
+from tosa_convert.methods.token_ops import Choice, keep_count, leading, ordered, put
 
 
 class Energy(Score):
@@ -30,3 +31,12 @@ class Energy(Score):
     def score(self, view: View) -> Choice:
         features = view.normed if view.reading is None else view.reading
         return choose_by_energy(features, self.prefix, keep_count(view.patches, view.steps), self.margin)
+
+    def worth(self, view: View) -> Worth:
+        """The less the energy the more: of the tokens in order of their energy every second one may be skipped."""
+        units = F.normalize(view.normed.narrow(1, self.prefix, view.normed.shape[1] - self.prefix), dim=-1)
+        lonely, order = ordered(-energy_of(units, self.margin))
+        second = torch.arange(order.shape[1], device=order.device) % 2 == 1
+        values = put(lonely, order, lonely.masked_fill(~second, float("inf")))
+        return Worth(torch.cat([leading(values, self.prefix).to(values.dtype), values], dim=1), view.normed)
+

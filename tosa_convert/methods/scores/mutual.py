@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.methods.matching import apart, match
-from tosa_convert.methods.score import Reads, Score, Site, View
+from tosa_convert.methods.score import Reads, Score, Site, View, Worth
 from tosa_convert.methods.token_ops import choose_best, keep_count, leading
 
 
@@ -20,6 +20,13 @@ class Mutual(Score):
         self.prefix = site.prefix
 
     def score(self, view: View):
+        scores, units = self.worth(view)
+        choice = choose_best(scores, self.prefix, keep_count(view.patches, view.steps))
+        return match(units, self.prefix, choice) if view.partners else choice
+
+    def worth(self, view: View) -> Worth:
+        """The cosine to the nearest token, the other way round: −4 to −2 for second tokens of pairs, −1 to 1 for those
+        in no pair, 2 to 4 for first ones."""
         # In half precision many pairs would be alike.
         units = F.normalize(apart(view.tokens.float(), view.padding), dim=-1)
         patches = units.narrow(1, self.prefix, units.shape[1] - self.prefix)
@@ -29,6 +36,4 @@ class Mutual(Score):
         mutual = mate.gather(1, mate) == place
         # Cosines are between −1 and 1: second tokens of pairs come below all others, and first ones above.
         scores = -nearness + 3.0 * torch.where(place < mate, 1.0, -1.0) * mutual
-        scores = torch.cat([leading(scores, self.prefix).to(scores.dtype), scores], dim=1)
-        choice = choose_best(scores, self.prefix, keep_count(view.patches, view.steps))
-        return match(units, self.prefix, choice) if view.partners else choice
+        return Worth(torch.cat([leading(scores, self.prefix).to(scores.dtype), scores], dim=1), units)

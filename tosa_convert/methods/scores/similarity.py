@@ -7,9 +7,21 @@ import torch
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.methods import parts
-from tosa_convert.methods.matching import apart, choose_bipartite, choose_redundant, features_of, pyramid, thinnings
-from tosa_convert.methods.score import Acts, Reads, Score, Site, View
+from tosa_convert.methods.matching import (
+    apart,
+    choose_bipartite,
+    choose_redundant,
+    features_of,
+    losses_if_skipped,
+    pyramid,
+    thinnings,
+)
+from tosa_convert.methods.score import Acts, Reads, Score, Site, View, Worth
 from tosa_convert.methods.token_ops import Choice, keep_count
+
+
+LEVELS = 5
+"""How often the patches are thinned out where any number may attend: one in 32 always does."""
 
 
 class Similarity(Score):
@@ -47,6 +59,18 @@ class Similarity(Score):
         kept = keep_count(view.patches, view.steps)
         if view.reading is not None:
             return choose_bipartite(view.reading, self.prefix, kept)
+        features = self._features(view)
+        most = kept if isinstance(kept, int) else None
+        grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
+        return choose_redundant(features, self.prefix, grid, kept, view.partners)
+
+    def worth(self, view: View) -> Worth:
+        """The squared distance to the nearest token on a coarser level."""
+        features = self._features(view)
+        grid = pyramid(view.grid, LEVELS, None, features.device)
+        return Worth(losses_if_skipped(features, self.prefix, grid), features)
+
+    def _features(self, view: View) -> torch.Tensor:
         count = view.tokens.shape[1] - self.prefix
         filled = math.prod(view.grid)
         if isinstance(filled, int) and isinstance(count, int) and filled != count:
@@ -54,7 +78,4 @@ class Similarity(Score):
                 f"{count} patch tokens do not fill the grid of {filled}: score similarity needs all of them, so "
                 "no patch dropout, and the patch embedding that the model had when it was converted"
             )
-        features = apart(features_of(view.tokens, view.normed, self.options.compare_by), view.padding)
-        most = kept if isinstance(kept, int) else None
-        grid = pyramid(view.grid, thinnings(view.steps), most, features.device)
-        return choose_redundant(features, self.prefix, grid, kept, view.partners)
+        return apart(features_of(view.tokens, view.normed, self.options.compare_by), view.padding)

@@ -1,0 +1,50 @@
+"""Whether the parts of a conversion go together."""
+
+from typing import TYPE_CHECKING
+
+from tosa_convert.methods import parts
+from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.score import Acts, Score
+
+if TYPE_CHECKING:
+    from tosa_convert.config.conversion import ConvertConfig
+
+
+def check_parts(config: "ConvertConfig") -> None:
+    """
+    Raises:
+        ValueError: they do not; the message names what would.
+    """
+    score, bypass = config.part(Score), config.make(Bypass)
+    if bypass.needs_weights and not score.weighs:
+        raise ValueError(
+            f"bypass {config.bypass} weighs tokens by the class token's attention: use score "
+            f"{_names(Score, lambda part: part.weighs)}"
+        )
+    if not score.suits(bypass.acts):
+        raise ValueError(
+            f"score {config.score} goes by the attention of its own layer, which bypass {config.bypass} does not know "
+            f"yet when it takes tokens away; use {_names(Bypass, lambda part: score.suits(part.acts))}"
+        )
+    if bypass.per_head and not score.scores_heads:
+        fits = _names(Score, lambda part: part.scores_heads)
+        raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {fits}")
+    if config.segment != 1 and not bypass.shares:
+        fits = _names(Bypass, lambda part: part.groups, "and")
+        raise ValueError(f"segment is for bypasses that form groups: {fits}, not {config.bypass}")
+    if config.threshold is not None:
+        _check_threshold(config, score, bypass)
+
+
+def _check_threshold(config: "ConvertConfig", score: type[Score], bypass: Bypass) -> None:
+    """Any number of tokens may attend around a block, where all of them are there again after it."""
+    if config.reduces or bypass.per_head:
+        how = "selection per_head" if bypass.per_head else f"bypass {config.bypass}"
+        fits = _names(Bypass, lambda part: part.acts is Acts.AROUND)
+        raise ValueError(f"{how} takes a number of tokens, not a threshold; use {fits}")
+    if score.chooses and score.worth is Score.worth:
+        raise ValueError(f"score {config.score} chooses a number of tokens itself, so it has no threshold")
+
+
+def _names(kind: type[parts.P], fits, joined: str = "or") -> str:
+    return f" {joined} ".join(name for name, part in parts.every(kind).items() if fits(part))

@@ -1,0 +1,147 @@
+"""A block's own forward on a row of several images, each with its own number of tokens.
+
+Projections, norms and MLP run on the whole row at once; the attention of each image is worked out by itself, where the
+block asks for it by torch's ``scaled_dot_product_attention``. Blocks that attend in another way, look at the places of
+tokens, or were called with a mask run image by image.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tosa_convert.methods.score import Score
+from tosa_convert.methods.token_ops import Packed
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.selective.forward_state import ForwardState
+
+Call = Callable[..., torch.Tensor]
+"""(tokens (1, K, D), args, kwargs, places (1, K), sizes (1, K), normed (1, K, D)) → tokens."""
+
+
+class Row:
+    """A row that is running.
+
+    Args:
+        lengths: how many tokens there are of each image.
+    """
+
+    def __init__(self, lengths: tuple[int, ...]):
+        self.lengths = lengths
+        self.heard: dict[int, list] = {}
+
+    def hear(self, layer: int, score: Score, queries: torch.Tensor, keys: torch.Tensor) -> list:
+        """Let the score of a layer read queries and keys (1, H, K, D), of the row or of its next image → what it has
+        read so far, image by image."""
+        heard = self.heard.setdefault(layer, [])
+        if queries.shape[2] == sum(self.lengths):
+            parts = [each.split(self.lengths, dim=2) for each in (queries, keys)]
+            heard.extend(score(*pair) for pair in zip(*parts, strict=True))
+        else:
+            heard.append(score(queries, keys))
+        return heard
+
+
+class _WithinImages(TorchFunctionMode):
+    """Makes attention over a row attention within each of its images."""
+
+    def __init__(self, lengths: tuple[int, ...]):
+        super().__init__()
+        self.lengths, self.total, self.asked = lengths, sum(lengths), False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention or args[0].shape[-2] != self.total:
+            return function(*args, **kwargs)
+        self.asked = True
+        parts = [each.split(self.lengths, dim=-2) for each in args[:3]]
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        others = {name: value for name, value in kwargs.items() if name != "attn_mask"}
+        found = [
+            function(*qkv, given, *args[4:], **others)
+            for qkv, given in zip(zip(*parts, strict=True), self._parted(mask), strict=True)
+        ]
+        return torch.cat(found, dim=-2)
+
+    def _parted(self, mask: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """What is added to the logits, (1, H or 1, K or 1, K), of each image."""
+        if mask is None:
+            return [None] * len(self.lengths)
+        columns = mask.split(self.lengths, dim=-1)
+        if mask.shape[-2] == 1:
+            return list(columns)
+        return [rows.split(self.lengths, dim=-2)[index] for index, rows in enumerate(columns)]
+
+
+def run_row(
+    block: nn.Module,
+    call: Call,
+    tokens: torch.Tensor,
+    args: tuple,
+    kwargs: dict,
+    packed: Packed,
+    sizes: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run a block on a row of images, (1, K, D) → (1, K, D).
+
+    Args:
+        args, kwargs: what the block was called with after its tokens, for the batch.
+        packed: which tokens of which images these are.
+        sizes: (1, K) for how many tokens each stands in the attention.
+        normed: (1, K, D) what the block's first norm is to give.
+    """
+    adapter, state, (lengths, places) = block.adapter, block.selection.current.state, packed
+    if _as_one(block, adapter, args, kwargs):
+        with _running(state, lengths), _WithinImages(lengths) as within:
+            found = call(tokens, args, kwargs, places, sizes, normed)
+        if within.asked:
+            return found
+        block.selection.attends_elsewhere = True
+    parts = [_split(each, lengths) for each in (tokens, places, sizes, normed)]
+    with _running(state, lengths):
+        found = [
+            call(those, *_of_image((args, kwargs), index, len(lengths)), *others)
+            for index, (those, *others) in enumerate(zip(*parts, strict=True))
+        ]
+    return torch.cat(found, dim=1)
+
+
+def _as_one(block: nn.Module, adapter: Adapter, args: tuple, kwargs: dict) -> bool:
+    """Whether a row can run as one."""
+    if adapter.relative or block.selection.attends_elsewhere or adapter.mask(args, kwargs) is not None:
+        return False
+    return not (block.training and any(_drops_images(module) for module in block.modules()))
+
+
+def _drops_images(module: nn.Module) -> bool:
+    """Stochastic depth leaves out whole images, of which a row looks like one."""
+    return type(module).__name__.endswith("DropPath") and getattr(module, "drop_prob", 0.0)
+
+
+@contextmanager
+def _running(state: ForwardState, lengths: tuple[int, ...]) -> Iterator[None]:
+    state.row = Row(lengths)
+    try:
+        yield
+    finally:
+        state.row = None
+
+
+def _split(values: torch.Tensor | None, lengths: tuple[int, ...]) -> tuple:
+    return (None,) * len(lengths) if values is None else values.split(lengths, dim=1)
+
+
+def _of_image(arguments: Any, index: int, batch: int) -> Any:
+    """Arguments for a batch → for one of its images: masks and rotary positions that are given image by image."""
+
+    def narrowed(value: Any) -> Any:
+        each = isinstance(value, torch.Tensor) and value.ndim == 4 and len(value) == batch
+        return value[index : index + 1] if each else value
+
+    return pytree.tree_map(narrowed, arguments)
