@@ -108,6 +108,11 @@ def flops(
     source: Source = None,
     conversion: dict | None = None,
     img_size: ImgSize = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="count over images: " + IMAGES, show_default="built-in photos, where it has to be images"),
+    ] = None,
+    images: Annotated[int, typer.Option(help="number of images to count over", callback=at_least(1))] = 24,
     plot: Annotated[
         Path | None, typer.Option(help="PNG file for a plot of tokens and MACs per layer", show_default=False)
     ] = None,
@@ -116,14 +121,16 @@ def flops(
 ) -> None:
     """Count multiply–adds (MACs) per layer, original against converted. Needs no weights.
 
-    A model that is not a run is converted first if --layers, --ratio and so on are given.
+    Where each image keeps as many tokens as it needs: their mean over images, the least and the most. A model that is not a run is converted first if --layers, --ratio and so on are given.
     """
     from tosa_convert.workflows import inspection as stages
 
     source = pick_source(source)
     if plot is not None:
         check_png(plot, "--plot")
-    cost = stages.flops_stage(source, conversion, plot, img_size=img_size, device=device)
+    cost = stages.flops_stage(
+        source, conversion, plot, data=data, images=images, img_size=img_size, device=device, progress=bar(as_json)
+    )
     show(cost, "flops_table", as_json, source)
 
 

@@ -10,18 +10,21 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import original
-from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.selective.selection import keeps_any_number, selective_blocks
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer for one image: its patches that attend, its multiply–adds, and those of its selector."""
+    """One layer for one image: its patches that attend, its multiply–adds, and those of its selector; over several
+    images the means."""
 
     layer: int
-    tokens: int
+    tokens: float
     macs: int
     selector: int
     original: int
@@ -39,6 +42,8 @@ class Cost:
         selectors: of all that chooses tokens and finds them partners, QKᵀ over again included.
         layers: one :class:`LayerCost` per layer.
         uncounted: operators that fvcore has no rule for → how often they occur.
+        least, most: multiply–adds of single images, where these differ and ``macs`` is the mean.
+        images: over how many.
     """
 
     size: tuple[int, int]
@@ -48,6 +53,9 @@ class Cost:
     selectors: int
     layers: list[LayerCost]
     uncounted: dict[str, int]
+    least: int | None = None
+    most: int | None = None
+    images: int | None = None
 
     @property
     def saved(self) -> float:
@@ -62,7 +70,12 @@ class Cost:
         return {**asdict(self), "saved": self.saved, "saved_without_selectors": self.saved_without_selectors}
 
 
-def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
+def flops(
+    model: nn.Module,
+    size: tuple[int, int] | None = None,
+    images: torch.Tensor | None = None,
+    progress: Progress | None = None,
+) -> Cost:
     """Count the multiply–adds of one image, per layer, for a model converted or not.
 
     LayerNorm counts as fvcore has it; element-wise operators and softmax do not count and are
@@ -71,7 +84,21 @@ def flops(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     Args:
         model: any supported model.
         size: image height and width; None is the model's own.
+        images: (B, C, H, W), preprocessed, to count over. A conversion that keeps as many tokens as an image needs has
+            no number of multiply–adds without.
+
+    Raises:
+        UsageError: it is such a conversion, and there are no images.
     """
+    if images is not None and selective_blocks(model):
+        from tosa_convert.measure.macs_by_image import flops_over
+
+        return flops_over(model, images, progress)
+    if keeps_any_number(model):
+        raise UsageError(
+            "this conversion keeps as many tokens as each image needs, so its multiply–adds depend on the images; "
+            "give some with --data (in Python images=)"
+        )
     preprocessing = preprocessing_of(model)
     size = size or preprocessing.size
     image = torch.zeros(1, preprocessing.channels, *size)

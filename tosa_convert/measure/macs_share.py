@@ -1,4 +1,5 @@
-"""The share of the original's multiply–adds that a conversion has: what a search asks dozens of times."""
+"""The share of the original's multiply–adds that a conversion has: what a search asks dozens of times, and what differs
+from image to image where each keeps as many tokens as it needs."""
 
 from typing import Any
 
@@ -7,9 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs import attention_macs, count_macs
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.selection import keeps_any_number
 
 
 class MacsShare:
@@ -26,28 +29,65 @@ class MacsShare:
     def __init__(self, model: nn.Module):
         self.whole, self.base = count_macs(model), _count(model)
 
-    def of(self, converted: nn.Module) -> float:
-        """Of a conversion of the original."""
+    def of(self, converted: nn.Module, images: torch.Tensor | None = None) -> float:
+        """Of a conversion of the original; the mean over images, which it needs where it keeps as many tokens as an
+        image needs."""
+        if keeps_any_number(converted):
+            if images is None:
+                raise UsageError("the number of tokens differs from image to image; give images")
+            each = self.of_each(converted, images)
+            return sum(each) / len(each)
         return 1 + (_count(converted) - self.base) / self.whole
 
+    def of_each(self, converted: nn.Module, images: torch.Tensor) -> list[float]:
+        """Of a conversion, for each of the images (B, C, H, W)."""
+        return [1 + (_count(converted, image[None]) - self.base) / self.whole for image in images]
 
-def _count(model: nn.Module) -> int:
+
+def _count(model: nn.Module, image: torch.Tensor | None = None) -> int:
+    return tally(model, image, [])[0]
+
+
+def tally(model: nn.Module, image: torch.Tensor | None, parts: list[nn.Module]) -> tuple[int, list[int]]:
+    """Multiply–adds of one image (1, C, H, W), of the whole model and of some of its modules.
+
+    Args:
+        image: None is an empty one of the model's own size.
+    """
     preprocessing, parameter = preprocessing_of(model), next(model.parameters())
-    image = torch.zeros(1, preprocessing.channels, *preprocessing.size, device=parameter.device)
+    if image is None:
+        image = torch.zeros(1, preprocessing.channels, *preprocessing.size)
     modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), _Counter() as counter:
-            run(model.eval(), image)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return counter.macs
+    with torch.no_grad(), _Counter(parts) as counter:
+        try:
+            run(model.eval(), image.to(parameter.device))
+        finally:
+            counter.leave()
+            for module, training in modes.items():
+                module.training = training
+    return counter.macs, counter.each
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the multiply–adds of each operator that runs."""
+    """Adds up the multiply–adds of each operator that runs, and of those that run in some modules."""
 
-    macs = 0
+    def __init__(self, parts: list[nn.Module]):
+        super().__init__()
+        self.macs, self.each, self.begun = 0, [0] * len(parts), [0] * len(parts)
+        self.hooks = []
+        for index, part in enumerate(parts):
+            self.hooks.append(part.register_forward_pre_hook(lambda *_, at=index: self._begin(at)))
+            self.hooks.append(part.register_forward_hook(lambda *_, at=index: self._end(at)))
+
+    def _begin(self, index: int) -> None:
+        self.begun[index] = self.macs
+
+    def _end(self, index: int) -> None:
+        self.each[index] += self.macs - self.begun[index]
+
+    def leave(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def __torch_dispatch__(self, func: Any, types, args=(), kwargs=None):
         found, operator = func(*args, **(kwargs or {})), func.overloadpacket

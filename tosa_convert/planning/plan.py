@@ -9,6 +9,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.measure.similarity import Keep
+from tosa_convert.planning.adaptive import adapted
 from tosa_convert.planning.rivals import against_published
 from tosa_convert.planning.search import Plan, Search
 from tosa_convert.planning.settling import settle_on_parts
@@ -34,6 +35,8 @@ def find_plan(
     by: str = "macs",
     runtime: str = "eager",
     segment: int | None = None,
+    adaptive: bool = False,
+    max_macs: float | None = None,
     batch_size: int = 6,
     progress: Progress | None = None,
 ) -> Plan:
@@ -50,6 +53,8 @@ def find_plan(
         by: "macs" or "latency", measured here, batch 1, one thread.
         runtime: "eager" or "onnx", for the latency.
         segment: how many layers in a row share one choice; None is 1 for a budget of MACs, and searched for a latency.
+        adaptive: let each image keep as many tokens as it needs; the budget is then the mean over the images.
+        max_macs: share of the original's multiply–adds that no image may exceed, with ``adaptive``.
 
     Raises:
         UsageError: a model that is converted already, or a budget or drop that cannot be reached.
@@ -71,6 +76,8 @@ def find_plan(
         raise UsageError(f"keep {keep!r} is not known; choose {', '.join(Keep)}")
     if segment is not None and segment < 1:
         raise UsageError(f"segment {segment} is out of range; give 1 layer or more")
+    if max_macs is not None and not adaptive:
+        raise UsageError("max-macs bounds single images of an adaptive plan; give adaptive too, or leave it out")
     training = model.training
     try:
         kept = None if keep is None else Keep(keep)
@@ -78,6 +85,8 @@ def find_plan(
         settle_on_parts(search, budget)
         search.price(by, runtime)
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
+        if adaptive:
+            return adapted(search, found, max_macs)
         alone = by == "macs" and (segment or 1) == 1
         return against_published(search, found, target_drop) if alone else found
     finally:

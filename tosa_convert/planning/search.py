@@ -54,6 +54,18 @@ COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Shares of the original's multiply–adds that single images take: their mean, standard deviation, least and most;
+    and the most that any image can take."""
+
+    mean: float
+    deviation: float
+    least: float
+    most: float
+    bound: float
+
+
 @dataclass
 class Plan:
     """What :func:`find_plan` found.
@@ -68,6 +80,7 @@ class Plan:
         rivals: name → the same of the plain ramp at this budget, and of the best published method.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many images.
+        spread: how the multiply–adds differ from image to image, where each keeps as many tokens as it needs.
     """
 
     config: ConvertConfig
@@ -80,6 +93,7 @@ class Plan:
     rivals: dict[str, float]
     parts: dict[str, float]
     images: int
+    spread: Spread | None = None
 
 
 class Search:

@@ -52,12 +52,21 @@ def _cost_notes(cost: dict) -> list[str]:
     return []
 
 
+def _image_notes(cost: dict) -> list[str]:
+    """How the multiply–adds differ from image to image, if they do."""
+    if not cost.get("images"):
+        return []
+    least, most = (percent(cost[name] / cost["original"]) for name in ("least", "most"))
+    where = f" of {cost['data']}" if "data" in cost else ""
+    return [f"means over {cost['images']} images{where}; one image takes {least} to {most} of the original"]
+
+
 def flops_table(cost: dict, source: str) -> Table:
     """Multiply–adds per layer, and in sum, original against converted."""
     rows = [
         [
             str(layer["layer"]),
-            str(layer["tokens"]),
+            f"{layer['tokens']:g}",
             mega(layer["macs"]),
             percent(layer["macs"] / cost["macs"]),
             mega(layer["selector"]) if layer["selector"] else "",
@@ -87,6 +96,7 @@ def flops_table(cost: dict, source: str) -> Table:
             f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} excluding selector cost"
         )
     notes += _cost_notes(cost)
+    notes += _image_notes(cost)
     uncounted = ", ".join(
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )

@@ -171,13 +171,18 @@ class Selection:
         kept = keep_count(view.patches, view.steps)
         with torch.no_grad():
             if self.threshold is not None:
-                found = choose_above(self._worth(score, view, state, arrival), self.prefix, self.threshold, kept)
+                worth = self._worth(score, view, state, arrival)
+                found = choose_above(worth, self.prefix, self.threshold_for(worth), kept)
             else:
                 found = score(view)
                 if not score.chooses:
                     found = choose_best(self._settled(found, state, arrival), self.prefix, kept)
         state.choices[self.layer] = found
         return found
+
+    def threshold_for(self, worth: torch.Tensor) -> Any:
+        """The threshold for these values, (B, N)."""
+        return self.threshold
 
     def _worth(self, score: Score, view: View, state: ForwardState, arrival: Arrival) -> torch.Tensor:
         """(B, N), by which the threshold goes."""
@@ -213,6 +218,11 @@ def selective_blocks(model: nn.Module) -> list[Any]:
 def choosing_blocks(model: nn.Module) -> list[Any]:
     """Those of them that choose, rather than going on with the tokens of the layer before."""
     return [block for block in selective_blocks(model) if not block.selection.follows]
+
+
+def keeps_any_number(model: nn.Module) -> bool:
+    """Whether a model keeps as many tokens as each image needs."""
+    return any(block.selection.threshold is not None for block in selective_blocks(model))
 
 
 @contextmanager

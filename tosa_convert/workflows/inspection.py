@@ -8,7 +8,7 @@ from torch import nn
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import built_in_scenes
+from tosa_convert.data.images import built_in_scenes, sample
 from tosa_convert.export.features import write_features
 from tosa_convert.measure.macs import flops
 from tosa_convert.models.adapter import adapter_of
@@ -18,14 +18,37 @@ from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
 from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.pipeline import refuse_options_of_a_run
 
 
-def flops_stage(source: str, options: dict, plot: Path | None, *, img_size=None, device=None) -> dict:
-    """Multiply–adds of a run or a model, converted first if there are ``options``; and a plot of them."""
+def flops_stage(
+    source: str,
+    options: dict,
+    plot: Path | None,
+    *,
+    data: str | None = None,
+    images: int = 24,
+    img_size=None,
+    device=None,
+    progress: Progress | None = None,
+) -> dict:
+    """Multiply–adds of a run or a model, converted first if there are ``options``; and a plot of them.
+
+    Args:
+        data: images to count over, ``images`` of them. Without, where the number of tokens differs from image to image,
+            the built-in photos.
+    """
     device = pick_device(device)
-    model = _loaded_or_converted(source, options, img_size=img_size, pretrained=False).to(device)
-    cost = flops(model).to_dict()
+    loaded = _loaded_or_converted(source, options, img_size=img_size, pretrained=False)
+    if keeps_any_number(loaded) and not runs.is_run(Path(source)):  # random weights would choose at random
+        loaded = _loaded_or_converted(source, options, img_size=img_size)
+    model, pixels, folder = loaded.to(device), None, None
+    if data is not None or keeps_any_number(model):
+        pixels, folder, _ = sample(data, preprocessing_of(model), images)
+    cost = flops(model, images=pixels, progress=progress).to_dict()
+    if folder is not None:
+        cost["data"] = folder.name
     if plot is not None:
         from tosa_convert.reporting.plots import cost_plot
 

@@ -1,0 +1,164 @@
+"""From a plan's numbers of tokens to thresholds: each image keeps as many tokens as it needs, and the mean over the
+images costs what the plan does.
+
+At each layer the threshold is the value below which as large a share of all patches of all images falls as the plan
+skips there, found in one forward pass, since what a layer sees depends on what the layers before it did.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.measure.similarity import Outputs, error, losses, observe
+from tosa_convert.planning.search import Plan, Search, Spread
+from tosa_convert.selective.conversion import convert, light_copy
+from tosa_convert.selective.selection import Selection, selective_blocks
+
+FEWEST = 4
+"""Images for a plan whose numbers of tokens are to differ between images."""
+COUNTS = 6
+"""How often the multiply–adds are counted to meet the budget, each time over all images."""
+NEAR = 0.002
+"""Share of the MACs by which a plan may stay below its budget."""
+DIGITS = 6
+
+
+def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
+    """The plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search.
+
+    Args:
+        most: share of the original's multiply–adds that no image may exceed.
+
+    Raises:
+        UsageError: too few images to learn from how they differ, or a bound below the budget.
+    """
+    images = torch.cat(search.batches)
+    if len(images) < FEWEST:
+        raise UsageError(
+            f"{len(images)} images do not show how images differ; give {FEWEST} or more, better 24, of the kind that "
+            "the model will see"
+        )
+    budget = search.share_of.of(convert(light_copy(search.model), plan.config))
+    if most is not None and not budget < most <= 1:
+        raise UsageError(
+            f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
+            "above the budget"
+        )
+    thresholds = _Thresholds(search, plan, images)
+    caps = thresholds.capped(most) if most is not None else None
+    converted, spread = thresholds.at(budget, caps)
+    wanted = observe(search.model, images)
+    found = observe(converted, images)
+    weights = torch.cat(search.weights)
+    return replace(
+        plan,
+        config=converted.tosa_config,
+        cost=spread.mean,
+        drop=_drop(search, found, wanted),
+        measured=(error(found, wanted, search.keep) * weights).mean().item(),
+        rivals={**plan.rivals, "as many tokens for every image": plan.measured},
+        spread=spread,
+    )
+
+
+def _drop(search: Search, found: Outputs, wanted: Outputs) -> float:
+    return max(each.mean().item() for each in losses(found, wanted, search.keep))
+
+
+class _Thresholds:
+    """Thresholds for a plan's layers on some images.
+
+    Args:
+        images: (B, C, H, W).
+    """
+
+    def __init__(self, search: Search, plan: Plan, images: torch.Tensor):
+        self.search, self.images, self.config = search, images, plan.config
+        ratios = plan.config.ratio if isinstance(plan.config.ratio, list) else [plan.config.ratio]
+        layers = plan.config.layers or []
+        self.ratios = dict(zip(layers, ratios * (len(layers) if len(ratios) == 1 else 1), strict=True))
+
+    def at(self, budget: float, caps: dict[int, float] | None) -> tuple[nn.Module, Spread]:
+        """A conversion whose mean over the images is at most the budget, and close to it."""
+        factor, low, high, best = 1.0, 0.0, None, None
+        with self.search.progress.track("thresholds", COUNTS) as advance:
+            for _ in range(COUNTS):
+                converted = self._calibrated(factor, caps)
+                shares = self.search.share_of.of_each(converted, self.images)
+                mean = sum(shares) / len(shares)
+                advance(f"{mean:.3f} of the MACs")
+                if mean <= budget:
+                    high, best = factor, (converted, shares)
+                    if mean > budget - NEAR:
+                        break
+                else:
+                    low = factor
+                # What is skipped grows nearly in proportion.
+                factor = factor * (1 - budget + NEAR / 4) / max(1 - mean, 1e-6)
+                if high is not None and not low < factor < high:
+                    factor = (low + high) / 2
+        if best is None:
+            raise UsageError(f"the thresholds do not come down to a mean of {budget:.3f} of the MACs on these images")
+        converted, shares = best
+        each = torch.tensor(shares)
+        bound = self._bound(converted)
+        spread = Spread(each.mean().item(), each.std().item(), min(shares), max(shares), bound)
+        return converted, spread
+
+    def capped(self, most: float) -> dict[int, float]:
+        """Layer → the largest share of patches that may attend, so that no image takes more than ``most``."""
+        low, high = 0.0, 1.0  # how much of what the plan skips is skipped at least
+        for _ in range(8):
+            middle = (low + high) / 2
+            if self._bound(self._converted(self._caps(middle))) <= most:
+                high = middle
+            else:
+                low = middle
+        return self._caps(high)
+
+    def _caps(self, part: float) -> dict[int, float]:
+        return {layer: round(1 - part * (1 - ratio), 4) for layer, ratio in self.ratios.items()}
+
+    def _bound(self, converted: nn.Module) -> float:
+        """What an image takes all of whose tokens are above all thresholds."""
+        probe = light_copy(converted)
+        for block in selective_blocks(probe):
+            block.selection.threshold = float("-inf")
+        return self.search.share_of.of_each(probe, self.images[:1])[0]
+
+    def _converted(self, caps: dict[int, float] | None, thresholds: dict[int, float] | None = None) -> nn.Module:
+        layers = list(self.ratios)
+        options: dict[str, Any] = self.config.model_dump() | {
+            "ratio": [1.0 if caps is None else caps[layer] for layer in layers],
+            "threshold": [0.0 if thresholds is None else thresholds[layer] for layer in layers],
+        }
+        if caps is None:
+            options["ratio"] = 1.0
+        return convert(light_copy(self.search.model), **options)
+
+    @torch.no_grad()
+    def _calibrated(self, factor: float, caps: dict[int, float] | None) -> nn.Module:
+        """A conversion whose layers skip ``factor`` times the share of the images' patches that the plan's do."""
+        probe, found = self._converted(caps), dict[int, float]()
+        for block in selective_blocks(probe):
+            selection: Selection = block.selection
+            kept = 1 - min(1.0, factor * (1 - self.ratios[selection.layer]))
+            selection.threshold_for = functools.partial(_quantile, selection, kept, found)  # type: ignore[method-assign]
+        observe(probe, self.images)
+        followed = {layer: found.get(layer, 0.0) for layer in self.ratios}
+        return self._converted(caps, {layer: float(f"{value:.{DIGITS}g}") for layer, value in followed.items()})
+
+
+def _quantile(selection: Selection, kept: float, found: dict[int, float], worth: torch.Tensor) -> float:
+    """The value that so large a share of all patches of all images has or exceeds, (B, N); noted by layer."""
+    values = worth[:, selection.prefix :].flatten().sort(descending=True).values
+    place = min(len(values) - 1, max(0, round(kept * len(values)) - 1))
+    value = values[place].item()
+    if value == float("inf"):  # all that is left always attends
+        value = values[values.isfinite()].max().item() + 1.0
+    found[selection.layer] = float(f"{value:.{DIGITS}g}")
+    return found[selection.layer]
