@@ -7,6 +7,7 @@ import typer
 
 from tosa_convert.cli.conversion import takes_conversion
 from tosa_convert.cli.options import (
+    IMAGES,
     Device,
     Json,
     Source,
@@ -38,6 +39,11 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(help="threads of torch and ONNX Runtime", callback=at_least(1))] = 1,
     rounds: Annotated[int, typer.Option(help="timed forward passes of each model", callback=at_least(1))] = 20,
+    data: Annotated[
+        str | None,
+        typer.Option(help="time on images: " + IMAGES, show_default="noise; built-in photos where it has to be images"),
+    ] = None,
+    images: Annotated[int, typer.Option(help="number of images to time on", callback=at_least(1))] = 24,
     memory: Annotated[bool, typer.Option(help="measure peak memory, each model in its own process")] = True,
     device: Device = None,
     out: Annotated[
@@ -71,7 +77,15 @@ def bench(
     if out is None and not is_run(source):
         out = out_folder(None, f"{stem(source)}-bench", False)
     results = stages.bench_stage(
-        source, conversion, against or [], settings, out=out, device=device, progress=bar(as_json)
+        source,
+        conversion,
+        against or [],
+        settings,
+        data=data,
+        images=images,
+        out=out,
+        device=device,
+        progress=bar(as_json),
     )
     show(results, "bench_table", as_json)
     if results["cases"]:

@@ -43,6 +43,13 @@ class _Options:
     ratio: Annotated[
         str | None, typer.Option(help="share of patches that attend, one or one per layer", show_default="0.8")
     ]
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="score from which on a patch attends, one or one per layer, in place of a share",
+            show_default=False,
+        ),
+    ]
     method: Annotated[
         Method | None, typer.Option(help="published score, bypass and schedule in one", show_default="tosa")
     ]
@@ -114,9 +121,10 @@ def _values(options: dict) -> dict:
     if "segment" in found:
         lengths = numbers(found["segment"], int, "--segment")
         found["segment"] = lengths[0] if len(lengths) == 1 else lengths
-    if "ratio" in found:
-        ratios = numbers(found["ratio"], float, "--ratio")
-        found["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    for name in ("ratio", "threshold"):
+        if name in found:
+            each = numbers(found[name], float, f"--{name}")
+            found[name] = each[0] if len(each) == 1 else each
     return found
 
 

@@ -121,7 +121,9 @@ def flops(
 ) -> None:
     """Count multiply–adds (MACs) per layer, original against converted. Needs no weights.
 
-    Where each image keeps as many tokens as it needs: their mean over images, the least and the most. A model that is not a run is converted first if --layers, --ratio and so on are given.
+    Where each image keeps as many tokens as it needs: their mean over images, the least and the most.
+
+    A model that is not a run is converted first if --layers, --ratio and so on are given.
     """
     from tosa_convert.workflows import inspection as stages
 

@@ -59,6 +59,13 @@ def plan(
             callback=at_least(1),
         ),
     ] = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="each image keeps as many tokens as it needs; the budget is their mean")
+    ] = False,
+    max_macs: Annotated[
+        float | None,
+        typer.Option(help="with --adaptive: share of the original's MACs that no image exceeds", show_default=False),
+    ] = None,
     data: Sample = None,
     images: SampleSize = 24,
     labels: Labels = True,
@@ -83,6 +90,8 @@ def plan(
         by=by.value,
         runtime=runtime.value,
         segment=segment,
+        adaptive=adaptive,
+        max_macs=max_macs,
         checkpoint=checkpoint and str(checkpoint),
         img_size=img_size,
         num_classes=num_classes,

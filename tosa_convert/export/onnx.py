@@ -23,7 +23,7 @@ from tosa_convert.export.verification import CHOSEN, Check, check_file, other_si
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
-from tosa_convert.selective.selection import chosen_tokens, forget
+from tosa_convert.selective.selection import forget, keeps_any_number, last_choices
 from tosa_convert.tasks.task import task_of
 
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
@@ -106,14 +106,17 @@ class _Graph(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         found = run(self.model, images)
-        chosen = {f"{CHOSEN}{layer}": positions for layer, positions in chosen_tokens(self.model).items()}
+        chosen = {f"{CHOSEN}{layer}": choice.attended for layer, choice in last_choices(self.model).items()}
         return {**found, **chosen}
 
 
 def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False) -> None:
-    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, the model's own image size or any."""
+    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, or one image at a time where each keeps
+    as many tokens as it needs; the model's own image size or any."""
     preprocessing, adapter = preprocessing_of(model), adapter_of(model)
-    size, shape = preprocessing.size, {0: torch.export.Dim("batch")}
+    # Where images keep different numbers of tokens they make no batch with one row each.
+    alone = keeps_any_number(model)
+    size, shape = preprocessing.size, {} if alone else {0: torch.export.Dim("batch")}
     if any_size:
         size = other_sizes(model)[0]  # of no model's own, or its position embedding would be taken as it is
         sides = [
@@ -121,7 +124,7 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
         ]
         sides = sides[:1] * 2 if adapter.square else sides
         shape |= {axis: patch * side for axis, patch, side in zip((2, 3), adapter.patch, sides, strict=True)}
-    example = torch.randn(2, preprocessing.channels, *size)
+    example = torch.randn(1 if alone else 2, preprocessing.channels, *size)
     graph = _Graph(model)
     with torch.no_grad():
         names = list(graph(example))
@@ -175,12 +178,13 @@ def _refuse_one_size(model: nn.Module) -> None:
 
 def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportSettings) -> None:
     preprocessing: Preprocessing = preprocessing_of(model)
+    sides = SIDES if settings.any_size else preprocessing.size
     facts = {
         "file": FILE if check.passed else FAILED,
         "status": "passed" if check.passed else "failed",
         "input": {
             "name": "images",
-            "shape": ["batch", preprocessing.channels, *(SIDES if settings.any_size else preprocessing.size)],
+            "shape": [1 if keeps_any_number(model) else "batch", preprocessing.channels, *sides],
             "type": "float32",
             "colour": preprocessing.mode,
             "scaled_to": [0, 1],

@@ -17,7 +17,7 @@ from tosa_convert.data.images import Images, loader
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import agreement, predict
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.selection import chosen_tokens
+from tosa_convert.selective.selection import keeps_any_number, last_choices
 from tosa_convert.tasks.task import Task
 
 CHOSEN = "chosen_"
@@ -88,15 +88,16 @@ def check_file(
     shared = dict.fromkeys(chosen_names, 0.0)
     # Spread over the folder, so that every class is seen.
     images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
-    batches = loader(images, batch_size=8)
-    with progress.track("check in ONNX Runtime", len(batches), unit="images", per_step=8) as advance:
+    at_once = 1 if keeps_any_number(model) else 8
+    batches = loader(images, batch_size=at_once)
+    with progress.track("check in ONNX Runtime", len(batches), unit="images", per_step=at_once) as advance:
         for batch in batches:
             check.broken += batch["broken"]
             if len(batch["images"]):
                 feed = {"images": batch["images"].numpy()}
                 with torch.inference_mode():
                     wanted = run(model, batch["images"])
-                positions = {f"{CHOSEN}{layer}": value for layer, value in chosen_tokens(model).items()}
+                positions = {f"{CHOSEN}{layer}": choice.attended for layer, choice in last_choices(model).items()}
                 found = _outputs(session, batch["images"])
                 check.images += len(batch["images"])
                 check.difference = max([check.difference, *map(_largest, found, wanted.values())])
@@ -176,5 +177,8 @@ def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def _shared_tokens(found: np.ndarray, wanted: np.ndarray, images: int) -> float:
     """Sum over images of the share of chosen positions that are in both; rows may be per image or per head."""
-    shares = [len(np.intersect1d(ours, theirs)) / len(theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    shares = [
+        len(np.intersect1d(ours, theirs)) / max(len(ours), len(theirs))
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
     return float(np.mean(shares)) * images

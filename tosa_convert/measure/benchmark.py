@@ -14,6 +14,7 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import sample
 from tosa_convert.export.onnx import write_graph
 from tosa_convert.measure import peak_memory as memory
 from tosa_convert.measure import runtimes
@@ -23,6 +24,7 @@ from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import set_image_size
+from tosa_convert.selective.selection import keeps_any_number
 
 
 class BenchSettings(BaseModel):
@@ -51,6 +53,10 @@ class BenchSettings(BaseModel):
     opset: int = Field(default=20, ge=18)
 
 
+PASSES = 3
+"""Over real images, at least."""
+
+
 @dataclass(frozen=True)
 class _Case:
     """The conditions that all models are timed under together."""
@@ -66,6 +72,8 @@ def bench(
     settings: BenchSettings | None = None,
     *,
     files: dict[str, Path] | None = None,
+    data: str | Path | None = None,
+    images: int = 24,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -76,6 +84,9 @@ def bench(
             device, set to the image sizes and precisions, and left there.
         settings: what is timed.
         files: name → ONNX file of the model at its own image size, timed in place of a fresh export.
+        data: a folder of images to run on, in turn; None is random noise, and the built-in photos if one of the models
+            keeps as many tokens as an image needs.
+        images: how many of them.
         device: "cpu" or "cuda"; None takes a GPU if there is one.
 
     Returns:
@@ -99,6 +110,9 @@ def bench(
     if settings.sizes is None:
         others = {name: preprocessing_of(model).size for name, model in models.items()}
         notes += [f"{name}: not timed at its own image size" for name, own in others.items() if own != sizes[0]]
+    anything = data is None and not any(map(keeps_any_number, models.values()))
+    if data is None and not anything:
+        notes.append("on built-in photos, since the number of tokens differs from image to image; --data gives others")
     cases = []
     per_case = settings.rounds + 2 + (len(models) if settings.memory else 0)
     with (progress or Progress()).track("bench", total=len(sizes) * len(kinds) * per_case) as advance:
@@ -106,14 +120,19 @@ def bench(
             for model in models.values():
                 if preprocessing_of(model).size != size:
                     set_image_size(model, size)
-            macs = {name: _macs(model) for name, model in models.items()}
+            pixels = {name: None if anything else _pixels(model, data, images) for name, model in models.items()}
+            macs = {name: _macs(model, pixels[name]) for name, model in models.items()}
             with tempfile.TemporaryDirectory() as scratch:
                 graphs = {name: Path(scratch) / f"{index}.onnx" for index, name in enumerate(models)}
                 if settings.sizes is None:
                     graphs |= files or {}
                 for case in kinds:
                     try:
-                        timings, peaks = _run(case, models, size, settings, graphs, advance, notes)
+                        _check_alone(models, case)
+                        timings, peaks = _run(case, models, size, pixels, settings, graphs, advance, notes)
+                    except _NoBatchError as error:
+                        notes.append(str(error))
+                        continue
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
                         continue
@@ -134,6 +153,22 @@ def bench(
         "notes": list(dict.fromkeys(notes)),
         "cases": cases,
     }
+
+
+class _NoBatchError(Exception):
+    """An ONNX file that takes one image at a time is to be timed on more."""
+
+
+def _check_alone(models: dict[str, nn.Module], case: _Case) -> None:
+    if case.runtime == "onnx" and case.batch_size > 1 and any(map(keeps_any_number, models.values())):
+        raise _NoBatchError(
+            f"onnx at batch {case.batch_size} is left out: the file takes one image at a time, since each keeps as "
+            "many tokens as it needs"
+        )
+
+
+def _pixels(model: nn.Module, data: str | Path | None, images: int) -> torch.Tensor:
+    return sample(data, preprocessing_of(model), images)[0]
 
 
 class _CompilerError(Exception):
@@ -172,9 +207,9 @@ def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[
     return [preprocessing_of(next(iter(models.values()))).size]
 
 
-def _macs(model: nn.Module) -> int:
-    """MACs, excluding selector cost."""
-    cost = flops(model)
+def _macs(model: nn.Module, images: torch.Tensor | None) -> int:
+    """MACs, excluding selector cost; the mean over images where these differ."""
+    cost = flops(model, images=images if keeps_any_number(model) else None)
     return cost.macs - cost.selectors
 
 
@@ -182,6 +217,7 @@ def _run(
     case: _Case,
     models: dict,
     size: tuple[int, int],
+    pixels: dict[str, torch.Tensor | None],
     settings: BenchSettings,
     files: dict[str, Path],
     advance: Callable,
@@ -190,31 +226,49 @@ def _run(
     """The timings and peaks of one case. A peak that cannot be measured leaves a note; the timings stay."""
     kind = runtimes.TYPES[case.precision]
     shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
-    images = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    batches = {name: _batches(shape, pixels[name]) for name, shape in shapes.items()}
     contestants = {}
     with pinned(settings.threads):
         for name, model in models.items():
             if case.runtime == "onnx":
                 if not files[name].exists():
                     write_graph(model.cpu().float().eval(), files[name], settings.opset)
-                contestants[name] = runtimes.onnx_runner(files[name], images[name], settings.threads, case.device)
+                contestants[name] = runtimes.onnx_runner(files[name], batches[name], settings.threads, case.device)
             else:
                 model.to(case.device, kind).eval()
-                inputs = images[name].to(case.device, kind)
+                inputs = [images.to(case.device, kind) for images in batches[name]]
                 contestants[name] = runtimes.torch_runner(model, inputs, compiled=case.runtime == "compile")
         if case.runtime == "compile":
             _compile(contestants)
-        timings = interleave(contestants, settings.rounds, advance=advance)
+        length = len(next(iter(batches.values())))
+        rounds = settings.rounds if length == 1 else length * max(PASSES, -(-settings.rounds // length))
+        timings = interleave(contestants, rounds, advance=advance)
     del contestants
+    if length > 1:
+        timings = {name: timing.by_pass(length) for name, timing in timings.items()}
     peaks = dict.fromkeys(models)
     if settings.memory and case.runtime != "compile":  # the compiler's own memory would outweigh the model's
         for name, model in models.items():
+            if keeps_any_number(model):
+                notes.append(f"{name}: no peak memory, since the number of tokens differs from image to image")
+                advance()
+                continue
             try:
                 peaks[name] = _peak(case, model, files[name], shapes[name], settings.threads)
             except TosaError as error:
                 notes.append(f"{name}, {case.runtime}: no peak memory: {error}")
             advance()
     return timings, peaks
+
+
+def _batches(shape: tuple[int, ...], pixels: torch.Tensor | None) -> list[torch.Tensor]:
+    """What a model is timed on: batches of real images, or one of noise."""
+    if pixels is None:
+        return [torch.randn(shape, generator=torch.Generator().manual_seed(0))]
+    whole = [batch for batch in pixels.split(shape[0]) if len(batch) == shape[0]]
+    if not whole:
+        raise UsageError(f"{len(pixels)} images make no batch of {shape[0]}; give more --images, or a smaller batch")
+    return whole
 
 
 def _peak(case: _Case, model: nn.Module, file: Path, shape: tuple[int, ...], threads: int) -> int | None:

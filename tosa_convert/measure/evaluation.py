@@ -1,5 +1,6 @@
 """How well a converted model does its task where there are labels, and how close it is to the original everywhere."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.outputs import EMBEDDING, agreement, predict, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import convert, original
+from tosa_convert.selective.selection import selective_blocks
 from tosa_convert.tasks.task import Task, task_of
 
 
@@ -108,10 +110,16 @@ def is_control(model: nn.Module) -> bool:
 def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a converted model that chooses its tokens at random, at the same ratios and with the same bypass.
 
+    Where each image keeps as many tokens as it needs, the control keeps as many, chosen at random.
     EViT's fusing, which needs the class token's attention, becomes ToMe's merging; and where random selection
     cannot be in the first layer, that one runs on all tokens.
     """
     config = model.tosa_config
+    if config.threshold is not None:
+        copied = copy.deepcopy(model)
+        for block in selective_blocks(copied):
+            block.selection.chance = seed
+        return copied
     bypass = config.make(Bypass)
     parts = {"score": published()[control()].score, "bypass": bypass.without_weights or config.bypass}
     ratios = dict(config.plan(depth=len(adapter_of(model).blocks)))

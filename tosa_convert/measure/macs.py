@@ -1,10 +1,10 @@
 """Multiply–adds by fvcore, with what fvcore leaves out: fused attention, which it counts as nothing."""
 
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -12,10 +12,12 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import sample
+from tosa_convert.measure.tally import attention_macs, tally
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import original
-from tosa_convert.selective.selection import keeps_any_number, selective_blocks
+from tosa_convert.selective.selection import keeps_any_number, last_choices, selective_blocks
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,7 @@ def flops(
         UsageError: it is such a conversion, and there are no images.
     """
     if images is not None and selective_blocks(model):
-        from tosa_convert.measure.macs_by_image import flops_over
-
-        return flops_over(model, images, progress)
+        return _flops_over(model, images, progress)
     if keeps_any_number(model):
         raise UsageError(
             "this conversion keeps as many tokens as each image needs, so its multiply–adds depend on the images; "
@@ -133,6 +133,72 @@ def flops(
     )
 
 
+def flops_on(
+    model: nn.Module, data: str | Path | None = None, images: int = 24, progress: Progress | None = None
+) -> dict:
+    """:func:`flops` as a dictionary; over images if a source of them is given or it takes images to tell, then with
+    their source as "data".
+
+    Args:
+        data: a folder of images; None takes the built-in photos where it takes images.
+        images: how many of them.
+    """
+    if data is None and not keeps_any_number(model):
+        return flops(model).to_dict()
+    pixels, folder, _ = sample(data, preprocessing_of(model), images)
+    return {**flops(model, images=pixels, progress=progress).to_dict(), "data": folder.name}
+
+
+def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | None = None) -> Cost:
+    """:func:`tosa_convert.measure.macs.flops` of a model, as the mean over images, with the least and the most.
+
+    Args:
+        images: (B, C, H, W), preprocessed.
+    """
+    twin = original(model)
+    before, blocks = flops(twin, (images.shape[-2], images.shape[-1])), adapter_of(model).blocks
+    selective = {block.selection.layer: block for block in selective_blocks(model)}
+    choosers = [[part for part in (block.selector, block.matcher) if part] for block in selective.values()]
+    whole, layers = tally(twin, images[:1], adapter_of(twin).blocks)
+    totals, tokens, parts = [], torch.zeros(len(blocks)), torch.zeros(len(blocks) + sum(map(len, choosers)))
+    with (progress or Progress()).track("count", len(images)) as advance:
+        for image in images:
+            total, each = tally(model, image[None], [*blocks, *itertools.chain(*choosers)])
+            totals.append(before.macs + total - whole)
+            parts += torch.tensor(each, dtype=torch.float) / len(images)
+            tokens += torch.tensor(_attending(model, before.patches)) / len(images)
+            advance()
+    choosing = iter(parts[len(blocks) :].tolist())
+    selectors = {layer: sum(next(choosing) for _ in own) for layer, own in zip(selective, choosers, strict=True)}
+    mean = [
+        LayerCost(
+            layer=plain.layer,
+            tokens=round(tokens[index].item(), 1),
+            macs=round(plain.macs + parts[index].item() - layers[index]),
+            selector=round(selectors.get(plain.layer, 0)),
+            original=plain.macs,
+        )
+        for index, plain in enumerate(before.layers)
+    ]
+    return replace(
+        before,
+        macs=round(sum(totals) / len(totals)),
+        selectors=sum(layer.selector for layer in mean),
+        layers=mean,
+        least=min(totals),
+        most=max(totals),
+        images=len(images),
+    )
+
+
+def _attending(model: nn.Module, patches: int) -> list[float]:
+    """How many patches of the last image attended in each layer."""
+    adapter, choices = adapter_of(model), last_choices(model)
+    per_head = any(block.selection.per_head for block in selective_blocks(model))
+    counts = {} if per_head else {layer: choice.attended.shape[1] - adapter.prefix for layer, choice in choices.items()}
+    return [float(counts.get(layer, patches)) for layer in range(1, len(adapter.blocks) + 1)]
+
+
 def count_macs(model: nn.Module) -> int:
     """Multiply–adds of one image of the model's own size."""
     preprocessing = preprocessing_of(model)
@@ -165,11 +231,6 @@ def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, in
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def attention_macs(queries: Sequence[int], keys: Sequence[int], values: Sequence[int]) -> int:
-    """B·H·Nq·Nk·(dq + dv) of these shapes: QKᵀ and the weighted sum of the values."""
-    return prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
 def _fused_attention(inputs: list, outputs: list) -> int:

@@ -56,10 +56,10 @@ def _job(model: str, runtime: str, shape: list[int], threads: int, device: str, 
     images = torch.randn(shape)
     before = resident("VmRSS")
     if runtime == "onnx":
-        runner = onnx_runner(Path(model), images, threads, device)
+        runner = onnx_runner(Path(model), [images], threads, device)
     else:
         kind = TYPES[precision]
-        runner = torch_runner(load(model).to(device, kind), images.to(device, kind), compiled=False)
+        runner = torch_runner(load(model).to(device, kind), [images.to(device, kind)], compiled=False)
     runner()  # what only a first run needs is not counted
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,6 @@
 """A model as something that runs: torch eager, torch.compile, ONNX Runtime."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,27 +22,28 @@ def missing(runtime: str, device: str) -> str | None:
     return None
 
 
-def torch_runner(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[], None]:
-    """One forward pass of a model on images of its own device, finished when the call returns."""
+def torch_runner(model: nn.Module, batches: list[torch.Tensor], compiled: bool) -> Callable[[], None]:
+    """One forward pass of a model on the next of these batches, of its own device, finished when the call returns."""
     adapter = adapter_of(model)
-    inputs = adapter.inputs(images)
+    inputs = itertools.cycle([adapter.inputs(images) for images in batches])
     forward = torch.compile(adapter.forward, dynamic=False) if compiled else adapter.forward
 
     def runner() -> None:
         with torch.inference_mode():
-            forward(**inputs)
-        if images.is_cuda:
+            forward(**next(inputs))
+        if batches[0].is_cuda:
             torch.cuda.synchronize()
 
     return runner
 
 
-def onnx_runner(file: Path, images: torch.Tensor, threads: int, device: str) -> Callable[[], None]:
-    """One run of an ONNX file."""
+def onnx_runner(file: Path, batches: list[torch.Tensor], threads: int, device: str) -> Callable[[], None]:
+    """One run of an ONNX file on the next of these batches."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Idle threads of one session would otherwise spin beside the session that is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[device]])
-    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-    return lambda: session.run(None, feed)
+    name = session.get_inputs()[0].name
+    feeds = itertools.cycle([{name: images.cpu().numpy()} for images in batches])
+    return lambda: session.run(None, next(feeds))

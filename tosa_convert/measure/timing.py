@@ -24,6 +24,11 @@ class Timing:
     def quartiles(self) -> tuple[float, float]:
         return quartiles(self.seconds)
 
+    def by_pass(self, length: int) -> "Timing":
+        """The mean of each pass over so many inputs, in place of each round; for inputs that take different times."""
+        passes = [self.seconds[start : start + length] for start in range(0, len(self.seconds), length)]
+        return Timing([statistics.fmean(each) for each in passes])
+
     def speedups(self, reference: "Timing") -> list[float]:
         """Per round, how many times faster than the reference in the same round."""
         return [theirs / ours for theirs, ours in zip(reference.seconds, self.seconds, strict=True)]

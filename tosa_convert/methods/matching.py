@@ -273,7 +273,9 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
         nobody = everyone[:, :0]
         return Choice(everyone, nobody, nobody)
     units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
-    pairs, alone = ordered(energy_of(units, margin), descending=True).indices.split([2 * surplus, patches - 2 * surplus], dim=1)
+    pairs, alone = ordered(energy_of(units, margin), descending=True).indices.split(
+        [2 * surplus, patches - 2 * surplus], dim=1
+    )
     skipped, others = pairs.reshape(batch, surplus, 2).unbind(-1)
     nearest_one = (gather_tokens(units, skipped) @ gather_tokens(units, others).mT).argmax(-1)
     attended = torch.cat([leading(features, prefix), others + prefix, alone + prefix], dim=1)

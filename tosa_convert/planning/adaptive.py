@@ -42,7 +42,8 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
             f"{len(images)} images do not show how images differ; give {FEWEST} or more, better 24, of the kind that "
             "the model will see"
         )
-    budget = search.share_of.of(convert(light_copy(search.model), plan.config))
+    fixed = convert(light_copy(search.model), plan.config)
+    budget = search.share_of.of(fixed)
     if most is not None and not budget < most <= 1:
         raise UsageError(
             f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
@@ -53,14 +54,15 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
     converted, spread = thresholds.at(budget, caps)
     wanted = observe(search.model, images)
     found = observe(converted, images)
-    weights = torch.cat(search.weights)
+    # Not weighted as in the search: which images get more tokens is the point.
+    before, after = (error(each, wanted, search.keep).mean().item() for each in (observe(fixed, images), found))
     return replace(
         plan,
         config=converted.tosa_config,
         cost=spread.mean,
         drop=_drop(search, found, wanted),
-        measured=(error(found, wanted, search.keep) * weights).mean().item(),
-        rivals={**plan.rivals, "as many tokens for every image": plan.measured},
+        measured=after,
+        rivals={"as many tokens for every image": before},
         spread=spread,
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from tosa_convert.base.files import read_json, write_text
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import built_in_scenes
-from tosa_convert.measure.macs import flops
+from tosa_convert.measure.macs import flops_on
 from tosa_convert.reporting.plots import cost_plot, loss_plot, views_plot
 from tosa_convert.reporting.result_tables import tables_of
 from tosa_convert.reporting.summary import summary_table
@@ -34,7 +34,7 @@ def write_html(folder: Path, model: nn.Module, file: Path, progress: Progress) -
     config = read_json(folder / "config.json")
     made = f"Made by tosa-convert {config['tosa_convert']}, {config['created']}."
     parts = [f"<h1>{escape(folder.name)}</h1><p>{escape(made)}</p>"]
-    cost = flops(model).to_dict()
+    cost = flops_on(model, progress=progress)
     parts += [table.html() for table in [summary_table(folder, cost), *tables_of(folder)]]
     with tempfile.TemporaryDirectory() as place, progress.track("plots", 4) as advance:
         for title, plot in _plots(folder, model, cost, Path(place)):

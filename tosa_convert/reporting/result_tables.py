@@ -47,9 +47,10 @@ def _cost_rows(cost: dict) -> list[list[str]]:
 
 
 def _cost_notes(cost: dict) -> list[str]:
+    notes = _image_notes(cost)
     if cost["selectors"] and cost["saved"] <= 0:
-        return ["the selectors cost more than they save with these options; try a lower --ratio"]
-    return []
+        notes.append("the selectors cost more than they save with these options; try a lower --ratio")
+    return notes
 
 
 def _image_notes(cost: dict) -> list[str]:
@@ -96,7 +97,6 @@ def flops_table(cost: dict, source: str) -> Table:
             f"{percent(cost['saved'])} saved; {percent(cost['saved_without_selectors'])} excluding selector cost"
         )
     notes += _cost_notes(cost)
-    notes += _image_notes(cost)
     uncounted = ", ".join(
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )
@@ -199,7 +199,8 @@ def plan_table(results: dict) -> Table:
     rows = [
         ["keeps", plan["keep"]],
         ["score × bypass", f"{config['score']} × {config['bypass']}"],
-        ["ratios by layer", ", ".join(f"{layers}: {ratio:g}" for layers, ratio in _shared(config))],
+        [*_by_layer(config)],
+        *_spread_rows(plan),
         [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
         ["share of the MACs, counted", percent(results["macs"])],
         *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
@@ -215,6 +216,20 @@ def plan_table(results: dict) -> Table:
     return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
 
 
+def _spread_rows(plan: dict) -> list[list[str]]:
+    """How the multiply–adds differ from image to image, if they do."""
+    spread = plan.get("spread")
+    if not spread:
+        return []
+    mean, deviation, least, most, bound = (percent(spread[name]) for name in SPREAD)
+    return [
+        ["MACs of single images", f"{least} to {most}, mean {mean}, deviation {deviation}"],
+        ["MACs of any image, at most", bound],
+    ]
+
+
+SPREAD = ("mean", "deviation", "least", "most", "bound")
+
 ERRORS = {
     "logits": "KL divergence of the logits",
     "patches": "1 − cosine of the patch tokens, plus that of the class token",
@@ -226,9 +241,15 @@ PRICED = {"macs": "MACs", "latency": "latency"}
 FIDELITY = {"patch": "patch cos", "class": "class cos", "pooled": "pooled cos", "agreement": "agree"}
 
 
-def _shared(config: dict) -> list[tuple[str, float]]:
-    """Layers that share a choice, such as 3–5, and their ratio."""
-    given = config["ratio"] if isinstance(config["ratio"], list) else [config["ratio"]] * len(config["layers"])
+def _by_layer(config: dict) -> list[str]:
+    name = "ratio" if config.get("threshold") is None else "threshold"
+    each = ", ".join(f"{layers}: {value:.4g}" for layers, value in _shared(config, name))
+    return [f"{name}s by layer", each]
+
+
+def _shared(config: dict, name: str) -> list[tuple[str, float]]:
+    """Layers that share a choice, such as 3–5, and their ratio or threshold."""
+    given = config[name] if isinstance(config[name], list) else [config[name]] * len(config["layers"])
     ratios = dict(zip(config["layers"], given, strict=True))
     segments = ConvertConfig(**config).segments(config["layers"])
     ends = [(str(layers[0]), str(layers[-1])) for layers in segments]

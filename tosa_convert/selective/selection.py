@@ -53,6 +53,7 @@ class Selection:
         last: whether it is the model's last layer.
         segment: the layers in a row that share one choice, this one among them.
         threshold: the score from which on a token attends; None where it is a number of tokens that do.
+        chance: a seed, by which other tokens are chosen, as many as the threshold says; None but for a control.
         attends_elsewhere: whether its attention was found not to be torch's own, see
             :mod:`tosa_convert.selective.packed`.
     """
@@ -69,6 +70,7 @@ class Selection:
     last: bool = False
     segment: tuple[int, ...] = ()
     threshold: float | None = None
+    chance: int | None = None
     active: bool = True
     attends_elsewhere: bool = False
     recollection: Recollection = field(default_factory=Recollection)
@@ -172,6 +174,7 @@ class Selection:
         with torch.no_grad():
             if self.threshold is not None:
                 worth = self._worth(score, view, state, arrival)
+                worth = worth if self.chance is None else self._by_chance(worth)
                 found = choose_above(worth, self.prefix, self.threshold_for(worth), kept)
             else:
                 found = score(view)
@@ -196,6 +199,13 @@ class Selection:
         each = [score(view._replace(reading=reading)).values for reading in view.reading]
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
         return self._settled(values, state, arrival)
+
+    def _by_chance(self, worth: torch.Tensor) -> torch.Tensor:
+        """(B, N) with the values of the patches in another order, the same one in every image."""
+        generator = torch.Generator().manual_seed(1009 * self.chance + self.layer)
+        order = torch.randperm(worth.shape[1] - self.prefix, generator=generator) + self.prefix
+        order = torch.cat([torch.arange(self.prefix), order]).to(worth.device)
+        return worth.index_select(1, order)
 
     def _settled(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival) -> torch.Tensor:
         """Scores of the tokens that were read, (B, H, N) or (B, N) → of all tokens, (B, N), noted in the state."""

@@ -8,9 +8,9 @@ from torch import nn
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import built_in_scenes, sample
+from tosa_convert.data.images import built_in_scenes
 from tosa_convert.export.features import write_features
-from tosa_convert.measure.macs import flops
+from tosa_convert.measure.macs import flops_on
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.supported import default_of_class, family_of
@@ -43,12 +43,7 @@ def flops_stage(
     loaded = _loaded_or_converted(source, options, img_size=img_size, pretrained=False)
     if keeps_any_number(loaded) and not runs.is_run(Path(source)):  # random weights would choose at random
         loaded = _loaded_or_converted(source, options, img_size=img_size)
-    model, pixels, folder = loaded.to(device), None, None
-    if data is not None or keeps_any_number(model):
-        pixels, folder, _ = sample(data, preprocessing_of(model), images)
-    cost = flops(model, images=pixels, progress=progress).to_dict()
-    if folder is not None:
-        cost["data"] = folder.name
+    cost = flops_on(loaded.to(device), data, images, progress)
     if plot is not None:
         from tosa_convert.reporting.plots import cost_plot
 

@@ -15,7 +15,7 @@ from tosa_convert.config.settings import DistillSettings, ExportSettings, Finetu
 from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
-from tosa_convert.measure.macs import flops
+from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.reporting.result_tables import write_report
@@ -23,6 +23,7 @@ from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, original_of
 from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.conversion import convert, is_converted, original
+from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
@@ -42,7 +43,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
         runs.prepare(out, resume)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
-        results = {"stage": "convert", "run": str(out), "flops": flops(model).to_dict()}
+        results = {"stage": "convert", "run": str(out), "flops": _cost(model, recipe)}
         _keep(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
@@ -150,18 +151,21 @@ def bench_stage(
     against: list[str],
     settings: BenchSettings,
     *,
+    data: str | None = None,
+    images: int = 24,
     out=None,
     device=None,
     progress=None,
 ) -> dict:
     """A run, or a model converted with ``options``, timed in turn with its original and ``against``.
 
-    Writes ``bench.json`` and ``bench.png`` to the run unless ``out`` says otherwise. Weights are not
-    needed: a model that is not a run gets random ones. Of a run that was exported its own ``model.onnx`` is timed.
+    Writes ``bench.json`` and ``bench.png`` to the run unless ``out`` says otherwise. A model that is not a run gets
+    random weights, unless the number of tokens depends on them. Of a run that was exported its own ``model.onnx`` is
+    timed.
     """
     from tosa_convert.reporting.plots import speedup_plot  # matplotlib, which no other stage needs
 
-    model = load(source, pretrained=False)
+    model = load(source, pretrained="threshold" in options)
     refuse_options_of_a_run(is_converted(model), options)
     if not is_converted(model):
         convert(model, **options)
@@ -175,7 +179,7 @@ def bench_stage(
     results = {"source": source, "convert": model.tosa_config.model_dump()}
     places = {"converted": source, **{name: name for name in against}}
     files = {name: Path(place) / FILE for name, place in places.items() if (Path(place) / FILE).exists()}
-    results |= bench(models, settings, files=files, device=device, progress=progress)
+    results |= bench(models, settings, files=files, data=data, images=images, device=device, progress=progress)
     if results["cases"]:
         speedup_plot(results, folder / "bench.png")
     write_json(folder / "bench.json", results)
@@ -194,6 +198,11 @@ def _keep(model: nn.Module, out: Path, results: dict) -> None:
     runs.save(model, out, stage=results["stage"], results=results)
     write_report(out)
     runs.remember(out)
+
+
+def _cost(model: nn.Module, recipe: Recipe) -> dict:
+    """Multiply–adds, over images of the recipe where they differ from image to image."""
+    return flops_on(model, recipe.data.train if keeps_any_number(model) else None)
 
 
 def _reading(settings) -> dict:
@@ -260,7 +269,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         if processes.is_main():
             runs.discard(out)  # nothing was done yet
         raise
-    results = {"stage": name, "run": str(out), **figures, "flops": flops(model).to_dict()}
+    results = {"stage": name, "run": str(out), **figures, "flops": _cost(model, recipe)}
     if processes.is_main():
         _keep(model, out, results)
         for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):

@@ -33,6 +33,8 @@ def plan_stage(
     by: str,
     runtime: str,
     segment: int | None = None,
+    adaptive: bool = False,
+    max_macs: float | None = None,
     checkpoint: str | None = None,
     img_size: int | None = None,
     num_classes: int | None = None,
@@ -53,13 +55,15 @@ def plan_stage(
         "by": by,
         "runtime": runtime,
         "segment": segment,
+        "adaptive": adaptive,
+        "max_macs": max_macs,
         "labels": truths,
         "target_drop": target_drop,
         "progress": progress,
     }
     plan = find_plan(model, pixels, budget, **options)
     converted = convert(copy.deepcopy(model), plan.config)
-    cost = flops(converted)
+    cost = flops(converted, images=pixels if adaptive else None, progress=progress)
     latency = None
     if by == "latency":
         times = time_models({"original": model, "plan": converted}, runtime, progress or Progress())

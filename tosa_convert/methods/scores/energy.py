@@ -39,4 +39,3 @@ class Energy(Score):
         second = torch.arange(order.shape[1], device=order.device) % 2 == 1
         values = put(lonely, order, lonely.masked_fill(~second, float("inf")))
         return Worth(torch.cat([leading(values, self.prefix).to(values.dtype), values], dim=1), view.normed)
-

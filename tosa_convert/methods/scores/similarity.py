@@ -19,7 +19,6 @@ from tosa_convert.methods.matching import (
 from tosa_convert.methods.score import Acts, Reads, Score, Site, View, Worth
 from tosa_convert.methods.token_ops import Choice, keep_count
 
-
 LEVELS = 5
 """How often the patches are thinned out where any number may attend: one in 32 always does."""
 

@@ -22,9 +22,10 @@ class TokenCut(Loss):
     @classmethod
     def check(cls, situation):
         config = situation.model.tosa_config
-        if not config.part(Score).weighs or config.reduces:
+        if not config.part(Score).weighs or config.reduces or config.threshold is not None:
             raise UsageError(
-                "the token cut loss is for score class_attention with all tokens kept, as in IdleViT; set cut to 0"
+                "the token cut loss is for score class_attention with a number of tokens and all of them kept, as in "
+                "IdleViT; set cut to 0"
             )
 
     def of(self, found, wanted, labels):
