@@ -156,11 +156,11 @@ class _Thresholds:
 
 
 def _quantile(selection: Selection, kept: float, found: dict[int, float], worth: torch.Tensor) -> float:
-    """The value that so large a share of all patches of all images has or exceeds, (B, N); noted by layer."""
-    values = worth[:, selection.prefix :].flatten().sort(descending=True).values
-    place = min(len(values) - 1, max(0, round(kept * len(values)) - 1))
-    value = values[place].item()
-    if value == float("inf"):  # all that is left always attends
-        value = values[values.isfinite()].max().item() + 1.0
-    found[selection.layer] = float(f"{value:.{DIGITS}g}")
+    """A value that so large a share of all patches of all images exceeds, (B, N); noted by layer."""
+    values = worth[:, selection.prefix :].flatten().sort(descending=True).values.tolist()
+    count = min(len(values), max(1, round(kept * len(values))))
+    above, below = values[count - 1], values[count] if count < len(values) else values[-1] - 1.0
+    # Half-way, so that rounding turns no choice; some always attend, with an infinite value.
+    middle = below + 1.0 if above == float("inf") else (above + below) / 2
+    found[selection.layer] = float(f"{middle:.{DIGITS}g}")
     return found[selection.layer]
