@@ -40,7 +40,7 @@ from tosa_convert.models.families.timm_vit import TimmVit
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.allocation import Allocation
 from tosa_convert.planning.search import Search
-from tosa_convert.reporting.result_tables import compare_table
+from tosa_convert.reporting.plan_tables import compare_table
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 from tosa_convert.tasks.task import Metric, Task
 from tosa_convert.training.finetuning import loss_weights

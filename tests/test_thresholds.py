@@ -231,7 +231,10 @@ def test_thresholds_that_make_no_sense(options, message):
 @pytest.fixture(scope="module")
 def small():
     model = lively(VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=5))
-    return model, torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for place, image in enumerate(images):
+        image[:, :, 16 + 6 * place :] = 0.1  # more or less of it is empty
+    return model, images
 
 
 @pytest.fixture(scope="module")

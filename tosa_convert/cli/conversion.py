@@ -82,6 +82,10 @@ class _Options:
         Attention | None, typer.Option(help="mctf's: fused ahead, or worked out again", show_default="ahead")
     ]
     compare_by: Annotated[CompareBy | None, typer.Option(help="what similarity compares", show_default="normed")]
+    relative: Annotated[
+        float | None,
+        typer.Option(help="with a threshold: power by which similarity goes by an image's mean", show_default="0"),
+    ]
     kernel: Annotated[
         int | None,
         typer.Option(help="width of the selector's convolutions", show_default="3", callback=at_least(1)),

@@ -108,8 +108,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="plan, tosa, tome, pitome, mpm, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, comma-separated; "
-            "random is added"
+            help="plan, adaptive, tosa, tome, pitome, mpm, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, "
+            "comma-separated; random is added"
         ),
     ] = "plan,similarity/merge,tome,pitome,mpm,evit,idle,tosa",
     data: Sample = None,

@@ -113,6 +113,7 @@ class Score(Part, nn.Module):
         least: the smallest share of a layer's patches that it can choose.
         ordinary_before: whether the layer that it reads must not be selective itself.
         variants: options that a plan tries in place of the defaults.
+        any_number_variants: the same of a plan in which each image keeps as many tokens as it needs.
     """
 
     kind: ClassVar[str] = "score"
@@ -129,6 +130,7 @@ class Score(Part, nn.Module):
     least: ClassVar[float] = 0.0
     ordinary_before: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
+    any_number_variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def setup(self, site: Site) -> None:
         """Make what depends on the model and the layer: parameters, a seed. Called once per selective layer."""

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.measure.similarity import Outputs, error, losses, observe
+from tosa_convert.measure.similarity import error, observe
+from tosa_convert.methods.score import Score
 from tosa_convert.planning.search import Plan, Search, Spread
+from tosa_convert.planning.trial import ahead
 from tosa_convert.selective.conversion import convert, light_copy
 from tosa_convert.selective.selection import Selection, selective_blocks
 
@@ -28,7 +30,8 @@ DIGITS = 6
 
 
 def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
-    """The plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search.
+    """The plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search; as it
+    was where that is not clearly ahead. On some models images differ little in what they need.
 
     Args:
         most: share of the original's multiply–adds that no image may exceed.
@@ -49,26 +52,32 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
             f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
             "above the budget"
         )
-    thresholds = _Thresholds(search, plan, images)
-    caps = thresholds.capped(most) if most is not None else None
-    converted, spread = thresholds.at(budget, caps)
     wanted = observe(search.model, images)
-    found = observe(converted, images)
-    # Not weighted as in the search: which images get more tokens is the point.
-    before, after = (error(each, wanted, search.keep).mean().item() for each in (observe(fixed, images), found))
+
+    def errors_of(model: nn.Module) -> torch.Tensor:
+        # Not weighted as in the search: which images get more tokens is the point.
+        return error(observe(model, images), wanted, search.keep)
+
+    before, found = errors_of(fixed), dict[float, tuple[nn.Module, Spread, torch.Tensor]]()
+    for variant in ({}, *plan.config.part(Score).any_number_variants):
+        thresholds = _Thresholds(search, plan, images, variant)
+        caps = thresholds.capped(most) if most is not None else None
+        converted, spread = thresholds.at(budget, caps)
+        after = errors_of(converted)
+        found[after.mean().item()] = converted, spread, after
+    measured, (converted, spread, after) = min(found.items())
+    if not ahead(after, before):
+        rivals = {"as many tokens as each image needs": measured}
+        return replace(plan, measured=before.mean().item(), rivals=rivals)
     return replace(
         plan,
         config=converted.tosa_config,
         cost=spread.mean,
-        drop=_drop(search, found, wanted),
-        measured=after,
-        rivals={"as many tokens for every image": before},
+        drop=search.lost([observe(converted, batch) for batch in search.batches]),
+        measured=measured,
+        rivals={"as many tokens for every image": before.mean().item()},
         spread=spread,
     )
-
-
-def _drop(search: Search, found: Outputs, wanted: Outputs) -> float:
-    return max(each.mean().item() for each in losses(found, wanted, search.keep))
 
 
 class _Thresholds:
@@ -76,10 +85,11 @@ class _Thresholds:
 
     Args:
         images: (B, C, H, W).
+        variant: options of the score.
     """
 
-    def __init__(self, search: Search, plan: Plan, images: torch.Tensor):
-        self.search, self.images, self.config = search, images, plan.config
+    def __init__(self, search: Search, plan: Plan, images: torch.Tensor, variant: dict[str, Any]):
+        self.search, self.images, self.config, self.variant = search, images, plan.config, variant
         ratios = plan.config.ratio if isinstance(plan.config.ratio, list) else [plan.config.ratio]
         layers = plan.config.layers or []
         self.ratios = dict(zip(layers, ratios * (len(layers) if len(ratios) == 1 else 1), strict=True))
@@ -134,10 +144,14 @@ class _Thresholds:
 
     def _converted(self, caps: dict[int, float] | None, thresholds: dict[int, float] | None = None) -> nn.Module:
         layers = list(self.ratios)
-        options: dict[str, Any] = self.config.model_dump() | {
-            "ratio": [1.0 if caps is None else caps[layer] for layer in layers],
-            "threshold": [0.0 if thresholds is None else thresholds[layer] for layer in layers],
-        }
+        options: dict[str, Any] = (
+            self.config.model_dump()
+            | self.variant
+            | {
+                "ratio": [1.0 if caps is None else caps[layer] for layer in layers],
+                "threshold": [0.0 if thresholds is None else thresholds[layer] for layer in layers],
+            }
+        )
         if caps is None:
             options["ratio"] = 1.0
         return convert(light_copy(self.search.model), **options)

@@ -22,10 +22,11 @@ from tosa_convert.planning.budget import Fitted, config_of, fitted
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.selective.conversion import convert, is_converted, light_copy
+from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.distillation import distill
 
-PLAN = "plan"
+PLAN, ADAPTIVE = "plan", "adaptive"
 
 
 def compare(
@@ -48,7 +49,8 @@ def compare(
         model: not converted; left as it is.
         data: a folder of images, with class folders for top-1; None takes the built-in photos.
         budgets: shares of the original's multiply–adds.
-        methods: named ones (see :mod:`tosa_convert.methods.method`), "plan", or "SCORE/BYPASS" such as
+        methods: named ones (see :mod:`tosa_convert.methods.method`), "plan", "adaptive", its form in which each image
+            keeps as many tokens as it needs (its row says what these images take on average), or "SCORE/BYPASS" such as
             "similarity/merge", on a ramp unless a "/SCHEDULE" follows. Random selection is always added.
         labels: False ignores sub-folder names as labels.
         images: number of images to measure on. A plan is made on the built-in photos, never on ``data``.
@@ -65,8 +67,8 @@ def compare(
     progress, device = progress or Progress(), pick_device(device)
     methods = list(dict.fromkeys([*methods, control()]))
     for name in methods:
-        if name != PLAN:
-            config_of(name, 0.9, PLAN)
+        if name not in (PLAN, ADAPTIVE):
+            config_of(name, 0.9, PLAN, ADAPTIVE)
     budgets = list(dict.fromkeys(budgets))
     if not budgets:
         raise UsageError("no budget is given; give a list such as 0.9,0.8")
@@ -76,10 +78,12 @@ def compare(
     model = model.to(device).eval()
     samples, folder, truths = labelled_sample(model, data, images, labels)
     share_of, notes, converted, shares = MacsShare(model), [], {}, {}
-    if data is None and PLAN in methods:
+    if data is None and {PLAN, ADAPTIVE} & set(methods):
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     for name in methods:
         for budget, (found, share) in _at_budgets(model, name, budgets, share_of, notes, progress).items():
+            if keeps_any_number(found):
+                share = share_of.of(found, samples)
             if distill_steps and _learns(found):
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
             converted[name, budget], shares[name, budget] = found, share
@@ -120,13 +124,14 @@ def _at_budgets(
 ) -> dict[float, Fitted]:
     """The method at each budget that it can reach; for the others a note says why not."""
     found = {}
-    bar = nullcontext(lambda: None) if name == PLAN else progress.track(name, len(budgets))  # a plan has its own
+    planned = name in (PLAN, ADAPTIVE)
+    bar = nullcontext(lambda: None) if planned else progress.track(name, len(budgets))  # a plan has its own
     with bar as advance:
         for budget in budgets:
             try:
                 found[budget] = (
-                    _planned(model, budget, share_of, progress)
-                    if name == PLAN
+                    _planned(model, budget, share_of, name == ADAPTIVE, progress)
+                    if planned
                     else _converted(model, name, budget, share_of)
                 )
             except TosaError as error:
@@ -135,10 +140,11 @@ def _at_budgets(
     return found
 
 
-def _planned(model: nn.Module, budget: float, share_of: MacsShare, progress: Progress) -> Fitted:
+def _planned(model: nn.Module, budget: float, share_of: MacsShare, adaptive: bool, progress: Progress) -> Fitted:
     samples = sample(None, preprocessing_of(model), 24)[0]
-    converted = convert(light_copy(model), find_plan(model, samples, budget, progress=progress).config)
-    return converted, share_of.of(converted)
+    found = find_plan(model, samples, budget, adaptive=adaptive, progress=progress)
+    converted = convert(light_copy(model), found.config)
+    return converted, share_of.of(converted, samples)
 
 
 def _converted(model: nn.Module, name: str, budget: float, share_of: MacsShare) -> Fitted:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tosa_convert.base.files import read_json, write_text
-from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
@@ -108,10 +107,29 @@ def flops_table(cost: dict, source: str) -> Table:
     return Table(f"{source} at {height}×{width}", columns, rows, notes)
 
 
+FAR = 0.03
+"""Share of the MACs from which on other images are said to be other than those that a run was made on."""
+
+
+def _these_images_notes(results: dict) -> list[str]:
+    """What these images take, where each keeps as many tokens as it needs."""
+    if "macs" not in results:
+        return []
+    (mean, least, most), before = results["macs"].values(), results["macs_before"]
+    notes = [f"MACs: {percent(mean)} of the original on average, {percent(least)} to {percent(most)} of single images"]
+    if before is not None and abs(mean - before) > FAR:
+        notes.append(
+            f"these images differ from those that it was made on, which take {percent(before)}; plan on images like "
+            "these, or bound each with --max-macs"
+        )
+    return notes
+
+
 def eval_table(results: dict) -> Table:
     figures = list(next(iter(results["models"].values())))
     rows = [[name, *(figure(key, values[key], 2) for key in figures)] for name, values in results["models"].items()]
     notes = broken_notes(results["broken"])
+    notes += _these_images_notes(results)
     if not figures:
         notes.append("nothing to compare: the images have no labels and the original is not available")
     if "agreement" in figures:
@@ -193,101 +211,6 @@ def _conditions(case: dict) -> dict[str, str]:
     }
 
 
-def plan_table(results: dict) -> Table:
-    """What a plan is, what was predicted and what measured."""
-    config, plan = results["convert"], results["plan"]
-    rows = [
-        ["keeps", plan["keep"]],
-        ["score × bypass", f"{config['score']} × {config['bypass']}"],
-        [*_by_layer(config)],
-        *_spread_rows(plan),
-        [f"share of the {PRICED[plan['by']]}, predicted", percent(plan["cost"])],
-        ["share of the MACs, counted", percent(results["macs"])],
-        *([["share of the latency, measured", percent(results["latency"])]] if results["latency"] else []),
-        ["drop (top-1, agreement or cosine)", f"{plan['drop']:.5f}"],
-        ["error, measured", f"{plan['measured']:.5f}"],
-        *([name, f"{value:.5f}"] for name, value in _fidelity(results)),
-    ]
-    notes = [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
-    notes.append(
-        f"{plan['images']} images of {results['data']}, equally weighted; error of what is kept: {ERRORS[plan['keep']]}"
-    )
-    notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['plot']}")
-    return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
-
-
-def _spread_rows(plan: dict) -> list[list[str]]:
-    """How the multiply–adds differ from image to image, if they do."""
-    spread = plan.get("spread")
-    if not spread:
-        return []
-    mean, deviation, least, most, bound = (percent(spread[name]) for name in SPREAD)
-    return [
-        ["MACs of single images", f"{least} to {most}, mean {mean}, deviation {deviation}"],
-        ["MACs of any image, at most", bound],
-    ]
-
-
-SPREAD = ("mean", "deviation", "least", "most", "bound")
-
-ERRORS = {
-    "logits": "KL divergence of the logits",
-    "patches": "1 − cosine of the patch tokens, plus that of the class token",
-    "pooled": "1 − cosine of the pooled features or the embedding",
-    "map": "squared distance of the map as a share of its variance",
-}
-"""What a plan makes small, by what it keeps."""
-PRICED = {"macs": "MACs", "latency": "latency"}
-FIDELITY = {"patch": "patch cos", "class": "class cos", "pooled": "pooled cos", "agreement": "agree"}
-
-
-def _by_layer(config: dict) -> list[str]:
-    name = "ratio" if config.get("threshold") is None else "threshold"
-    each = ", ".join(f"{layers}: {value:.4g}" for layers, value in _shared(config, name))
-    return [f"{name}s by layer", each]
-
-
-def _shared(config: dict, name: str) -> list[tuple[str, float]]:
-    """Layers that share a choice, such as 3–5, and their ratio or threshold."""
-    given = config[name] if isinstance(config[name], list) else [config[name]] * len(config["layers"])
-    ratios = dict(zip(config["layers"], given, strict=True))
-    segments = ConvertConfig(**config).segments(config["layers"])
-    ends = [(str(layers[0]), str(layers[-1])) for layers in segments]
-    return [("–".join(dict.fromkeys(pair)), ratios[int(pair[0])]) for pair in ends]
-
-
-def _fidelity(figures: dict) -> list[tuple[str, float]]:
-    return [(title, figures[name]) for name, title in _titles().items() if name in figures]
-
-
-def _titles() -> dict[str, str]:
-    """Of all that is measured of a model: how close it is to the original, and how well it does its task."""
-    return FIDELITY | {name: metric.title for name, metric in every_metric().items()}
-
-
-def compare_table(results: dict) -> Table:
-    """Methods at the same budgets."""
-    kinds = [name for name in _titles() if any(name in row for row in results["rows"])]
-    timed = "ms" in results["original"]
-    rows = []
-    for row in [{"method": "original", "budget": None, **results["original"], "macs": 1.0}, *results["rows"]]:
-        cells = ["" if row["budget"] is None else f"{row['budget']:g}", row["method"], f"{row['macs']:.3f}"]
-        cells += [figure(name, row[name]) if name in row else "–" for name in kinds]
-        cells += [milliseconds(row["ms"]), f"{row['speedup']:.2f}×" if "speedup" in row else ""] if timed else []
-        rows.append(cells)
-    rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
-    notes = [*results["notes"]]
-    timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
-    notes.append(
-        "patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original, of embeddings the "
-        "same nearest other image"
-    )
-    notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
-    shown = [_titles()[name] for name in kinds]
-    columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]
-    return Table("Methods at the same budgets", columns, rows, notes)
-
-
 def figure(name: str, value: float, digits: int = 1) -> str:
     """A value of something that is measured of a model, as a share or with four decimals."""
     metric = every_metric().get(name)
@@ -322,6 +245,7 @@ def examine_table(results: dict) -> Table:
 
 def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
+    rows += [[f"MACs of {name}", percent(share)] for name, share in results["macs"].items()]
     notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]
     return Table("Patches that attend", ["", "attend"], rows, notes)
 

@@ -3,21 +3,23 @@
 import time
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import built_in_scenes
+from tosa_convert.data.images import built_in_scenes, read_image
 from tosa_convert.export.features import write_features
 from tosa_convert.measure.macs import flops_on
+from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.supported import default_of_class, family_of
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
-from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.pipeline import refuse_options_of_a_run
 
@@ -102,9 +104,20 @@ def show_stage(
     looks = look_at_files(model, files or built_in_scenes())
     if not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
+    costs = {}
+    if keeps_any_number(model):
+        share_of, preprocessing = MacsShare(original(model)), preprocessing_of(model)
+        for name, path in zip(looks.names, files or built_in_scenes(), strict=True):
+            costs[name] = share_of.of(model, read_image(path, preprocessing)[None])
+        looks = looks._replace(names=[f"{name}\n{costs[name]:.0%} of the MACs" for name in looks.names])
     views_plot(looks, out)
-    shares = {view.layer: float(view.attended.mean()) for view in looks.views[0]}
-    return {"plot": str(out), "images": looks.names, "attended": shares}
+    layers = [view.layer for view in looks.views[0]]
+    shares = {
+        layer: float(np.mean([views[place].attended.mean() for views in looks.views]))
+        for place, layer in enumerate(layers)
+    }
+    names = [path.name for path in files or built_in_scenes()]
+    return {"plot": str(out), "images": names, "attended": shares, "macs": costs}
 
 
 def features_stage(

@@ -28,6 +28,9 @@ from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
 
+EXAMPLES = 32
+"""Images over which multiply–adds are counted."""
+
 
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
     """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
@@ -123,6 +126,8 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, se
         models["random selection"] = random_control(model, seed)
     reference = "original" if before is not None else None
     results = evaluate(models, data, reference=reference, progress=progress, **options)
+    if keeps_any_number(model):
+        results |= _on_these_images(model, source, data, progress)
     if runs.is_run(source):
         append_metrics(Path(source), stage="eval", **results)
         write_report(Path(source))
@@ -198,6 +203,14 @@ def _keep(model: nn.Module, out: Path, results: dict) -> None:
     runs.save(model, out, stage=results["stage"], results=results)
     write_report(out)
     runs.remember(out)
+
+
+def _on_these_images(model: nn.Module, source: str, data: str | None, progress: Progress | None) -> dict:
+    """What these images take, where each keeps as many tokens as it needs; and what those took that it was made on."""
+    cost = flops_on(model, data, EXAMPLES, progress)
+    known = read_json(Path(source) / "config.json").get("results") if runs.is_run(source) else None
+    before = known["flops"]["macs"] / known["flops"]["original"] if known else None
+    return {"macs": {name: cost[name] / cost["original"] for name in ("macs", "least", "most")}, "macs_before": before}
 
 
 def _cost(model: nn.Module, recipe: Recipe) -> dict:

@@ -14,7 +14,7 @@ from tosa_convert.measure.macs import flops
 from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
-from tosa_convert.reporting.result_tables import compare_table
+from tosa_convert.reporting.plan_tables import compare_table
 from tosa_convert.reporting.table import percent
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.methods import parts
@@ -35,11 +36,15 @@ class Similarity(Score):
         Attributes:
             compare_by: what the distances are of, see :func:`~tosa_convert.methods.matching.features_of`. Which one is
                 better differs from model to model; a plan tries both.
+            relative: where a threshold says how many tokens attend: to which power an image's mean distance divides
+                its distances. 0 compares images by their distances, 1 only by how these are distributed.
         """
 
         compare_by: Literal["normed", "tokens"] = "normed"
+        relative: float = Field(default=0.0, ge=0, le=1)
 
     variants = ({"compare_by": "tokens"},)
+    any_number_variants = ({"relative": 0.5},)
     reads = Reads.TOKENS
     chooses = finds_partners = half_at_most = True
 
@@ -67,7 +72,12 @@ class Similarity(Score):
         """The squared distance to the nearest token on a coarser level."""
         features = self._features(view)
         grid = pyramid(view.grid, LEVELS, None, features.device)
-        return Worth(losses_if_skipped(features, self.prefix, grid), features)
+        losses = losses_if_skipped(features, self.prefix, grid)
+        if self.options.relative:
+            compared = losses.isfinite()
+            mean = losses.masked_fill(~compared, 0).sum(1, keepdim=True) / compared.sum(1, keepdim=True)
+            losses = losses / mean.clamp(min=1e-6) ** self.options.relative
+        return Worth(losses, features)
 
     def _features(self, view: View) -> torch.Tensor:
         count = view.tokens.shape[1] - self.prefix
