@@ -104,8 +104,13 @@ class ConvertConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_most_unless_asked(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("threshold") is None:
+        if not isinstance(values, dict):
             return values
+        if values.get("threshold") is None:
+            own = _own_threshold(values)
+            if own is None or values.get("ratio") is not None or isinstance(values.get("layers"), dict):
+                return values
+            values = {**values, "threshold": own}
         values = values if "ratio" in values or isinstance(values.get("layers"), dict) else {**values, "ratio": 1.0}
         each = values["threshold"] if isinstance(values["threshold"], list) else [values["threshold"]]
         each = [float(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in each]
@@ -283,7 +288,8 @@ class ConvertConfig(BaseModel):
 
     def segments(self, layers: list[int]) -> list[list[int]]:
         """These layers, in order, by segments; see :func:`tosa_convert.config.segments.in_segments`."""
-        return in_segments(layers, self.segment)
+        longest = len(layers) if self.segment == 1 and self.part(Schedule).whole else self.segment
+        return in_segments(layers, longest)
 
     def stages(self, depth: int, patches: int = 0) -> list[tuple[int, float]]:
         """:meth:`plan`; and where tokens are gone after a layer, every layer after the first selective one too, with
@@ -302,6 +308,15 @@ class ConvertConfig(BaseModel):
                 raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens at once")
         known, left = dict(plan), 1.0
         return [(layer, left := known.get(layer, left)) for layer in range(plan[0][0], depth + 1)]
+
+
+def _own_threshold(values: dict) -> float | None:
+    """What tokens have to reach by the score that these values name, if it has such a number."""
+    row = published().get(str(values.get("method")))
+    name = row.score if row else values.get("score", ConvertConfig.model_fields["score"].default)
+    with contextlib.suppress(ValueError):  # an unknown score is reported elsewhere
+        return parts.find(Score, str(name)).own_threshold
+    return None
 
 
 def unknown_options(values: dict) -> dict[str, str]:

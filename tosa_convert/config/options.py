@@ -16,6 +16,8 @@ def over(config: dict, options: dict) -> dict:
         }
     if any(options.get(name) is not None for name in ("method", "bypass", "layers", "schedule")):
         given.pop("segment", None)
+    if options.get("method") is not None or options.get("score") is not None:
+        given.pop("threshold", None)  # it is in the units of another score
     for kind, base in KINDS.items():
         before = given.get(kind, ConvertConfig.model_fields[kind].default)
         if options.get(kind, before) != before:

@@ -74,9 +74,12 @@ class DistillSettings(TrainSettings):
         kl: "forward" learns from KL(real ‖ predicted), what torch's kl_div computes from a selector's
             log-softmax; "reverse" from KL(predicted ‖ real), the paper's formula read literally. Forward
             selects more of the tokens that the real attention would (benchmarks/selector_training.py).
+        examples: images whose tokens are labelled by their impact, for score impact: each takes as many forward passes
+            as it has patches.
     """
 
     lr: Positive = 2e-2
+    examples: int = Field(default=256, ge=1)
     kl: Literal["forward", "reverse"] = "forward"
 
 
@@ -113,6 +116,7 @@ class FinetuneSettings(TrainSettings):
     features: NotNegative | None = None
     cut: NotNegative | None = None
     consistency: NotNegative | None = None
+    selection: NotNegative | None = None
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Positive = 1.0
     scale: Annotated[tuple[Share, Share], Strict(False)] = (0.5, 1.0)

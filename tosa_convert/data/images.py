@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.data.masks import Masks
 from tosa_convert.data.reader import read
 from tosa_convert.models.preprocessing import Preprocessing
 
@@ -87,6 +88,7 @@ class Images(Dataset):
         self.preprocessing, self.training, self.seed = preprocessing, augment is not None, seed
         augment = Augmentation(augment) if isinstance(augment, str) else augment
         self.transform = _transform(preprocessing, augment)
+        self.masks: Masks | None = None  # each image then brings its own as a last channel
 
     @property
     def labelled(self) -> bool:
@@ -122,10 +124,24 @@ class Images(Dataset):
 
     def _read(self, index: int):
         try:
-            image = self.decoded(self.reader.open(index))
+            content, state = self.reader.open(index), _random_state()
+            image = self.decoded(content)
+            if self.masks is not None:
+                image = torch.cat([image, self._mask(index, state)])
         except UNREADABLE:
             return None, None, self.reader.filename(index)
         return image, self.label(index), None
+
+    def _mask(self, index: int, state: tuple) -> torch.Tensor:
+        """(1, H, W) in 0 to 1: the mask of an image, cropped and mirrored as the image was."""
+        with self.reader.open(index) as content, Image.open(content) as opened:
+            size = opened.size
+        mask = self.masks.mask(self.reader.filename(index), size).convert(self.preprocessing.mode)
+        after = _random_state()
+        _set_random_state(state)
+        seen = self.transform(mask)[:1]
+        _set_random_state(after)
+        return seen * self.preprocessing.std[0] + self.preprocessing.mean[0]
 
     def decoded(self, content: BinaryIO) -> torch.Tensor:
         """The bytes of an image → (C, H, W), as the model takes it."""
@@ -228,6 +244,16 @@ def sample(
 
 def _name(images: Images, index: int) -> str:
     return Path(images.reader.filename(index)).stem
+
+
+def _random_state() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_state(state: tuple) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 def seed_everything(seed: int) -> None:

@@ -8,10 +8,15 @@ from tosa_convert.methods.score import Acts
 
 
 class Schedule(Part):
-    """Which layers, and the ratio of each. Here: all layers alike."""
+    """Which layers, and the ratio of each. Here: all layers alike.
+
+    Attributes:
+        whole: whether layers that follow one another share one choice, unless a segment is given.
+    """
 
     kind: ClassVar[str] = "schedule"
     folder: ClassVar[str] = "methods/schedules"
+    whole: ClassVar[bool] = False
 
     def layers(self, depth: int, first: int) -> list[int]:
         """The selective layers, from 1, of a model with ``depth`` layers, of which ``first`` is the first that can

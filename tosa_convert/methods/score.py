@@ -64,6 +64,7 @@ class View(NamedTuple):
         sizes: (B, N) how many tokens of the image each one stands for; None where each stands for itself.
         padding: (B, N) which tokens are none; None where all are tokens.
         partners: whether those of the skipped tokens are asked for.
+        before: (B, N) the logits of the gate in the selective layer before, if there is one.
         any_number: whether it is asked for its :meth:`Score.worth`, by which a threshold goes, not for its choice.
     """
 
@@ -78,6 +79,7 @@ class View(NamedTuple):
     padding: torch.Tensor | None = None
     partners: bool = True
     any_number: bool = False
+    before: torch.Tensor | None = None
 
 
 class Worth(NamedTuple):
@@ -86,10 +88,14 @@ class Worth(NamedTuple):
     Attributes:
         values: (B, N), or (B, H, N) per head: a token attends whose value is at least the threshold.
         features: (B, N, D) by which the others' partners are found; None leaves that to the layer's tokens.
+        weights: (B, N), with gradients, by which what the layer adds to a token is multiplied; for a score that gates.
+        logits: (B, N), with gradients, what the next layer's gate and the loss on selection labels see.
     """
 
     values: torch.Tensor
     features: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class Score(Part, nn.Module):
@@ -109,7 +115,11 @@ class Score(Part, nn.Module):
         scores_heads: whether its scores may be taken head by head, see bypass identity.
         needs_class_token: whether it reads the class token's attention.
         weighs: whether its scores are shares of the class token's attention.
-        learns: whether it has to be trained before it is of use, see :meth:`lesson`.
+        learns: whether it has to be trained before it is of use.
+        learns_in: how: by "lesson", see :meth:`lesson`, from the model's own attention; by "impact", from what the loss
+            does without each token; or in "finetune", with the model.
+        gates: whether it also weighs what the layer adds to a token, with gradients, see :class:`Worth`.
+        own_threshold: what a token has to reach where nobody says how many attend; None for a score that is a ranking.
         least: the smallest share of a layer's patches that it can choose.
         ordinary_before: whether the layer that it reads must not be selective itself.
         variants: options that a plan tries in place of the defaults.
@@ -127,6 +137,9 @@ class Score(Part, nn.Module):
     needs_class_token: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    learns_in: ClassVar[str] = "lesson"
+    gates: ClassVar[bool] = False
+    own_threshold: ClassVar[float | None] = None
     least: ClassVar[float] = 0.0
     ordinary_before: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()

@@ -116,7 +116,8 @@ def compare(
 
 
 def _learns(model: nn.Module) -> bool:
-    return model.tosa_config.part(Score).learns
+    score = model.tosa_config.part(Score)
+    return score.learns and score.learns_in != "finetune"
 
 
 def _at_budgets(

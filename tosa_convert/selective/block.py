@@ -17,7 +17,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.score import Reads, View
-from tosa_convert.methods.token_ops import Choice
+from tosa_convert.methods.token_ops import Choice, pick, put
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.packed import run_row
@@ -55,7 +55,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         run = functools.partial(_run, self, base, others, named)
         by = _by_groups if selection.bypass.shares else _by_layer
         arrival = selection.arrive(selection.current.state, entering, padding)
-        return adapter.given_back(adapter.restored(by(self, run, tokens, arrival), entering))
+        return adapter.given_back(adapter.restored(_weighed(self, tokens, by(self, run, tokens, arrival)), entering))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
 
@@ -102,6 +102,18 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: A
     return output
 
 
+def _weighed(block: nn.Module, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Tokens that leave a layer, (B, N, D), with what it added to those that attended weighed by its gate."""
+    selection = block.selection
+    weights = selection.current.state.weights.pop(selection.layer, None)
+    if weights is None:
+        return after
+    attended = selection.current.state.choices[selection.layer].attended
+    weights = weights.reshape(attended.shape[0], -1)
+    own = put(torch.ones_like(weights), attended, pick(weights, attended)).reshape(*before.shape[:2], 1)
+    return before + own.to(after.dtype) * (after - before)
+
+
 def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
     """The choice of a block for its tokens, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
@@ -112,7 +124,8 @@ def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
     if selection.bypass.partners or selection.reads is Reads.TOKENS:
         normed = block.adapter.normed(block, tokens)
     if selection.reads is Reads.TOKENS:
-        view = view._replace(tokens=tokens.detach(), normed=normed.detach())
+        seen = (tokens, normed) if block.selector.gates else (tokens.detach(), normed.detach())
+        view = view._replace(tokens=seen[0], normed=seen[1])
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
         features = state.features.pop(selection.layer, None)

@@ -22,12 +22,12 @@ class Segment(NamedTuple):
 
     Attributes:
         choice: of the first of them.
-        places: (B, N) in which group each token is.
+        places: (B, N) in which group each token is; None where skipped ones are in none.
         sizes: (B, K) for how many tokens each group stands in the attention, if that is weighed.
     """
 
     choice: Choice
-    places: torch.Tensor
+    places: torch.Tensor | None
     sizes: torch.Tensor | None
 
 
@@ -83,6 +83,8 @@ class ForwardState:
         choices: layer → what it chose.
         groups: layer → where the tokens are after it, once some were taken away.
         left: layer → what it leaves to the next one, if that has the same choice, until it is taken.
+        gates: layer → logits (B, N) of its gate, with gradients.
+        weights: layer → (B, N), what multiplies what it adds to each token that attends, until it does.
         row: the row of images that a layer runs, while it does, where these keep different numbers of tokens.
     """
 
@@ -95,6 +97,8 @@ class ForwardState:
         self.choices: dict[int, Choice] = {}
         self.groups: dict[int, Groups] = {}
         self.left: dict[int, Left] = {}
+        self.gates: dict[int, torch.Tensor] = {}
+        self.weights: dict[int, torch.Tensor] = {}
         self.row: Any = None
 
     @property
@@ -191,6 +195,7 @@ class Arrival(NamedTuple):
     segment: Segment | None = None
     padding: torch.Tensor | None = None
     share: float | None = None
+    before: torch.Tensor | None = None
 
 
 class Recollection:

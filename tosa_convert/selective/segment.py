@@ -9,7 +9,7 @@ import torch
 
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.packing import as_row
-from tosa_convert.methods.token_ops import Choice, gather_tokens, stand_ins
+from tosa_convert.methods.token_ops import Choice, gather_tokens, rejoin_tokens, stand_ins
 from tosa_convert.selective.forward_state import Course, ForwardState, Left, Segment, version_of
 
 
@@ -17,7 +17,7 @@ def form(bypass: Bypass, tokens: torch.Tensor, normed: torch.Tensor, choice: Cho
     """The groups of a choice when they enter its first layer; and what that layer's norm gives for them, None where
     that is left to it."""
     gathered = bypass.gather(tokens, normed, choice)
-    segment = Segment(choice, stand_ins(choice), gathered.sizes)
+    segment = Segment(choice, None if choice.partners is None else stand_ins(choice), gathered.sizes)
     return segment, Course(tokens, gathered.tokens, gathered.tokens), gathered.normed
 
 
@@ -39,6 +39,8 @@ def take_up(bypass: Bypass, tokens: torch.Tensor, segment: Segment, left: Left |
 
 def leave(segment: Segment, course: Course) -> torch.Tensor:
     """(B, N, D), the tokens that leave a layer together with its groups."""
+    if segment.places is None:
+        return rejoin_tokens(course.entered, segment.choice.attended, course.groups)
     return course.entered + gather_tokens(course.groups - course.before, segment.places)
 
 

@@ -137,6 +137,7 @@ class Selection:
             segment=self._left(state).segment if self.follows else None,
             padding=padding,
             share=state.share,
+            before=state.gates.get(max(state.gates, default=0)),
         )
         if kept:
             self.recollection.keep(tokens, arrival)
@@ -171,7 +172,8 @@ class Selection:
                 )
             view = view._replace(reading=reading)
         kept = keep_count(view.patches, view.steps)
-        with torch.no_grad():
+        view = view._replace(before=arrival.before)
+        with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
             if self.threshold is not None:
                 worth = self._worth(score, view, state, arrival)
                 worth = worth if self.chance is None else self._by_chance(worth)
@@ -191,10 +193,12 @@ class Selection:
         """(B, N), by which the threshold goes."""
         view = view._replace(any_number=True)
         if not isinstance(view.reading, list):
-            values, features = score(view)
-            if features is not None:
-                state.features[self.layer] = features
-            return self._settled(values, state, arrival)
+            worth = score(view)
+            if worth.features is not None:
+                state.features[self.layer] = worth.features
+            if worth.logits is not None:
+                state.gates[self.layer], state.weights[self.layer] = worth.logits, worth.weights
+            return self._settled(worth.values, state, arrival).detach()
         # Image by image, of those that attended in the layer that is read.
         each = [score(view._replace(reading=reading)).values for reading in view.reading]
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)

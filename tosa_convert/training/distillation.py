@@ -16,6 +16,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.training.engine import Stage, make_accelerator, train
+from tosa_convert.training.impact import learn_impact
 
 
 def distill(
@@ -34,6 +35,8 @@ def distill(
     ToSA (arXiv 2406.08816), section 3: Σ_heads KL between the predicted map and the real map of the
     selective layer, averaged over images and query rows. All selectors learn in the same forward pass.
 
+    With score "impact" its filter instead, see :mod:`tosa_convert.training.impact`.
+
     Args:
         model: converted with a score that learns, such as "attention"; trained in place.
         data: a folder of images, labels not needed; None takes the built-in photos.
@@ -47,6 +50,8 @@ def distill(
     """
     check_distillable(model)
     settings = settings or DistillSettings()
+    if model.tosa_config.part(Score).learns_in == "impact":
+        return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
     images = Images(data, preprocessing_of(model), settings.augment, seed)
     home = next(model.parameters()).device
@@ -65,8 +70,12 @@ def check_distillable(model: nn.Module) -> None:
     if not is_converted(model):
         raise UsageError("there are no selectors to distill: convert the model first")
     config = model.tosa_config
+    if config.part(Score).learns_in == "finetune":
+        raise UsageError(f"score {config.score!r} learns in finetune, together with the model; go on with that")
     if not config.part(Score).learns:
-        learn = " or ".join(repr(name) for name, part in every(Score).items() if part.learns)
+        learn = " or ".join(
+            repr(name) for name, part in every(Score).items() if part.learns and part.learns_in != "finetune"
+        )
         raise UsageError(f"score {config.score!r} has nothing to learn; distill is for score {learn}")
 
 

@@ -11,6 +11,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Augmentation, Images, check_augmentation
+from tosa_convert.data.masks import Masks, masks_of
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -28,6 +29,8 @@ def finetune(
     data: str | Path | None = None,
     settings: FinetuneSettings | None = None,
     *,
+    masks: str | Path | None = None,
+    boxes: str | Path | None = None,
     out: Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -44,6 +47,8 @@ def finetune(
         model: converted; trained in place.
         data: a folder of images, one sub-folder per class where labels are used; None takes the
             built-in photos.
+        masks: a folder of PNG files named like the images, which patches a gate is to select (SPA's selection labels).
+        boxes: in their place a COCO file.
         out: run directory for metrics and checkpoints.
         resume: go on from the checkpoint in ``out``; give the model as it was at the start.
 
@@ -56,6 +61,7 @@ def finetune(
     augmentation = check_settings(settings)
     images = task_of(model).read(data, preprocessing_of(model), augmentation, seed)
     weights = loss_weights(settings, images, model)
+    _take_masks(images, masks_of(masks, boxes), settings, weights)
     _check_mixing(settings, weights, model)
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device
@@ -107,6 +113,24 @@ def check_recipe(recipe: Recipe) -> None:
         check_settings(recipe.finetune)
 
 
+def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings, weights: dict[str, float]) -> None:
+    """
+    Raises:
+        UsageError: nothing is learnt from masks, or they cannot go along with the images.
+    """
+    if masks is None:
+        return
+    if not weights["selection"]:
+        raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
+    if settings.aa or settings.reprob or settings.mixup or settings.cutmix or images.reader.streams:
+        raise UsageError(
+            "masks go along with crops and mirrors only, and with images that are no stream; leave aa, "
+            "reprob, mixup and cutmix out"
+        )
+    masks.check([images.reader.filename(index) for index in range(len(images))])
+    images.masks = masks
+
+
 def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:
     if (settings.mixup or settings.cutmix) and not (weights["labels"] and outputs_of(model)):
         raise UsageError("mixup and cutmix mix labels of classes, and there are none to learn from; leave them out")
@@ -137,7 +161,7 @@ class SelectiveFinetuning(nn.Module):
         teacher = original(model).eval().requires_grad_(False)
         self.teacher = (teacher,)  # in a tuple, so that it is neither trained nor checkpointed nor wrapped
         for block in choosing_blocks(model):
-            block.selector.requires_grad_(False)
+            block.selector.requires_grad_(block.selector.gates)
         wanted = [kind for kind in every_loss() if weights[kind.name()]]
         mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": settings.smoothing}
         mixes = settings.mixup or settings.cutmix
@@ -151,9 +175,13 @@ class SelectiveFinetuning(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) and (B,) → {"loss" and its parts}, scalars."""
+        channels = preprocessing_of(self.model).channels
+        masks = images[:, channels] if images.shape[1] > channels else None
+        images = images[:, :channels]
         if self.mix is not None:
             images, labels = self.mix(images.clone(), labels)
         for loss in self.losses:
+            loss.masks = masks
             loss.begin(images)
         found, wanted = run(self.model, images), {}
         if any(loss.taught for loss in self.losses):

@@ -40,9 +40,11 @@ class Loss(ABC):
 
     Attributes:
         taught: whether it compares with what the original model gives.
+        masks: (B, H, W) of the batch, which pixels matter; None where the images have none.
     """
 
     taught: ClassVar[bool] = False
+    masks: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: FinetuneSettings):
         """

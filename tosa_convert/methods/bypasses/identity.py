@@ -3,8 +3,8 @@
 from typing import Literal
 
 from tosa_convert.methods import parts
-from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
+from tosa_convert.methods.bypass import Bypass, Gathered
+from tosa_convert.methods.token_ops import gather_tokens
 
 
 class Identity(Bypass):
@@ -23,5 +23,10 @@ class Identity(Bypass):
     def per_head(self) -> bool:
         return self.options.selection == "per_head"
 
-    def apply(self, run, tokens, normed, choice):
-        return rejoin_tokens(tokens, choice.attended, run(gather_tokens(tokens, choice.attended)))
+    @property
+    def shares(self) -> bool:
+        return not self.per_head
+
+    def gather(self, tokens, normed, choice):
+        """The tokens that attend, each a group of its own; the others are in none."""
+        return Gathered(gather_tokens(tokens, choice.attended))

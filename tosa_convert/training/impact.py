@@ -1,0 +1,224 @@
+"""Stage 1 of token impact (DL-ViT, arXiv 2305.14840, section 3): what the loss does without each token, and a filter
+that learns which ones it would miss. The model itself does not move."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tosa_convert.base.distributed import pick_device
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.files import atomic
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.settings import DistillSettings
+from tosa_convert.data.images import Images, seed_everything
+from tosa_convert.methods.scores.impact import Impact
+from tosa_convert.models.adapter import Adapter, adapter_of, run
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.selective.selection import all_tokens, choosing_blocks
+from tosa_convert.tasks.task import Task, task_of
+from tosa_convert.training.optimisation import make_optimizer, make_schedule
+
+FILE = "impact.safetensors"
+AT_ONCE = 64
+"""Copies of an image, each without another token, in one forward pass."""
+HELD_OUT = 5
+"""One in so many images tells how well the filter learnt."""
+KEPT_EVERY = 16
+"""Images after which what is known is written to the file."""
+
+
+class Example(NamedTuple):
+    """What an image gives to learn from: its tokens as they enter the filtered layer, (N, D), without those that are no
+    patches, and the impact of each, (N,), in nats."""
+
+    tokens: torch.Tensor
+    impact: torch.Tensor
+
+
+def learn_impact(
+    model: nn.Module,
+    data: str | Path | None,
+    settings: DistillSettings,
+    out: Path | None,
+    resume: bool,
+    seed: int,
+    device: str | None,
+    progress: Progress,
+) -> dict:
+    """Label tokens of a sample of the images by their impact, and train the filter on these labels.
+
+    Returns:
+        {"loss", "precision", "recall", "kept", "steps", "images", "broken"}; the middle three on images that the filter
+        did not learn from: how many of the tokens that pass are labelled, how many of the labelled ones pass, and which
+        share of all passes.
+    """
+    task, home = task_of(model), next(model.parameters()).device
+    images = task.read(data, preprocessing_of(model), None, seed)
+    if images.reader.streams:
+        raise UsageError("token impact looks at a sample of the images, and a stream has none; give hfds: or a folder")
+    model.to(pick_device(device)).eval()
+    file = out / FILE if out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        examples, broken = _examples(model, task, images, settings.examples, file if resume else None, file, progress)
+        figures = _train(model, examples, settings, seed, progress)
+    finally:
+        model.to(home)
+    return {**figures, "images": len(examples), "broken": broken}
+
+
+def impact_of(model: nn.Module, task: Task, image: torch.Tensor, label: int | None) -> Example:
+    """The impact of each patch token of one image (1, C, H, W) on the model with all of its tokens.
+
+    Args:
+        label: its class; without one the divergence from the model's own output stands in for the loss.
+    """
+    adapter, block = adapter_of(model), choosing_blocks(model)[0]
+    with torch.no_grad(), all_tokens(model), _Zeroing(adapter, block) as zeroing:
+        whole = _main(run(model, image))
+        tokens = zeroing.seen[0, adapter.prefix :]
+        before, losses = _loss(whole, whole, label), []
+        for places in torch.arange(len(tokens), device=image.device).split(AT_ONCE):
+            zeroing.places = places + adapter.prefix
+            found = _main(run(model, image.expand(len(places), -1, -1, -1)))
+            losses.append(_loss(found, whole.expand(len(places), *whole.shape[1:]), label))
+    return Example(tokens.float().cpu(), (torch.cat(losses) - before).float().cpu())
+
+
+def _main(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return next(iter(outputs.values())).float()
+
+
+def _loss(found: torch.Tensor, whole: torch.Tensor, label: int | None) -> torch.Tensor:
+    """Per image: cross-entropy, KL to the whole model's output, or of what are no logits their distance, (B,)."""
+    if label is not None:
+        return F.cross_entropy(found, torch.full((len(found),), label, device=found.device), reduction="none")
+    if found.ndim == 2:
+        return F.kl_div(found.log_softmax(-1), whole.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return (found - whole).square().flatten(1).mean(1) / whole.square().mean().clamp(min=1e-12)
+
+
+class _Zeroing:
+    """Before a block, sets one token of each image of a batch to zero; keeps the tokens of the last whole one."""
+
+    def __init__(self, adapter: Adapter, block: nn.Module):
+        self.adapter, self.block = adapter, block
+        self.places: torch.Tensor | None = None
+        self.seen = torch.empty(0)
+
+    def __enter__(self) -> "_Zeroing":
+        self.handle = self.block.register_forward_pre_hook(self._zero, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.handle.remove()
+
+    def _zero(self, block: nn.Module, args: tuple, kwargs: dict):
+        entering, _, _ = self.adapter.entering(args, kwargs)
+        tokens = self.adapter.taken(entering)
+        if self.places is None:
+            self.seen = tokens
+            return args, kwargs
+        left = tokens.clone()
+        left[torch.arange(len(left), device=left.device), self.places] = 0.0
+        fresh = self.adapter.restored(left, entering)
+        if args:
+            return (fresh, *args[1:]), kwargs
+        return args, {name: fresh if value is entering else value for name, value in kwargs.items()}
+
+
+def _examples(
+    model: nn.Module,
+    task: Task,
+    images: Images,
+    count: int,
+    known: Path | None,
+    file: Path | None,
+    progress: Progress,
+) -> tuple[list[Example], list[str]]:
+    """Of ``count`` images spread over all. What was found before an interruption is in ``known``."""
+    labelled = task.has_labels(images, model) and task_of(model).metrics
+    device = next(model.parameters()).device
+    count = min(count, len(images))
+    found: dict[int, Example] = {}
+    if known is not None and known.exists():
+        stored = load_file(known)
+        found = {index: Example(stored[f"tokens.{index}"], stored[f"impact.{index}"]) for index in _indices(stored)}
+    broken: list[str] = []
+    with progress.track("token impact", count, done=min(len(found), count), unit="images") as advance:
+        for place in range(count):
+            index = place * len(images) // count
+            if index not in found:
+                image, label, name = images[index]
+                if image is None:
+                    broken.append(name)
+                else:
+                    found[index] = impact_of(model, task, image[None].to(device), int(label) if labelled else None)
+                if file is not None and place % KEPT_EVERY == KEPT_EVERY - 1:
+                    _write(found, file)
+                advance()
+    if not found:
+        raise TosaError(f"none of the images in {images.name} can be read")
+    if file is not None:
+        _write(found, file)
+    return [found[index] for index in sorted(found)], broken
+
+
+def _indices(stored: dict[str, torch.Tensor]) -> list[int]:
+    return [int(name.removeprefix("impact.")) for name in stored if name.startswith("impact.")]
+
+
+def _write(found: dict[int, Example], file: Path) -> None:
+    with atomic(file) as fresh:
+        tensors = {f"tokens.{index}": each.tokens.contiguous() for index, each in found.items()}
+        save_file({**tensors, **{f"impact.{index}": each.impact for index, each in found.items()}}, fresh)
+
+
+def _train(model: nn.Module, examples: list[Example], settings: DistillSettings, seed: int, progress: Progress) -> dict:
+    """Train the filter; {"loss", "precision", "recall", "kept", "steps"}."""
+    score: Impact = choosing_blocks(model)[0].selector
+    device = next(model.parameters()).device
+    tokens, impact = (torch.stack(each).to(device) for each in zip(*examples, strict=True))
+    rho = score.options.rho
+    if rho is None:
+        rho = impact.flatten().quantile(1 - score.options.kept).item()
+    labels = impact > rho
+    if labels.all() or not labels.any():
+        raise UsageError(
+            f"rho {rho:g} labels {'all' if labels.any() else 'none'} of the tokens, whose impacts are "
+            f"{impact.min():.3g} to {impact.max():.3g}; give one in between, or leave it out and give --kept"
+        )
+    held_out = torch.arange(len(tokens), device=device) % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
+        held_out[-1] = len(tokens) > 1
+    own = (~held_out).nonzero()[:, 0]
+    optimizer, steps = make_optimizer(score, settings, None), settings.total_steps(len(own), 1)
+    schedule = make_schedule(optimizer, settings, steps)
+    seed_everything(seed)
+    with torch.enable_grad(), progress.track("filter", steps) as advance:
+        for step in range(steps):
+            schedule(step)
+            drawn = own[torch.randint(len(own), (min(settings.batch_size, len(own)),), device=device)]
+            loss = score.fit(tokens[drawn], labels[drawn])
+            loss.backward()
+            nn.utils.clip_grad_norm_(score.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(f"loss {loss.item():.4f}" if step % 10 == 0 else "")
+    judged = held_out if held_out.any() else ~held_out
+    with torch.no_grad():
+        passed, wanted = score.logits(tokens[judged]) >= 0, labels[judged]
+    both = (passed & wanted).sum().item()
+    return {
+        "loss": loss.item(),
+        "precision": both / max(1, passed.sum().item()),
+        "recall": both / max(1, wanted.sum().item()),
+        "kept": passed.float().mean().item(),
+        "rho": float(rho),
+        "steps": steps,
+    }

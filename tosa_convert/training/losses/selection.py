@@ -1,0 +1,50 @@
+"""SPA's loss on selection labels (arXiv 2410.23608, section 3.2): which patches the gates are to select."""
+
+import torch
+import torch.nn.functional as F
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.methods.score import Score
+from tosa_convert.methods.scores.gate import selection_loss
+from tosa_convert.models.adapter import adapter_of
+from tosa_convert.selective.selection import choosing_blocks
+from tosa_convert.training.loss import Loss
+
+
+class Selection(Loss):
+    """The labels are masks or boxes of the images, rasterised to patches; without any, what the last layer of the
+    original attends to above average: from the class token, or from all tokens where there is none."""
+
+    taught = True
+
+    def __init__(self, model, teacher, settings):
+        super().__init__(model, teacher, settings)
+        adapter, original = adapter_of(model), adapter_of(teacher)
+        self.prefix, self.class_token = adapter.prefix, adapter.class_token
+        self.current, self.blocks = choosing_blocks(model)[0].selection.current, choosing_blocks(model)
+        self.masks: torch.Tensor | None = None
+        self.tap = original.tap(original.blocks[-1], self.listen)
+
+    @classmethod
+    def check(cls, situation):
+        if not situation.model.tosa_config.part(Score).gates:
+            raise UsageError("the selection loss is for score gate, as in SPA; set selection to 0")
+
+    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Queries and keys of the original's last layer, (B, H, N, D)."""
+        asking = queries[:, :, :1] if self.class_token else queries
+        seen = (asking * queries.shape[-1] ** -0.5 @ keys.mT).softmax(-1).mean((1, 2))[:, self.prefix :]
+        self.attended = seen > seen.mean(1, keepdim=True)
+
+    def of(self, found, wanted, labels):
+        gates = self.current.state.gates
+        logits = [gates[block.selection.layer][:, self.prefix :] for block in self.blocks]
+        if self.masks is None:
+            patches = self.attended
+        else:
+            grid = self.current.state.grid
+            patches = F.adaptive_max_pool2d(self.masks[:, None], grid)[:, 0].flatten(1) > 0.5
+        return torch.stack([selection_loss(each, patches) for each in logits]).sum()
+
+    def close(self):
+        self.tap.remove()
