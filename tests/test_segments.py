@@ -109,7 +109,8 @@ def test_learned_scores_are_where_a_choice_is_made():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bypass": "identity", "segment": 2}, "borrow and merge, not identity"),
+        ({"bypass": "drop", "score": "class_attention", "segment": 2}, "borrow, identity and merge, not drop"),
+        ({"method": "spa", "segment": 2}, "decides in each layer"),
         ({"method": "tome", "segment": 2}, "not persist"),
         ({"segment": 0}, "1 layer or more"),
         ({"segment": []}, "1 layer or more"),
@@ -173,7 +174,7 @@ def test_a_bypass_that_runs_a_layer_itself_does():
     plain, doubled = made(layers=[6]), made(layers=[6], bypass=Doubled)
     states = [model.forward_intermediates(photos(), norm=False, intermediates_only=True) for model in (plain, doubled)]
     assert torch.allclose(states[1][5] - states[1][4], 2 * (states[0][5] - states[0][4]), atol=1e-4)
-    with pytest.raises(UsageError, match="borrow and merge"):
+    with pytest.raises(UsageError, match="borrow, identity and merge"):
         made(bypass=Doubled, segment=2)
 
 

@@ -116,8 +116,8 @@ class Score(Part, nn.Module):
         needs_class_token: whether it reads the class token's attention.
         weighs: whether its scores are shares of the class token's attention.
         learns: whether it has to be trained before it is of use.
-        learns_in: how: by "lesson", see :meth:`lesson`, from the model's own attention; by "impact", from what the loss
-            does without each token; or in "finetune", with the model.
+        learns_in: how: by "lesson", see :meth:`lesson`, from the model's own attention; by "ablation", from what the
+            loss does without each token; or in "finetune", with the model.
         gates: whether it also weighs what the layer adds to a token, with gradients, see :class:`Worth`.
         own_threshold: what a token has to reach where nobody says how many attend; None for a score that is a ranking.
         least: the smallest share of a layer's patches that it can choose.

@@ -5,6 +5,7 @@ At each layer the threshold is the value below which as large a share of all pat
 skips there, found in one forward pass, since what a layer sees depends on what the layers before it did.
 """
 
+import copy
 import functools
 from dataclasses import replace
 from typing import Any
@@ -13,17 +14,20 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
+from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
 from tosa_convert.planning.search import Plan, Search, Spread
 from tosa_convert.planning.trial import ahead
-from tosa_convert.selective.conversion import convert, light_copy
-from tosa_convert.selective.selection import Selection, selective_blocks
+from tosa_convert.selective.conversion import convert, light_copy, original
+from tosa_convert.selective.selection import Selection, choosing_blocks, keeps_any_number, selective_blocks
 
 FEWEST = 4
 """Images for a plan whose numbers of tokens are to differ between images."""
 COUNTS = 6
 """How often the multiply–adds are counted to meet the budget, each time over all images."""
+HALVINGS = 20
+"""How often the way is halved on which thresholds are moved."""
 NEAR = 0.002
 """Share of the MACs by which a plan may stay below its budget."""
 DIGITS = 6
@@ -78,6 +82,42 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
         rivals={"as many tokens for every image": before.mean().item()},
         spread=spread,
     )
+
+
+def at_mean(model: nn.Module, images: torch.Tensor, budget: float) -> nn.Module:
+    """A copy of a conversion with thresholds, all of them moved by one number so that the mean multiply–adds over
+    images (B, C, H, W) are at most a share of the original's, and close to it.
+
+    Raises:
+        UsageError: the conversion has no thresholds, or the budget cannot be reached by moving them.
+    """
+    if not keeps_any_number(model):
+        raise UsageError("this conversion keeps a number of tokens; at_mean is for thresholds")
+    share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
+    blocks = choosing_blocks(moved)
+    before = [block.selection.threshold for block in blocks]
+    observe(moved, images)
+    scores = [value[value.isfinite()].abs().max().item() for value in blocks[0].selection.current.state.scores.values()]
+    high = 2 * max(*scores, *map(abs, before)) + 1.0  # raised by so much no token reaches a threshold
+    low, best = -high, None
+    for _ in range(HALVINGS):
+        by = (low + high) / 2
+        for block, threshold in zip(blocks, before, strict=True):
+            block.selection.threshold = threshold + by
+        share = share_of.of(moved, images)
+        if share > budget:
+            low = by
+            continue
+        high = best = by
+        if share > budget - NEAR:
+            break
+    if best is None:
+        raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+    for block, threshold in zip(blocks, before, strict=True):
+        block.selection.threshold = threshold + best
+    reached = [block.selection.threshold for block in selective_blocks(moved)]
+    moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": reached})
+    return moved
 
 
 class _Thresholds:

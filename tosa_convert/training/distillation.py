@@ -50,7 +50,7 @@ def distill(
     """
     check_distillable(model)
     settings = settings or DistillSettings()
-    if model.tosa_config.part(Score).learns_in == "impact":
+    if model.tosa_config.part(Score).learns_in == "ablation":
         return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
     images = Images(data, preprocessing_of(model), settings.augment, seed)

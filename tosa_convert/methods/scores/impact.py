@@ -28,7 +28,7 @@ class Impact(Score):
 
     reads = Reads.TOKENS
     learns = True
-    learns_in = "impact"
+    learns_in = "ablation"
     own_threshold = 0.0
 
     def setup(self, site: Site) -> None:

@@ -20,7 +20,7 @@ class Mutual(Score):
         self.prefix = site.prefix
 
     def score(self, view: View):
-        scores, units = self.worth(view)
+        scores, units = self.worth(view)[:2]
         choice = choose_best(scores, self.prefix, keep_count(view.patches, view.steps))
         return match(units, self.prefix, choice) if view.partners else choice
 

@@ -1,0 +1,95 @@
+"""SPA and token impact on Fashion-MNIST, where an object's silhouette is a true selection label: top-1 after a short
+fine-tuning, beside random selection of as many tokens per image and a plan whose images keep as many as they need.
+
+    python benchmarks/gates.py --out benchmarks/results/gates.json
+
+The quickstart's model and its images. Thresholds are set so that the mean over training images meets each budget of the
+multiply–adds; all methods are fine-tuned alike, SPA with its gates first at its own threshold for as many steps. The
+gates learn with silhouettes (``spa``) and with the original's attention (``spa, no masks``). Takes half an hour on a
+core.
+"""
+
+import argparse
+import copy
+import tempfile
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import record
+from PIL import Image
+
+from tosa_convert import DistillSettings, FinetuneSettings, convert, distill, evaluate, finetune, flops, load
+from tosa_convert.data.images import sample
+from tosa_convert.measure.evaluation import random_control
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.plan import find_plan
+
+BUDGETS = (0.8, 0.65, 0.5)
+METHODS = ("spa", "spa, no masks", "impact", "adaptive plan")
+SHORT = {"batch_size": 64, "augment": "flip"}
+EXAMPLES, IMAGES = 200, 48
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gates.json"))
+    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(str(files("tosa_convert") / "assets" / "fashion_sample.zip")) as archive:
+            archive.extractall(folder)
+        train, test, masks = (Path(folder) / name for name in ("train", "test", "masks"))
+        silhouettes(train, masks)
+        model, rows = load("quickstart"), []
+        original = evaluate(model, test)
+        for seed in arguments.seeds:
+            for budget in BUDGETS:
+                for name in METHODS:
+                    for row in measure(model, name, budget, seed, arguments.steps, train, test, masks):
+                        rows.append({"budget": budget, "seed": seed, **row})
+                        print(rows[-1], flush=True)
+                        found = {"images": original["images"], "original": original["models"]["model"]["top1"]}
+                        record.write(arguments.out, {**found, "steps": arguments.steps, "rows": rows})
+
+
+def silhouettes(train: Path, masks: Path) -> None:
+    """Every pixel of an object is brighter than the black behind it."""
+    masks.mkdir()
+    for file in train.rglob("*.png"):
+        pixels = np.asarray(Image.open(file).convert("L"))
+        Image.fromarray(((pixels > 16) * 255).astype(np.uint8)).save(masks / file.name)
+
+
+def measure(model, name: str, budget: float, seed: int, steps: int, train: Path, test: Path, masks: Path):
+    """The rows of a method and of its control."""
+    images = sample(train, preprocessing_of(model), IMAGES)[0]
+    settings, extra = FinetuneSettings(steps=steps, **SHORT), {}
+    learnt = {}
+    if name == "adaptive plan":
+        converted = convert(copy.deepcopy(model), find_plan(model, images, budget, adaptive=True).config)
+    elif name == "impact":
+        converted = convert(copy.deepcopy(model), method="impact")
+        learnt = distill(converted, train, DistillSettings(steps=300, examples=EXAMPLES, **SHORT), seed=seed)
+    else:
+        converted = convert(copy.deepcopy(model), method="spa")
+        extra = {} if "," in name else {"masks": masks}
+        finetune(converted, train, settings.model_copy(update={"selection": 1.0}), seed=seed, **extra)
+    if name != "adaptive plan":
+        converted = at_mean(converted, images, budget)
+    before = evaluate(converted, test)["models"]["model"]["top1"]
+    random = random_control(converted, seed)
+    for kind, each in ((name, converted), (f"random as {name}", random)):
+        finetune(each, train, settings, seed=seed, **(extra if each is converted else {}))
+        cost = flops(each, images=sample(test, preprocessing_of(model), IMAGES)[0])
+        shares = {key: getattr(cost, key) / cost.original for key in ("macs", "least", "most")}
+        top1 = evaluate(each, test)["models"]["model"]["top1"]
+        known = {key: learnt[key] for key in ("precision", "recall", "kept") if key in learnt}
+        yield {"method": kind, **shares, "finetuned": top1, **({"top1": before, **known} if each is converted else {})}
+
+
+if __name__ == "__main__":
+    main()
