@@ -82,6 +82,13 @@ class _Options:
         Attention | None, typer.Option(help="mctf's: fused ahead, or worked out again", show_default="ahead")
     ]
     compare_by: Annotated[CompareBy | None, typer.Option(help="what similarity compares", show_default="normed")]
+    rho: Annotated[
+        float | None,
+        typer.Option(help="impact's: loss without a token that keeps it", show_default="by --kept"),
+    ]
+    kept: Annotated[
+        float | None, typer.Option(help="impact's: share of tokens labelled to be kept", show_default="0.5")
+    ]
     relative: Annotated[
         float | None,
         typer.Option(help="with a threshold: power by which similarity goes by an image's mean", show_default="0"),

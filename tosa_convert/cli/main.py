@@ -102,6 +102,10 @@ def distill(
     precision: PrecisionOption = None,
     workers: Workers = None,
     seed: Seed = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="images to work out token impact on", show_default="256", callback=at_least(1)),
+    ] = None,
     device: Device = None,
     resume: Resume = False,
     as_json: Json = False,
@@ -144,6 +148,20 @@ def finetune(
     ] = None,
     consistency: Annotated[
         float | None, typer.Option(help="weight of mctf's second pass", show_default="1 with method mctf")
+    ] = None,
+    selection: Annotated[
+        float | None,
+        typer.Option(help="weight of spa's loss on selection labels", show_default="0.01 with method spa"),
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="selection labels: a folder of PNG masks named like the images",
+            show_default="the original's attention",
+        ),
+    ] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="selection labels: boxes in a COCO file", show_default=False)
     ] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="learn from the original alone, without labels")] = False,
     augment: AugmentOption = None,

@@ -77,8 +77,10 @@ def make_recipe(path: str | None, stage: str, options: dict):
             before.pop(other, None)
     plan[stage] = build(kind, {**before, **typed})
     plan["convert"] = build(ConvertConfig, over(plan.get("convert", {}), options["conversion"]))
-    if options.get("data") is not None:
-        plan["data"] = {**plan.get("data", {}), "train": options["data"]}
+    named = {"train": options.get("data"), "masks": options.get("masks"), "boxes": options.get("boxes")}
+    given = {name: value for name, value in named.items() if value is not None}
+    if given:
+        plan["data"] = {**plan.get("data", {}), **given}
     return build(Recipe, {**plan, **_given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))})
 
 

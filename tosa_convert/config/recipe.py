@@ -16,12 +16,17 @@ Pixels = Annotated[int, Field(ge=1)]
 
 
 class Data(BaseModel):
-    """Folders of images. Without ``train`` the built-in photos serve, without ``eval`` the training folder."""
+    """Folders of images. Without ``train`` the built-in photos serve, without ``eval`` the training folder.
+
+    ``masks``, a folder, or ``boxes``, a COCO file, say what in the training images matters, for gates.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     train: str | None = None
     eval: str | None = None
+    masks: str | None = None
+    boxes: str | None = None
 
 
 class Recipe(BaseModel):

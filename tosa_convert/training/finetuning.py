@@ -1,12 +1,13 @@
 """Stage 2: the model learns to work with its layers selective; the selectors do not move."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from timm.data import Mixup
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
@@ -119,6 +120,12 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
         UsageError: nothing is learnt from masks, or they cannot go along with the images.
     """
     if masks is None:
+        if weights["selection"]:
+            warnings.warn(
+                "no masks and no boxes are given: the gates learn to select what the original's last layer attends to",
+                TosaWarning,
+                stacklevel=3,
+            )
         return
     if not weights["selection"]:
         raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")

@@ -276,6 +276,8 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
     options = {"seed": recipe.seed, "device": device, "progress": progress}
+    if name == "finetune":
+        options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
     try:
         figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
     except TosaError:

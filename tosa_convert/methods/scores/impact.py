@@ -1,7 +1,10 @@
 """Token impact's filter (DL-ViT, arXiv 2305.14840, section 3): which tokens the loss would miss."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from tosa_convert.methods import parts
@@ -24,7 +27,7 @@ class Impact(Score):
         """
 
         rho: float | None = None
-        kept: float = 0.5
+        kept: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     reads = Reads.TOKENS
     learns = True

@@ -1,0 +1,284 @@
+"""SPA's gates and their selection labels; token impact and its filter."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lively, write_images
+from families import FAMILIES, SMALL
+from PIL import Image
+from test_contract import close, first
+from timm.models.vision_transformer import VisionTransformer
+
+from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
+from tosa_convert.data.images import Augmentation, Images
+from tosa_convert.data.masks import Boxes, MaskFolder, masks_of
+from tosa_convert.export.onnx import export_onnx
+from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen_tokens, selective_blocks
+from tosa_convert.tasks.task import task_of
+from tosa_convert.training.impact import FILE, impact_of
+
+
+def photos(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def vit(**options) -> VisionTransformer:
+    torch.manual_seed(0)
+    return lively(VisionTransformer(**{**SMALL, **options}))
+
+
+def gated(**options):
+    """With gates that differ from token to token and image to image."""
+    model = convert(vit(), **{"method": "spa", **options})
+    generator = torch.Generator().manual_seed(5)
+    for block in choosing_blocks(model):
+        block.selector.linear.weight.data = torch.randn(block.selector.linear.weight.shape, generator=generator) / 4
+        block.selector.linear.bias.data.fill_(0.3)
+    return model
+
+
+def test_a_pretrained_model_begins_as_it_was():
+    model, images = vit(), photos()
+    converted = convert(copy.deepcopy(model), method="spa", start=40.0)
+    assert converted.tosa_config.threshold == 0.0
+    assert converted.tosa_config.layers == [4, 5, 6], "the second half"
+    assert close(first(run(converted, images)), first(run(model, images)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bypass", ["identity", "merge"])
+def test_a_gate_selects_by_the_higher_of_two_logits_and_weighs_what_a_layer_adds(bypass):
+    model = gated(
+        **({} if bypass == "identity" else {"method": None, "score": "gate", "bypass": bypass, "layers": [4, 5, 6]})
+    )
+    images, seen = photos(), {}
+    for block in selective_blocks(model):
+        hook = lambda _, given, output, layer=block.selection.layer: seen.update({layer: (given[0], output)})  # noqa: E731
+        block.register_forward_hook(hook)
+    run(model, images)
+    before = torch.full((4, 17), -torch.inf)
+    for block in selective_blocks(model):
+        layer = block.selection.layer
+        entered, left = seen[layer]
+        before = torch.maximum(block.selector.linear(block.norm1(entered))[..., 0], before)
+        for image, tokens in enumerate(chosen_tokens(model)[layer]):
+            wanted = {0, *[token for token in range(1, 17) if before[image, token] >= 0]}
+            assert set(tokens.tolist()) == wanted or len(tokens) == 2
+            if bypass == "identity":
+                own = entered[image, tokens][None]
+                updated = _plain(block, own)
+                expected = own + before[image, tokens].sigmoid()[None, :, None] * (updated - own)
+                assert close(left[image, tokens][None], expected)
+
+
+def _plain(block, tokens):
+    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+@torch.no_grad()
+def test_in_evaluation_a_batch_equals_its_images():
+    model, images = gated(), photos()
+    alone = torch.cat([first(run(model, image[None])) for image in images])
+    assert close(first(run(model, images)), alone)
+    assert len({len(tokens) for tokens in chosen_tokens(model)[4]}) >= 1
+
+
+def test_gates_learn_from_the_task_and_from_labels():
+    model, images = gated().train(), photos()
+    torch.manual_seed(1)
+    first(run(model, images)).square().sum().backward()
+    for block in choosing_blocks(model):
+        assert block.selector.linear.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    state = choosing_blocks(model)[0].selection.current
+    first(run(model, images))
+    F.binary_cross_entropy_with_logits(state.state.gates[6], torch.ones(4, 17)).backward()
+    assert choosing_blocks(model)[-1].selector.linear.weight.grad.abs().sum() > 0
+
+
+def test_the_file_of_a_gated_model(tmp_path):
+    assert export_onnx(gated(), tmp_path).passed
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Images whose bright rectangle is the mask, and boxes that say the same."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    write_images(images, 6, ["a", "b", "c", "d", "e"])
+    masks.mkdir()
+    boxes: dict = {"images": [], "annotations": []}
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        left, top = 4 + number % 5, 6 + number % 3
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        pixels[top : top + 12, left : left + 14] = 255
+        fresh = file.with_name(f"{number:03d}.png")
+        file.unlink()
+        Image.fromarray(pixels).save(fresh)
+        Image.fromarray(pixels[..., 0]).save(masks / fresh.name)
+        boxes["images"].append({"id": number, "file_name": f"x/{fresh.name}"})
+        boxes["annotations"].append({"image_id": number, "bbox": [left, top, 14, 12]})
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    return images, masks, tmp_path / "boxes.json"
+
+
+@pytest.mark.parametrize("kind", ["crop", "flip", "none"])
+@pytest.mark.parametrize("place", [1, 2])
+def test_masks_and_boxes_go_along_with_their_images(labelled, kind, place):
+    preprocessing = Preprocessing(size=(32, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    images = Images(labelled[0], preprocessing, Augmentation(kind), seed=3)
+    plain = Images(labelled[0], preprocessing, Augmentation(kind), seed=3)
+    images.masks = (MaskFolder, Boxes)[place - 1](labelled[place])
+    for draw in range(8):
+        image, same = images[draw, draw % len(images)][0], plain[draw, draw % len(plain)][0]
+        assert torch.equal(image[:3], same), "the mask changes nothing about the image"
+        brightness = image[0] * 0.2 + 0.4
+        assert torch.allclose(brightness, image[3], atol=0.02)
+
+
+def test_spa_learns_where_masks_are(labelled):
+    model = convert(vit(), method="spa", start=0.0)
+    settings = FinetuneSettings(steps=60, batch_size=8, lr=3e-3, selection=1.0, labels=0.0, logits=0.0, features=0.0)
+    figures = finetune(model, labelled[0], settings.model_copy(update={"augment": "none"}), masks=labelled[1])
+    assert figures["selection"] < 3 * 0.69 * 0.8, "better than by chance, over three layers"
+
+
+def test_without_masks_the_original_s_attention_is_the_label(labelled):
+    with pytest.warns(match="what the original's last layer attends to"):
+        figures = finetune(convert(vit(), method="spa"), labelled[0], FinetuneSettings(steps=2, batch_size=4))
+    assert figures["selection"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": "nowhere"}, "holds no masks"),
+        ({"boxes": "nowhere"}, "no COCO file"),
+        ({"masks": 1, "boxes": 2}, "leave out one of the two"),
+        ({"masks": 1, "settings": {"mixup": 0.5}}, "crops and mirrors only"),
+        ({"masks": 1, "convert": {"score": "norm"}}, "for score gate"),
+    ],
+)
+def test_selection_labels_that_make_no_sense(labelled, options, message):
+    settings = FinetuneSettings(steps=1, batch_size=4, **options.pop("settings", {}))
+    model = convert(vit(), **options.pop("convert", {"method": "spa"}))
+    files = {name: labelled[place] if isinstance(place, int) else place for name, place in options.items()}
+    with pytest.raises(UsageError, match=message):
+        finetune(model, labelled[0], settings, **files)
+
+
+def test_masks_that_do_not_fit(labelled, tmp_path):
+    folder = MaskFolder(labelled[1])
+    with pytest.raises(UsageError, match=r"nothing for 1 of 2 images: new.png"):
+        folder.check(["000.png", "new.png"])
+    with pytest.raises(TosaError, match="is 32×32 and the image 28×28"):
+        folder.mask("000.png", (28, 28))
+    with pytest.raises(TosaError, match="outside the image of 10×10"):
+        Boxes(labelled[2]).mask("000.png", (10, 10))
+    assert masks_of(None, None) is None
+
+
+@torch.no_grad()
+def test_impact_is_the_loss_without_a_token_less_the_loss_with_all():
+    model, image = vit(), photos(1)
+    converted = convert(copy.deepcopy(model), method="impact")
+    for label in (2, None):
+        found = impact_of(converted, task_of(converted), image, label)
+        whole = model(image)
+
+        def loss(logits, label=label, whole=whole):
+            if label is not None:
+                return F.cross_entropy(logits, torch.tensor([label]))
+            return F.kl_div(logits.log_softmax(-1), whole.log_softmax(-1), log_target=True, reduction="sum")
+
+        tokens = model._pos_embed(model.patch_embed(image))
+        assert torch.allclose(found.tokens, tokens[0, 1:])
+        for place in range(16):
+            left = tokens.clone()
+            left[:, place + 1] = 0
+            logits = model.forward_head(model.norm(model.blocks(left)))
+            assert found.impact[place] == pytest.approx((loss(logits) - loss(whole)).item(), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm vit", "hf DINOv3ViTModel", "timm eva02"])
+def test_tokens_that_are_filtered_are_gone_from_all_layers(name):
+    torch.manual_seed(0)
+    model, images = lively(FAMILIES[name]()), photos(3)
+    converted = at_mean(convert(copy.deepcopy(model), method="impact"), images, 0.8)
+    found = run(converted, images)
+    chosen = chosen_tokens(converted)
+    assert [len(tokens) for tokens in chosen[1]] == [len(tokens) for tokens in chosen[6]]
+    alone = [run(converted, image[None]) for image in images]
+    for output, value in found.items():
+        assert close(value, torch.cat([each[output] for each in alone]))
+    if name == "timm vit":
+        for image, tokens, logits in zip(images, chosen[1], found["logits"], strict=True):
+            kept = model._pos_embed(model.patch_embed(image[None]))[:, tokens]
+            assert close(model.forward_head(model.norm(model.blocks(kept))), logits[None])
+
+
+def test_a_filter_learns_and_goes_on_where_it_was(tmp_path, labelled):
+    settings = DistillSettings(steps=40, examples=10, batch_size=4)
+
+    def learnt(out, resume=False):
+        model = convert(vit(), method="impact")
+        return distill(model, labelled[0], settings, out=out, resume=resume), model
+
+    figures, model = learnt(tmp_path / "one")
+    assert 0 <= figures["precision"] <= 1
+    assert 0 < figures["kept"] < 1
+    assert figures["images"] == 6, "all there are"
+    kept = (tmp_path / "one" / FILE).read_bytes()
+    again, same = learnt(tmp_path / "one", resume=True)
+    assert again == figures
+    assert (tmp_path / "one" / FILE).read_bytes() == kept
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
+    with all_tokens(model), torch.no_grad():
+        assert close(first(run(model, photos())), first(run(vit(), photos()))), "the model itself does not move"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rho": 1e9}, "labels none of the tokens"), ({"rho": -1e9}, "labels all of the tokens")],
+)
+def test_a_rho_that_tells_nothing_apart(labelled, options, message):
+    with pytest.raises(UsageError, match=message):
+        distill(convert(vit(), method="impact", **options), labelled[0], DistillSettings(steps=1, examples=3))
+
+
+def test_gates_are_not_distilled():
+    with pytest.raises(UsageError, match="learns in finetune"):
+        distill(convert(vit(), method="spa"))
+
+
+@pytest.mark.parametrize("method", ["spa", "impact"])
+def test_thresholds_are_moved_to_a_mean(method):
+    model, images = gated() if method == "spa" else convert(vit(), method="impact"), photos(6)
+    found = at_mean(model, images, 0.85)
+    share = MacsShare(vit()).of(found, images)
+    assert 0.78 < share <= 0.85
+    with pytest.raises(UsageError, match="give a higher budget"):
+        at_mean(model, images, 0.01)
+    with pytest.raises(UsageError, match="at_mean is for thresholds"):
+        at_mean(convert(vit(), score="norm"), images, 0.5)
+
+
+def test_a_run_of_the_quickstart_model_keeps_its_gates(tmp_path):
+    from tosa_convert import save
+
+    model = convert(load("quickstart"), method="spa")
+    save(model, tmp_path / "run")
+    again = load(tmp_path / "run")
+    images = torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(first(run(again.eval(), images)), first(run(model.eval(), images)))
+    assert adapter_of(again).blocks[-1].selector is not None
