@@ -77,7 +77,7 @@ def measure(model, name: str, budget: float, seed: int, steps: int, train: Path,
     else:
         converted = convert(copy.deepcopy(model), method="spa")
         extra = {} if "," in name else {"masks": masks}
-        finetune(converted, train, settings.model_copy(update={"selection": 1.0}), seed=seed, **extra)
+        finetune(converted, train, settings.model_copy(update={"gates": 1.0}), seed=seed, **extra)
     if name != "adaptive plan":
         converted = at_mean(converted, images, budget)
     before = evaluate(converted, test)["models"]["model"]["top1"]

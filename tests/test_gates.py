@@ -146,15 +146,15 @@ def test_masks_and_boxes_go_along_with_their_images(labelled, kind, place):
 
 def test_spa_learns_where_masks_are(labelled):
     model = convert(vit(), method="spa", start=0.0)
-    settings = FinetuneSettings(steps=60, batch_size=8, lr=3e-3, selection=1.0, labels=0.0, logits=0.0, features=0.0)
+    settings = FinetuneSettings(steps=60, batch_size=8, lr=3e-3, gates=1.0, labels=0.0, logits=0.0, features=0.0)
     figures = finetune(model, labelled[0], settings.model_copy(update={"augment": "none"}), masks=labelled[1])
-    assert figures["selection"] < 3 * 0.69 * 0.8, "better than by chance, over three layers"
+    assert figures["gates"] < 3 * 0.69 * 0.8, "better than by chance, over three layers"
 
 
 def test_without_masks_the_original_s_attention_is_the_label(labelled):
     with pytest.warns(match="what the original's last layer attends to"):
         figures = finetune(convert(vit(), method="spa"), labelled[0], FinetuneSettings(steps=2, batch_size=4))
-    assert figures["selection"] > 0
+    assert figures["gates"] > 0
 
 
 @pytest.mark.parametrize(

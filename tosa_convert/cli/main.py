@@ -149,7 +149,7 @@ def finetune(
     consistency: Annotated[
         float | None, typer.Option(help="weight of mctf's second pass", show_default="1 with method mctf")
     ] = None,
-    selection: Annotated[
+    gates: Annotated[
         float | None,
         typer.Option(help="weight of spa's loss on selection labels", show_default="0.01 with method spa"),
     ] = None,

@@ -95,6 +95,8 @@ class FinetuneSettings(TrainSettings):
         cut: weight of IdleViT's token cut loss. None: 1 with method idle, else 0.
         consistency: weight of MCTF's consistency of passes with more and with fewer tokens. None: 1 with method mctf
             or mctf_fast, else 0.
+        gates: weight of the loss on selection labels of score gate, summed over layers. None: 0.01 with method spa, else
+            0.
         smoothing: of the labels in the cross-entropy.
         temperature: of the logits in the KL.
         scale: least and largest share of the area that augment "crop" takes.
@@ -116,7 +118,7 @@ class FinetuneSettings(TrainSettings):
     features: NotNegative | None = None
     cut: NotNegative | None = None
     consistency: NotNegative | None = None
-    selection: NotNegative | None = None
+    gates: NotNegative | None = None
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Positive = 1.0
     scale: Annotated[tuple[Share, Share], Strict(False)] = (0.5, 1.0)

@@ -120,14 +120,14 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
         UsageError: nothing is learnt from masks, or they cannot go along with the images.
     """
     if masks is None:
-        if weights["selection"]:
+        if weights.get("gates"):
             warnings.warn(
                 "no masks and no boxes are given: the gates learn to select what the original's last layer attends to",
                 TosaWarning,
                 stacklevel=3,
             )
         return
-    if not weights["selection"]:
+    if not weights.get("gates"):
         raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
     if settings.aa or settings.reprob or settings.mixup or settings.cutmix or images.reader.streams:
         raise UsageError(
@@ -169,7 +169,7 @@ class SelectiveFinetuning(nn.Module):
         self.teacher = (teacher,)  # in a tuple, so that it is neither trained nor checkpointed nor wrapped
         for block in choosing_blocks(model):
             block.selector.requires_grad_(block.selector.gates)
-        wanted = [kind for kind in every_loss() if weights[kind.name()]]
+        wanted = [kind for kind in every_loss() if weights.get(kind.name())]
         mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": settings.smoothing}
         mixes = settings.mixup or settings.cutmix
         self.mix = Mixup(**mixing, num_classes=outputs_of(model)) if mixes else None

@@ -11,7 +11,7 @@ from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.training.loss import Loss
 
 
-class Selection(Loss):
+class Gates(Loss):
     """The labels are masks or boxes of the images, rasterised to patches; without any, what the last layer of the
     original attends to above average: from the class token, or from all tokens where there is none."""
 
@@ -28,7 +28,7 @@ class Selection(Loss):
     @classmethod
     def check(cls, situation):
         if not situation.model.tosa_config.part(Score).gates:
-            raise UsageError("the selection loss is for score gate, as in SPA; set selection to 0")
+            raise UsageError("the selection loss is for score gate, as in SPA; set gates to 0")
 
     def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """Queries and keys of the original's last layer, (B, H, N, D)."""
