@@ -95,8 +95,8 @@ class FinetuneSettings(TrainSettings):
         cut: weight of IdleViT's token cut loss. None: 1 with method idle, else 0.
         consistency: weight of MCTF's consistency of passes with more and with fewer tokens. None: 1 with method mctf
             or mctf_fast, else 0.
-        gates: weight of the loss on selection labels of score gate, summed over layers. None: 0.01 with method spa, else
-            0.
+        gates: weight of the loss on selection labels of score gate, summed over layers. None: 0.01 with method spa,
+            else 0.
         smoothing: of the labels in the cross-entropy.
         temperature: of the logits in the KL.
         scale: least and largest share of the area that augment "crop" takes.
