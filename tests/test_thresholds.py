@@ -13,7 +13,7 @@ from test_contract import _mask, close, first
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tosa_convert import UsageError, convert, evaluate, find_plan, flops
+from tosa_convert import TosaError, UsageError, convert, evaluate, find_plan, flops
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
@@ -199,6 +199,17 @@ def test_partners_are_the_nearest_of_the_same_image(seed, batch, prefix):
         mine = [token for token in mine if token % count >= prefix]
         nearest = min(mine, key=lambda token: (flat[token] - flat[skipped]).square().sum().item())
         assert choice.attended[0, partner] == nearest
+
+
+def test_a_row_that_does_not_fit_says_how_long_it_is(monkeypatch):
+    model = at_the_middle(built("timm vit"), photos(), bypass="identity")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(model.blocks[1].mlp, "forward", full)
+    with pytest.raises(TosaError, match=r"4 images make a row of \d+ tokens of 48 channels.*--batch-size"):
+        run(model, photos())
 
 
 def test_no_image_loses_all_its_tokens():

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.score import Score
 from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
@@ -95,7 +96,22 @@ def run_row(
         packed: which tokens of which images these are.
         sizes: (1, K) for how many tokens each stands in the attention.
         normed: (1, K, D) what the block's first norm is to give.
+
+    Raises:
+        TosaError: the row does not fit into memory.
     """
+    try:
+        return _run_row(block, call, tokens, args, kwargs, packed, sizes, normed)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise TosaError(
+            f"{len(packed.lengths)} images make a row of {tokens.shape[1]} tokens of {tokens.shape[2]} channels, which "
+            "does not fit into memory; use a smaller batch (--batch-size)"
+        ) from error
+
+
+def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packed, sizes, normed) -> torch.Tensor:
     adapter, state, (lengths, places) = block.adapter, block.selection.current.state, packed
     if _as_one(block, adapter, args, kwargs):
         with _running(state, lengths), _WithinImages(lengths) as within:

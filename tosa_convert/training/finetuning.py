@@ -24,7 +24,6 @@ from tosa_convert.training.loss import Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
 from tosa_convert.training.optimisation import check_optimiser, drop_path, layer_scales
 
-
 GATES_RATE = 30.0
 """How many times the learning rate of the model gates have."""
 
