@@ -84,11 +84,11 @@ def measure(model, name: str, budget: float, seed: int, steps: int, train: Path,
     random = random_control(converted, seed)
     for kind, each in ((name, converted), (f"random as {name}", random)):
         finetune(each, train, settings, seed=seed, **(extra if each is converted else {}))
-        if name.startswith("spa"):  # gates go on learning, so their thresholds are set again
-            each = at_mean(each, images, budget)
-        cost = flops(each, images=sample(test, preprocessing_of(model), IMAGES)[0])
+        # Gates go on learning, so their thresholds are set again.
+        final = at_mean(each, images, budget) if name.startswith("spa") else each
+        cost = flops(final, images=sample(test, preprocessing_of(model), IMAGES)[0])
         shares = {key: getattr(cost, key) / cost.original for key in ("macs", "least", "most")}
-        top1 = evaluate(each, test)["models"]["model"]["top1"]
+        top1 = evaluate(final, test)["models"]["model"]["top1"]
         known = {key: learnt[key] for key in ("precision", "recall", "kept") if key in learnt}
         yield {"method": kind, **shares, "finetuned": top1, **({"top1": before, **known} if kind == name else {})}
 

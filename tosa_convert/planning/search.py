@@ -10,7 +10,6 @@ What fits a few dozen images need not fit others, so nothing is preferred to a p
 more than twice the standard error of the difference.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import NoReturn
@@ -41,7 +40,7 @@ from tosa_convert.planning.cost_model import Prices, price
 from tosa_convert.planning.resuming import Given, catching, resumed
 from tosa_convert.planning.shapes import PLAIN, Shapes, starts
 from tosa_convert.planning.trial import Trial, ahead
-from tosa_convert.selective.conversion import convert, set_ratios
+from tosa_convert.selective.conversion import convert, light_copy, set_ratios
 from tosa_convert.tasks.task import task_of
 
 SPANS = (1, 2, 3, 4)
@@ -135,7 +134,7 @@ class Search:
     def build(self, score: str, bypass: str) -> None:
         """A probe of these parts, with the options that were settled on."""
         parts = {"score": score, "bypass": bypass, "schedule": "all", **self.options}
-        self.probe = convert(copy.deepcopy(self.model), **parts, ratio=0.5)
+        self.probe = convert(light_copy(self.model), **parts, ratio=0.5)
         self.layers = self.probe.tosa_config.layers
 
     def price(self, by: str, runtime: str) -> None:
