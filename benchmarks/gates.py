@@ -4,9 +4,9 @@ fine-tuning, beside random selection of as many tokens per image and a plan whos
     python benchmarks/gates.py --out benchmarks/results/gates.json
 
 The quickstart's model and its images. Thresholds are set so that the mean over training images meets each budget of
-the MACs, of SPA before and after; all methods are fine-tuned alike, SPA with its gates first at its own threshold
-for as many steps. The gates learn with silhouettes (``spa``) and with the original's attention (``spa, no masks``). Takes
-half an hour on a core.
+the MACs, of SPA before and after; all methods are fine-tuned alike, SPA with its gates first at its own threshold for
+as many steps. The gates learn with silhouettes (``spa``) and with the attention of the original (``spa, no masks``).
+Takes half an hour on a core.
 """
 
 import argparse

@@ -42,7 +42,9 @@ def derived(content: dict) -> list[float]:
         top1, macs = content["results"]["top1"], content["results"]["macs"]
         values += [one - other for one, other in itertools.permutations(top1.values(), 2)]
         values += [each / macs["original"] for each in macs.values()]
-    methods = {(row["method"], row["budget"]): row for row in content.get("rows", []) if "patch" in row}
+    methods = {
+        (row["method"], row["budget"]): row for row in content.get("rows", []) if {"patch", "method"} <= row.keys()
+    }
     for (_, budget), row in methods.items():
         for name in ("tome", "mpm", "mctf"):
             rival = methods.get((name, budget), row)
