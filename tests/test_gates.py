@@ -282,3 +282,55 @@ def test_a_run_of_the_quickstart_model_keeps_its_gates(tmp_path):
     with torch.no_grad():
         assert torch.equal(first(run(again.eval(), images)), first(run(model.eval(), images)))
     assert adapter_of(again).blocks[-1].selector is not None
+
+
+def test_masks_are_found_by_the_folders_of_their_images(tmp_path):
+    for name, value in (("a", 0), ("b", 255)):
+        (tmp_path / "masks" / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / "masks" / name / "0.png")
+    folder = MaskFolder(tmp_path / "masks")
+    folder.check(["a/0.jpg", "b/0.jpg"])
+    assert np.asarray(folder.mask("a/0.jpg", (4, 4))).max() == 0
+    assert np.asarray(folder.mask("b/0.jpg", (4, 4))).min() == 255
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(np.eye(4, dtype=np.uint8)).save(tmp_path / "flat" / "0.png")
+    flat = MaskFolder(tmp_path / "flat")
+    assert np.asarray(flat.mask("a/0.jpg", (4, 4))).sum() == 4 * 255, "0 and 1 are labels"
+    with pytest.raises(UsageError, match=r"has one 0 for a/0\.jpg, b/0\.jpg"):
+        flat.check(["a/0.jpg", "b/0.jpg"])
+    (tmp_path / "flat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(TosaError, match="cannot read the mask"):
+        flat.mask("0.jpg", (4, 4))
+
+
+@pytest.mark.parametrize("box", [[1, 2], [0, 0, 0, 5], [0, 0, float("nan"), 5], [10, 10, -4, -4]])
+def test_boxes_that_are_none(tmp_path, box):
+    annotations = [{"image_id": 1, "bbox": box}]
+    content = {"images": [{"id": 1, "file_name": "x/0.jpg"}], "annotations": annotations}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"a box of x/0 is \["):
+        Boxes(tmp_path / "boxes.json")
+    (tmp_path / "boxes.json").write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(UsageError, match="no boxes at all"):
+        Boxes(tmp_path / "boxes.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "impact", "rho": 0.1, "kept": 0.3}, "leave out one of the two"),
+        ({"score": "similarity", "relative": 0.5, "ratio": 0.5}, "relative goes with a threshold"),
+    ],
+)
+def test_options_that_mean_nothing_together(options, message):
+    with pytest.raises(UsageError, match=message):
+        convert(vit(), **options)
+
+
+def test_what_cannot_be_traced_or_exported_says_so():
+    model, images = convert(vit(), score="norm", threshold=2.0, layers=[2, 4]), photos()
+    with pytest.raises(TosaError, match="cannot be traced"):
+        torch.jit.trace(model, (images[:1],), check_trace=False)
+    with pytest.raises(Exception, match="give an example of batch 1"):
+        torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert first(run(model, images[:0])).shape == (0, 5)

@@ -289,7 +289,7 @@ def test_an_adaptive_plan_is_the_same_again(small, adaptive, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "count", "message"),
     [
-        ({"adaptive": True}, 2, "2 images do not show how images differ"),
+        ({"adaptive": True}, 2, "from 2 of them it cannot be seen"),
         ({"adaptive": True, "max_macs": 0.7}, 9, "raise --max-macs"),
         ({"max_macs": 0.9}, 9, "give adaptive too"),
     ],

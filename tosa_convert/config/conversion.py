@@ -176,7 +176,8 @@ class ConvertConfig(BaseModel):
                 known |= self.part(kind).Options(**given).model_dump()
             except ValidationError as error:
                 item = error.errors()[0]
-                raise ValueError(f"{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}") from None
+                name = f"{item['loc'][0]}: " if item["loc"] else ""
+                raise ValueError(f"{name}{item['msg'].removeprefix('Value error, ')}") from None
         if extra:
             unknown = unknown_options(self.model_dump())
             raise ValueError("; ".join(f"{name}: {message}" for name, message in unknown.items()))

@@ -126,10 +126,10 @@ class Images(Dataset):
         try:
             content, state = self.reader.open(index), _random_state()
             image = self.decoded(content)
-            if self.masks is not None:
-                image = torch.cat([image, self._mask(index, state)])
         except UNREADABLE:
             return None, None, self.reader.filename(index)
+        if self.masks is not None:
+            image = torch.cat([image, self._mask(index, state)])
         return image, self.label(index), None
 
     def _mask(self, index: int, state: tuple) -> torch.Tensor:

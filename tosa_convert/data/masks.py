@@ -1,94 +1,127 @@
 """Selection labels of images: which pixels matter, from PNG files of the same names or the boxes of a COCO file."""
 
 import json
+import math
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from tosa_convert.base.errors import TosaError, UsageError
 
 
 class Masks(ABC):
-    """Pixels that matter, by the name of the image."""
+    """Pixels that matter, by the name of the image: its path without the ending, or else its last part.
 
-    place: Path
+    Args:
+        place: where they come from, for messages.
+        known: names without endings.
+    """
 
-    @abstractmethod
-    def names(self) -> set[str]:
-        """Of the images that it knows, without folders and endings."""
+    def __init__(self, place: str | Path, known: list[str]):
+        self.place, self.paths = place, set(known)
+        stems = Counter(PurePosixPath(name).name for name in known)
+        self.stems = {PurePosixPath(name).name: name for name in known if stems[PurePosixPath(name).name] == 1}
 
     @abstractmethod
     def mask(self, name: str, size: tuple[int, int]) -> Image.Image:
         """(width, height) of an image → its mask, "L", 255 where a pixel matters."""
 
+    def find(self, name: str) -> str | None:
+        """What is known of an image by its own path, or by the last part of it."""
+        path = PurePosixPath(name).with_suffix("")
+        return str(path) if str(path) in self.paths else self.stems.get(path.name)
+
     def check(self, files: list[str]) -> None:
         """
         Raises:
-            UsageError: some of the images have none; up to five are named.
+            UsageError: some of the images have none, or several the same; up to five are named.
         """
-        missing = [file for file in files if Path(file).stem not in self.names()]
+        found = {file: self.find(file) for file in files}
+        missing = [file for file, name in found.items() if name is None]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise UsageError(
                 f"{self.place} has nothing for {len(missing)} of {len(files)} images: {', '.join(missing[:5])}{more}; "
                 "give every image its own, an empty one where nothing matters"
             )
+        twice = next((name for name, count in Counter(found.values()).items() if count > 1), None)
+        if twice is not None:
+            same = [file for file, name in found.items() if name == twice]
+            raise UsageError(
+                f"{self.place} has one {twice} for {', '.join(same[:3])}; name masks with the folders of the images"
+            )
 
 
 class MaskFolder(Masks):
-    """A folder of PNG files: every pixel above half matters."""
+    """A folder of PNG files: a pixel matters that is above half, or that is not 0 where there are only 0 and 1."""
 
     def __init__(self, place: str | Path):
-        self.place = Path(place)
-        self.files = {file.stem: file for file in sorted(self.place.rglob("*.png"))}
+        folder = Path(place)
+        self.files = {
+            file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.png"))
+        }
         if not self.files:
             raise UsageError(f"{place} holds no masks; give a folder of PNG files named like the images")
-
-    def names(self):
-        return set(self.files)
+        super().__init__(place, list(self.files))
 
     def mask(self, name, size):
-        with Image.open(self.files[Path(name).stem]) as opened:
-            found = opened.convert("L")
-        if found.size != size:
+        file = self.files[str(self.find(name))]
+        try:
+            with Image.open(file) as opened:
+                deep = opened.mode.startswith("I")
+                values = np.asarray(opened if deep else opened.convert("L"))
+        except OSError as error:
+            raise TosaError(f"cannot read the mask {file} ({type(error).__name__}); give another PNG file") from None
+        if values.shape[::-1] != size:
+            height, width = values.shape
             raise TosaError(
-                f"the mask of {name} is {found.width}×{found.height} and the image {size[0]}×{size[1]}; make them one "
-                "size"
+                f"the mask of {name} is {width}×{height} and the image {size[0]}×{size[1]}; make them one size"
             )
-        return found.point(lambda value: 255 if value > 127 else 0)
+        half = 0 if values.max() <= 1 else (65535 if deep else 255) / 2
+        return Image.fromarray(np.where(values > half, 255, 0).astype(np.uint8))
 
 
 class Boxes(Masks):
     """The boxes of a COCO file: what is inside one matters."""
 
     def __init__(self, place: str | Path):
-        self.place = Path(place)
         try:
-            content = json.loads(self.place.read_text(encoding="utf-8"))
-            stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
-            boxes = [(stems[each["image_id"]], tuple(map(float, each["bbox"]))) for each in content["annotations"]]
+            content = json.loads(Path(place).read_text(encoding="utf-8"))
+            names = {
+                image["id"]: PurePosixPath(image["file_name"]).with_suffix("").as_posix() for image in content["images"]
+            }
+            boxes = [
+                (names[each["image_id"]], [float(side) for side in each["bbox"]]) for each in content["annotations"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{place} is no COCO file with images and annotations ({type(error).__name__}: {error}); give one with "
                 "images: id, file_name and annotations: image_id, bbox"
             ) from None
-        self.boxes: dict[str, list[tuple[float, ...]]] = {stem: [] for stem in stems.values()}
-        for stem, box in boxes:
-            self.boxes[stem].append(box)
-
-    def names(self):
-        return set(self.boxes)
+        if not boxes:
+            raise UsageError(f"{place} has no boxes at all, so nothing would matter; give a file with annotations")
+        self.boxes: dict[str, list[list[float]]] = {name: [] for name in names.values()}
+        for name, box in boxes:
+            if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
+                raise UsageError(
+                    f"{place}: a box of {name} is {box}; boxes are left, top, width and height in pixels, above 0"
+                )
+            self.boxes[name].append(box)
+        super().__init__(place, list(self.boxes))
 
     def mask(self, name, size):
         found = Image.new("L", size, 0)
-        for left, top, width, height in self.boxes[Path(name).stem]:
+        for left, top, width, height in self.boxes[str(self.find(name))]:
             if left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1:
                 raise TosaError(
                     f"a box of {name}, {left:g},{top:g} {width:g}×{height:g}, is outside the image of "
                     f"{size[0]}×{size[1]}; boxes are left, top, width and height in pixels"
                 )
-            ImageDraw.Draw(found).rectangle((left, top, left + width - 1, top + height - 1), fill=255)
+            right, bottom = max(left, left + width - 1), max(top, top + height - 1)
+            ImageDraw.Draw(found).rectangle((left, top, right, bottom), fill=255)
         return found
 
 

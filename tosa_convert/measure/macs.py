@@ -92,7 +92,9 @@ def flops(
     Raises:
         UsageError: it is such a conversion, and there are no images.
     """
-    if images is not None and selective_blocks(model):
+    if images is not None and (images.ndim != 4 or not len(images)):
+        raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
+    if images is not None and keeps_any_number(model):
         return _flops_over(model, images, progress)
     if keeps_any_number(model):
         raise UsageError(
@@ -146,7 +148,8 @@ def flops_on(
     if data is None and not keeps_any_number(model):
         return flops(model).to_dict()
     pixels, folder, _ = sample(data, preprocessing_of(model), images)
-    return {**flops(model, images=pixels, progress=progress).to_dict(), "data": folder.name}
+    name = folder.name if len(folder) >= images and data is not None else f"{folder.name}, in crops"
+    return {**flops(model, images=pixels, progress=progress).to_dict(), "data": name}
 
 
 def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | None = None) -> Cost:
@@ -185,6 +188,7 @@ def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | Non
         macs=round(sum(totals) / len(totals)),
         selectors=sum(layer.selector for layer in mean),
         layers=mean,
+        uncounted={},
         least=min(totals),
         most=max(totals),
         images=len(images),

@@ -8,6 +8,7 @@ within each image. A batch of one is its own row.
 
 import torch
 
+from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.matching import match, nearest
 from tosa_convert.methods.token_ops import Choice, Packed, is_one, ordered, pick
 
@@ -35,6 +36,10 @@ def choose_above(scores: torch.Tensor, prefix: int, threshold: float, most: int)
 def in_a_row(attends: torch.Tensor) -> Choice:
     """(B, N), whether each token attends → the choice, in the row of the batch."""
     batch, count = attends.shape
+    if torch.jit.is_tracing():
+        raise TosaError("a conversion with a threshold cannot be traced; use torch.export or torch.compile")
+    if torch.compiler.is_exporting() and not is_one(batch):
+        raise TosaError("a conversion with a threshold is exported for one image at a time; give an example of batch 1")
     flat = attends.reshape(-1)
     attended, skipped = flat.nonzero()[:, 0], flat.logical_not().nonzero()[:, 0]
     if torch.compiler.is_exporting():  # what cannot be seen from the operators

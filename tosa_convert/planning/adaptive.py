@@ -46,8 +46,8 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
     images = torch.cat(search.batches)
     if len(images) < FEWEST:
         raise UsageError(
-            f"{len(images)} images do not show how images differ; give {FEWEST} or more, better 24, of the kind that "
-            "the model will see"
+            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
+            "the kind that the model will see"
         )
     fixed = convert(light_copy(search.model), plan.config)
     budget = search.share_of.of(fixed)
@@ -92,7 +92,9 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float) -> nn.Module:
         UsageError: the conversion has no thresholds, or the budget cannot be reached by moving them.
     """
     if not keeps_any_number(model):
-        raise UsageError("this conversion keeps a number of tokens; at_mean is for thresholds")
+        raise UsageError("at_mean is for thresholds: convert the model with one, such as by method spa")
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
+        raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
     blocks = choosing_blocks(moved)
     before = [block.selection.threshold for block in blocks]

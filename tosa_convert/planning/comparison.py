@@ -84,6 +84,8 @@ def compare(
         for budget, (found, share) in _at_budgets(model, name, budgets, share_of, notes, progress).items():
             if keeps_any_number(found):
                 share = share_of.of(found, samples)
+            elif name == ADAPTIVE:
+                notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
             if distill_steps and _learns(found):
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
             converted[name, budget], shares[name, budget] = found, share

@@ -78,6 +78,8 @@ def find_plan(
         raise UsageError(f"segment {segment} is out of range; give 1 layer or more")
     if max_macs is not None and not adaptive:
         raise UsageError("max-macs bounds single images of an adaptive plan; give adaptive too, or leave it out")
+    if max_macs is not None and not 0 < max_macs <= 1:
+        raise UsageError(f"max-macs {max_macs:g} is out of range; give a share of the original's MACs such as 0.9")
     training = model.training
     try:
         kept = None if keep is None else Keep(keep)

@@ -48,7 +48,7 @@ def _cost_rows(cost: dict) -> list[list[str]]:
 def _cost_notes(cost: dict) -> list[str]:
     notes = _image_notes(cost)
     if cost["selectors"] and cost["saved"] <= 0:
-        notes.append("the selectors cost more than they save with these options; try a lower --ratio")
+        notes.append("the selectors cost more than they save; try a lower --ratio or a higher --threshold")
     return notes
 
 
@@ -99,7 +99,7 @@ def flops_table(cost: dict, source: str) -> Table:
     uncounted = ", ".join(
         f"{name.removeprefix('aten::')} ×{count}" for name, count in sorted(cost["uncounted"].items())
     )
-    notes.append(f"multiply–adds of one image; operators not counted: {uncounted}")
+    notes.append(f"multiply–adds of one image{uncounted and f'; operators not counted: {uncounted}'}")
     if "plot" in cost:
         notes.append(f"plot: {cost['plot']}")
     height, width = cost["size"]

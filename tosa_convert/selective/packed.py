@@ -100,6 +100,8 @@ def run_row(
     Raises:
         TosaError: the row does not fit into memory.
     """
+    if not packed.lengths:  # an empty batch
+        return call(tokens, args, kwargs, packed.places, sizes, normed)
     try:
         return _run_row(block, call, tokens, args, kwargs, packed, sizes, normed)
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Augmentation, Images, check_augmentation
 from tosa_convert.data.masks import Masks, masks_of
+from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -115,6 +116,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_optimiser(recipe.distill)
     if recipe.finetune is not None:
         check_settings(recipe.finetune)
+    if masks_of(recipe.data.masks, recipe.data.boxes) is not None and not recipe.convert.part(Score).gates:
+        raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
 
 
 def _fresh(model: nn.Module) -> dict[nn.Parameter, float]:

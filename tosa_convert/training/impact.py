@@ -15,9 +15,10 @@ from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.data.images import Images, seed_everything
-from tosa_convert.methods.scores.impact import Impact
+from tosa_convert.methods.scores.impact import KEPT, Impact
 from tosa_convert.models.adapter import Adapter, adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import Task, task_of
 from tosa_convert.training.optimisation import make_optimizer, make_schedule
@@ -69,6 +70,10 @@ def learn_impact(
         figures = _train(model, examples, settings, seed, progress)
     finally:
         model.to(home)
+    if out:
+        append_metrics(
+            out, stage="distill", step=figures["steps"], **{k: v for k, v in figures.items() if k != "steps"}
+        )
     return {**figures, "images": len(examples), "broken": broken}
 
 
@@ -184,18 +189,20 @@ def _train(model: nn.Module, examples: list[Example], settings: DistillSettings,
     score: Impact = choosing_blocks(model)[0].selector
     device = next(model.parameters()).device
     tokens, impact = (torch.stack(each).to(device) for each in zip(*examples, strict=True))
+    if len(tokens) < 2:
+        raise UsageError("one image is too few: the filter is judged on images that it did not learn from; give more")
     rho = score.options.rho
     if rho is None:
-        rho = impact.flatten().quantile(1 - score.options.kept).item()
+        rho = impact.flatten().quantile(1 - (score.options.kept or KEPT)).item()
     labels = impact > rho
     if labels.all() or not labels.any():
         raise UsageError(
             f"rho {rho:g} labels {'all' if labels.any() else 'none'} of the tokens, whose impacts are "
-            f"{impact.min():.3g} to {impact.max():.3g}; give one in between, or leave it out and give --kept"
+            f"{impact.min():.3g} to {impact.max():.3g}; give one in between, or --kept in its place; what "
+            "was worked out is kept for --resume"
         )
     held_out = torch.arange(len(tokens), device=device) % HELD_OUT == HELD_OUT - 1
-    if not held_out.any():
-        held_out[-1] = len(tokens) > 1
+    held_out[-1] = True
     own = (~held_out).nonzero()[:, 0]
     optimizer, steps = make_optimizer(score, settings, None), settings.total_steps(len(own), 1)
     schedule = make_schedule(optimizer, settings, steps)
@@ -210,9 +217,8 @@ def _train(model: nn.Module, examples: list[Example], settings: DistillSettings,
             optimizer.step()
             optimizer.zero_grad()
             advance(f"loss {loss.item():.4f}" if step % 10 == 0 else "")
-    judged = held_out if held_out.any() else ~held_out
     with torch.no_grad():
-        passed, wanted = score.logits(tokens[judged]) >= 0, labels[judged]
+        passed, wanted = score.logits(tokens[held_out]) >= 0, labels[held_out]
     both = (passed & wanted).sum().item()
     return {
         "loss": loss.item(),

@@ -27,7 +27,10 @@ from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
+from tosa_convert.training.impact import FILE as IMPACT
 
+AFTERWARDS = ("convert.rho", "convert.kept")
+"""What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
 EXAMPLES = 32
 """Images over which multiply–adds are counted."""
 
@@ -57,6 +60,11 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
     model = load(source, img_size=recipe.img_size) if runs.is_run(source) else _converted(recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
+    if not runs.is_run(source) and model.tosa_config.part(Score).learns_in == "ablation":
+        raise UsageError(
+            f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first, "
+            "then finetune that run"
+        )
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
 
 
@@ -245,7 +253,11 @@ def _check_same_job(recipe: Recipe, path: Path) -> None:
     if not path.exists():
         return
     ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
-    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    changed = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in (AFTERWARDS if (path.parent / IMPACT).exists() else ())
+    ]
     if changed:
         raise UsageError(
             f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
@@ -281,7 +293,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     try:
         figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
     except TosaError:
-        if processes.is_main():
+        if processes.is_main() and not (out / IMPACT).exists():
             runs.discard(out)  # nothing was done yet
         raise
     results = {"stage": name, "run": str(out), **figures, "flops": _cost(model, recipe)}

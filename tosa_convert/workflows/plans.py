@@ -6,11 +6,13 @@ from pathlib import Path
 
 from tosa_convert.base import distributed as processes
 from tosa_convert.base.environment import machine
+from tosa_convert.base.errors import UsageError
 from tosa_convert.base.files import write_json, write_text
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Data, Recipe
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.measure.macs import flops
+from tosa_convert.planning.adaptive import FEWEST
 from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
 from tosa_convert.planning.cost_model import time_models
 from tosa_convert.planning.plan import find_plan
@@ -47,9 +49,14 @@ def plan_stage(
 
     device = processes.pick_device(device)
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    pixels, folder, truths = labelled_sample(model, data, images, labels)
+    if adaptive and len(folder) < FEWEST:
+        raise UsageError(
+            f"{folder.name} holds {len(folder)} image{'s' if len(folder) > 1 else ''}, which does not show how images "
+            f"differ; give {FEWEST} or more, better 24, of the kind that the model will see"
+        )
     runs.prepare(out)
     model.to(device)
-    pixels, folder, truths = labelled_sample(model, data, images, labels)
     options = {
         "keep": keep,
         "by": by,

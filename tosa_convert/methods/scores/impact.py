@@ -4,11 +4,13 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from tosa_convert.methods import parts
 from tosa_convert.methods.score import Reads, Score, Site, View, Worth
+
+KEPT = 0.5
 
 
 class Impact(Score):
@@ -23,11 +25,17 @@ class Impact(Score):
         """
         Attributes:
             rho: impact (nats) above which a token is labelled to be kept; None takes the share ``kept``.
-            kept: share of all tokens that is labelled to be kept, those with the largest impact.
+            kept: share of all tokens that is labelled to be kept, those with the largest impact; without either half.
         """
 
         rho: float | None = None
-        kept: Annotated[float, Field(gt=0, lt=1)] = 0.5
+        kept: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+        @model_validator(mode="after")
+        def _one(self) -> "Impact.Options":
+            if self.rho is not None and self.kept is not None:
+                raise ValueError("rho and kept both say which tokens are kept; leave out one of the two")
+            return self
 
     reads = Reads.TOKENS
     learns = True

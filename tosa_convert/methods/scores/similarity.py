@@ -44,6 +44,7 @@ class Similarity(Score):
         relative: float = Field(default=0.0, ge=0, le=1)
 
     variants = ({"compare_by": "tokens"},)
+    for_thresholds = ("relative",)
     any_number_variants = ({"relative": 0.5},)
     reads = Reads.TOKENS
     chooses = finds_partners = half_at_most = True
