@@ -32,7 +32,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6)
-BETWEEN = (0.95, 0.85, 0.75, 0.65)
+BETWEEN = (0.95, 0.85, 0.75, 0.65, 0.55)
 COUNT = 24
 OUT = {"dinov2": "adaptive.json", "clip": "adaptive_clip.json"}
 
