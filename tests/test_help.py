@@ -16,7 +16,11 @@ from tosa_convert.planning import plan as planning
 COMMANDS = typer.main.get_command(app).commands
 SETTINGS = {"distill": DistillSettings, "finetune": FinetuneSettings, "export": ExportSettings, "bench": BenchSettings}
 DESCRIBED = {
-    "--data": ["built-in photos"],
+    "--data": [
+        "built-in photos",
+        "noise; built-in photos where it has to be images",
+        "built-in photos, where it has to be images",
+    ],
     "--image": ["built-in photos"],
     "--images": ["built-in photos"],
     "--out": ["runs/…", "the run", "report.html in the run"],
@@ -35,6 +39,10 @@ DESCRIBED = {
     "--precision": ["all on this device"],
     "--hidden": ["2 per head"],
     "--r": ["by --ratio"],
+    "--rho": ["by --kept"],
+    "--kept": ["0.5"],
+    "--gates": ["0.01 with method spa"],
+    "--masks": ["the original's attention"],
 }
 """Defaults that depend on something else; what they come to is tested with the commands."""
 

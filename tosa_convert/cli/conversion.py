@@ -91,7 +91,7 @@ class _Options:
     ]
     relative: Annotated[
         float | None,
-        typer.Option(help="with a threshold: power by which similarity goes by an image's mean", show_default="0"),
+        typer.Option(help="with a threshold: power by which similarity goes by an image's mean", show_default="0.0"),
     ]
     kernel: Annotated[
         int | None,
