@@ -11,6 +11,7 @@ Takes half an hour on a core.
 
 import argparse
 import copy
+import json
 import tempfile
 import zipfile
 from importlib.resources import files
@@ -20,7 +21,17 @@ import numpy as np
 import record
 from PIL import Image
 
-from tosa_convert import DistillSettings, FinetuneSettings, convert, distill, evaluate, finetune, flops, load
+from tosa_convert import (
+    DistillSettings,
+    FinetuneSettings,
+    UsageError,
+    convert,
+    distill,
+    evaluate,
+    finetune,
+    flops,
+    load,
+)
 from tosa_convert.data.images import sample
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
@@ -44,12 +55,16 @@ def main() -> None:
             archive.extractall(folder)
         train, test, masks = (Path(folder) / name for name in ("train", "test", "masks"))
         silhouettes(train, masks)
-        model, rows = load("quickstart"), []
+        model = load("quickstart")
+        rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []  # to go on with
         original = evaluate(model, test)
         for seed in arguments.seeds:
             for budget in BUDGETS:
                 for name in METHODS:
-                    for row in measure(model, name, budget, seed, arguments.steps, train, test, masks):
+                    key = {"budget": budget, "seed": seed, "method": name}
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
+                    for row in measured(model, name, budget, seed, arguments.steps, train, test, masks):
                         rows.append({"budget": budget, "seed": seed, **row})
                         print(rows[-1], flush=True)
                         found = {"images": original["images"], "original": original["models"]["model"]["top1"]}
@@ -62,6 +77,14 @@ def silhouettes(train: Path, masks: Path) -> None:
     for file in train.rglob("*.png"):
         pixels = np.asarray(Image.open(file).convert("L"))
         Image.fromarray(((pixels > 16) * 255).astype(np.uint8)).save(masks / file.name)
+
+
+def measured(model, name: str, *others) -> list[dict]:
+    """The rows of a method and its control; or why it cannot be had at this budget."""
+    try:
+        return list(measure(model, name, *others))
+    except UsageError as error:
+        return [{"method": name, "refused": str(error)}]
 
 
 def measure(model, name: str, budget: float, seed: int, steps: int, train: Path, test: Path, masks: Path):
