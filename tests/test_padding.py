@@ -122,3 +122,17 @@ def test_what_does_not_go_with_a_mask_says_so(options):
 
 def convert_nothing(model):
     return convert(model, layers=[2], ratio=1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bypass", ["identity", "merge"])
+@pytest.mark.parametrize("name", NAMES)
+def test_with_a_threshold_what_stands_in_padding_changes_nothing_either(name, bypass):
+    model = convert(built(name), score="norm", bypass=bypass, layers=[2, 3, 4], threshold=4.0)
+    found = tokens_of(name, model, patchified(0.0))
+    assert torch.equal(found, tokens_of(name, model, patchified(7.0)))
+    attended = last_choices(model)[2].packed
+    assert all(1 <= length < MOST for length in attended.lengths)
+    for image, (rows, columns) in enumerate(GRIDS):
+        mine = attended.places[0].split(attended.lengths)[image]
+        assert mine.max() < rows * columns + adapter_of(model).prefix, "padding does not attend"

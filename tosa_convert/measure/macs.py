@@ -44,7 +44,7 @@ class Cost:
         selectors: of all that chooses tokens and finds them partners, QKᵀ over again included.
         layers: one :class:`LayerCost` per layer.
         uncounted: operators that fvcore has no rule for → how often they occur.
-        least, most: multiply–adds of single images, where these differ and ``macs`` is the mean.
+        least, most: multiply–adds of single images, over several; ``macs`` is then the mean.
         images: over how many.
     """
 
@@ -102,7 +102,7 @@ def flops(
             "give some with --data (in Python images=)"
         )
     preprocessing = preprocessing_of(model)
-    size = size or preprocessing.size
+    size = size or ((images.shape[-2], images.shape[-1]) if images is not None else preprocessing.size)
     image = torch.zeros(1, preprocessing.channels, *size)
     counted, uncounted = _count(model, image)
     blocks = selective_blocks(model)
@@ -132,6 +132,7 @@ def flops(
         selectors=sum(layer.selector for layer in layers),
         layers=layers,
         uncounted=uncounted,
+        **({} if images is None else {"least": counted[""], "most": counted[""], "images": len(images)}),
     )
 
 

@@ -54,7 +54,7 @@ def _cost_notes(cost: dict) -> list[str]:
 
 def _image_notes(cost: dict) -> list[str]:
     """How the multiply–adds differ from image to image, if they do."""
-    if not cost.get("images"):
+    if not cost.get("images") or cost["least"] == cost["most"]:
         return []
     least, most = (percent(cost[name] / cost["original"]) for name in ("least", "most"))
     where = f" of {cost['data']}" if "data" in cost else ""
