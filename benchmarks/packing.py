@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert import convert
-from tosa_convert.base.environment import machine
 from tosa_convert.data.images import sample
 from tosa_convert.measure.timing import Timing, interleave, pinned
 from tosa_convert.models.adapter import run
@@ -59,7 +58,7 @@ def main() -> None:
         row = {"batch": batch, **measure(model, plan, photos[:batch])}
         rows.append(row)
         print(row, flush=True)
-    record.write(arguments.out, {"machine": machine("cpu"), "plan": plan.model_dump(), "rows": rows})
+    record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows})
 
 
 def measure(model, plan, images) -> dict:

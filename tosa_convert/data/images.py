@@ -124,11 +124,12 @@ class Images(Dataset):
 
     def _read(self, index: int):
         try:
-            content, state = self.reader.open(index), _random_state()
+            content = self.reader.open(index)
+            state = None if self.masks is None else _random_state()
             image = self.decoded(content)
         except UNREADABLE:
             return None, None, self.reader.filename(index)
-        if self.masks is not None:
+        if state is not None:
             image = torch.cat([image, self._mask(index, state)])
         return image, self.label(index), None
 

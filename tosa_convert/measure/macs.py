@@ -199,8 +199,7 @@ def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | Non
 def _attending(model: nn.Module, patches: int) -> list[float]:
     """How many patches of the last image attended in each layer."""
     adapter, choices = adapter_of(model), last_choices(model)
-    per_head = any(block.selection.per_head for block in selective_blocks(model))
-    counts = {} if per_head else {layer: choice.attended.shape[1] - adapter.prefix for layer, choice in choices.items()}
+    counts = {layer: choice.attended.shape[1] - adapter.prefix for layer, choice in choices.items()}
     return [float(counts.get(layer, patches)) for layer in range(1, len(adapter.blocks) + 1)]
 
 

@@ -207,8 +207,7 @@ class _Thresholds:
             kept = 1 - min(1.0, factor * (1 - self.ratios[selection.layer]))
             selection.threshold_for = functools.partial(_quantile, selection, kept, found)  # type: ignore[method-assign]
         observe(probe, self.images)
-        followed = {layer: found.get(layer, 0.0) for layer in self.ratios}
-        return self._converted(caps, {layer: float(f"{value:.{DIGITS}g}") for layer, value in followed.items()})
+        return self._converted(caps, {layer: found.get(layer, 0.0) for layer in self.ratios})
 
 
 def _quantile(selection: Selection, kept: float, found: dict[int, float], worth: torch.Tensor) -> float:

@@ -81,10 +81,8 @@ def compare(
     if data is None and {PLAN, ADAPTIVE} & set(methods):
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     for name in methods:
-        for budget, (found, share) in _at_budgets(model, name, budgets, share_of, notes, progress).items():
-            if keeps_any_number(found):
-                share = share_of.of(found, samples)
-            elif name == ADAPTIVE:
+        for budget, (found, share) in _at_budgets(model, name, budgets, share_of, samples, notes, progress).items():
+            if name == ADAPTIVE and not keeps_any_number(found):
                 notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
             if distill_steps and _learns(found):
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
@@ -123,7 +121,13 @@ def _learns(model: nn.Module) -> bool:
 
 
 def _at_budgets(
-    model: nn.Module, name: str, budgets: list[float], share_of: MacsShare, notes: list[str], progress: Progress
+    model: nn.Module,
+    name: str,
+    budgets: list[float],
+    share_of: MacsShare,
+    samples: torch.Tensor,
+    notes: list[str],
+    progress: Progress,
 ) -> dict[float, Fitted]:
     """The method at each budget that it can reach; for the others a note says why not."""
     found = {}
@@ -133,7 +137,7 @@ def _at_budgets(
         for budget in budgets:
             try:
                 found[budget] = (
-                    _planned(model, budget, share_of, name == ADAPTIVE, progress)
+                    _planned(model, budget, share_of, name == ADAPTIVE, samples, progress)
                     if planned
                     else _converted(model, name, budget, share_of)
                 )
@@ -143,9 +147,12 @@ def _at_budgets(
     return found
 
 
-def _planned(model: nn.Module, budget: float, share_of: MacsShare, adaptive: bool, progress: Progress) -> Fitted:
-    samples = sample(None, preprocessing_of(model), 24)[0]
-    found = find_plan(model, samples, budget, adaptive=adaptive, progress=progress)
+def _planned(
+    model: nn.Module, budget: float, share_of: MacsShare, adaptive: bool, samples: torch.Tensor, progress: Progress
+) -> Fitted:
+    """A plan made on the built-in photos, and what it takes of the samples."""
+    photos = sample(None, preprocessing_of(model), 24)[0]
+    found = find_plan(model, photos, budget, adaptive=adaptive, progress=progress)
     converted = convert(light_copy(model), found.config)
     return converted, share_of.of(converted, samples)
 

@@ -147,7 +147,7 @@ def _examples(
     progress: Progress,
 ) -> tuple[list[Example], list[str]]:
     """Of ``count`` images spread over all. What was found before an interruption is in ``known``."""
-    labelled = task.has_labels(images, model) and task_of(model).metrics
+    labelled = task.has_labels(images, model)
     device = next(model.parameters()).device
     count = min(count, len(images))
     found: dict[int, Example] = {}

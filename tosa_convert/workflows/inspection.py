@@ -104,19 +104,18 @@ def show_stage(
     looks = look_at_files(model, files or built_in_scenes())
     if not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
-    costs = {}
+    names, costs = looks.names, {}
     if keeps_any_number(model):
         share_of, preprocessing = MacsShare(original(model)), preprocessing_of(model)
-        for name, path in zip(looks.names, files or built_in_scenes(), strict=True):
+        for name, path in zip(names, files or built_in_scenes(), strict=True):
             costs[name] = share_of.of(model, read_image(path, preprocessing)[None])
-        looks = looks._replace(names=[f"{name}\n{costs[name]:.0%} of the MACs" for name in looks.names])
+        looks = looks._replace(names=[f"{name}\n{costs[name]:.0%} of the MACs" for name in names])
     views_plot(looks, out)
     layers = [view.layer for view in looks.views[0]]
     shares = {
         layer: float(np.mean([views[place].attended.mean() for views in looks.views]))
         for place, layer in enumerate(layers)
     }
-    names = [path.name for path in files or built_in_scenes()]
     return {"plot": str(out), "images": names, "attended": shares, "macs": costs}
 
 

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -53,8 +52,3 @@ class Gate(Score):
         noisy = logits + uniform.logit()  # the difference of two Gumbel variables is logistic
         soft = (noisy / self.options.temperature).sigmoid()
         return Worth(noisy, weights=logits.sigmoid() * (1 + soft - soft.detach()), logits=logits)
-
-
-def selection_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of a gate's logits and which patches are to be selected, both (B, N)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), labels.float())

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.methods.score import Score
-from tosa_convert.methods.scores.gate import selection_loss
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.training.loss import Loss
@@ -22,7 +21,6 @@ class Gates(Loss):
         adapter, original = adapter_of(model), adapter_of(teacher)
         self.prefix, self.class_token = adapter.prefix, adapter.class_token
         self.current, self.blocks = choosing_blocks(model)[0].selection.current, choosing_blocks(model)
-        self.masks: torch.Tensor | None = None
         self.tap = original.tap(original.blocks[-1], self.listen)
 
     @classmethod
@@ -44,7 +42,8 @@ class Gates(Loss):
         else:
             grid = self.current.state.grid
             patches = F.adaptive_max_pool2d(self.masks[:, None], grid)[:, 0].flatten(1) > 0.5
-        return torch.stack([selection_loss(each, patches) for each in logits]).sum()
+        labels = patches.float()
+        return torch.stack([F.binary_cross_entropy_with_logits(each.float(), labels) for each in logits]).sum()
 
     def close(self):
         self.tap.remove()
