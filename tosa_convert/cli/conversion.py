@@ -1,8 +1,5 @@
 """The options of a conversion, declared once for every command that has them."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,6 +7,7 @@ import typer
 
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import UsageError
+from tosa_convert.cli.groups import group
 from tosa_convert.cli.parsing import at_least, numbers, plain
 
 Method = StrEnum("Method", discovery.names("methods/published"))
@@ -99,27 +97,7 @@ class _Options:
     ]
 
 
-def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the options of a conversion in place of a command's parameter ``conversion``.
-
-    Typer reads the signature, so the options show up in --help there; the command gets those that were given as a
-    dict of :class:`~tosa_convert.config.conversion.ConvertConfig`'s values.
-    """
-    names = list(_Options.__annotations__)
-    parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name == "conversion":
-            parameters += [parameter.replace(name=name, annotation=_Options.__annotations__[name]) for name in names]
-        else:
-            parameters.append(parameter)
-
-    @functools.wraps(command)
-    def parsed(**options) -> None:
-        given = {name: options.pop(name) for name in names}
-        command(**options, conversion=_values(given))
-
-    parsed.__signature__ = inspect.Signature(parameters)
-    return parsed
+takes_conversion = group("conversion", _Options, lambda given: _values(given))
 
 
 def _values(options: dict) -> dict:

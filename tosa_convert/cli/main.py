@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,41 +19,28 @@ from rich.text import Text
 # virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning
 from tosa_convert.cli.bench import bench
-from tosa_convert.cli.conversion import takes_conversion
+from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.inspection import features, flops, models, report, show_patches
 from tosa_convert.cli.options import (
-    AugmentOption,
-    BatchSize,
-    Checkpoint,
     DataOption,
     Device,
-    Epochs,
     ImgSize,
     Json,
     Labels,
-    Lr,
-    Model,
-    NumClasses,
-    Out,
-    PrecisionOption,
-    RecipeOption,
-    Resume,
     Seed,
     Source,
-    Steps,
-    Workers,
     is_run,
-    make_recipe,
     out_folder,
     pick_source,
     stem,
 )
-from tosa_convert.cli.output import bar, print_json, say, say_data, show
+from tosa_convert.cli.output import bar, print_json, say, show
 from tosa_convert.cli.parsing import at_least
 from tosa_convert.cli.plan import compare, plan
 from tosa_convert.cli.recipes import recipes_app
+from tosa_convert.cli.training import distill, finetune, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,7 +54,7 @@ app.command()(bench)
 app.command()(plan)
 app.command()(compare)
 app.command(name="show")(show_patches)
-for command in (flops, features, report, models):
+for command in (distill, finetune, run, flops, features, report, models):
     app.command()(command)
 
 
@@ -83,151 +71,19 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Make pretrained Vision Transformers token-selective: plan, distill, fine-tune, measure, export."""
 
 
-@app.command()
-@takes_conversion
-def distill(
-    model: Model = None,
-    conversion: dict | None = None,
-    data: DataOption = None,
-    recipe: RecipeOption = None,
-    out: Out = None,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    num_classes: NumClasses = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    augment: AugmentOption = None,
-    precision: PrecisionOption = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(help="images to work out token impact on", show_default="256", callback=at_least(1)),
-    ] = None,
-    device: Device = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
-    """Convert a model and train its selectors by distillation from the original model. Needs no labels."""
-    from tosa_convert.workflows import pipeline as stages
-
-    plan = make_recipe(recipe, "distill", locals())
-    folder = out_folder(out, stem(plan.model), resume, device)
-    results = stages.distill_stage(plan, folder, resume=resume, device=device, progress=bar(as_json))
-    say_data(plan)
-    show(results, "training_table", as_json)
-
-
-@app.command()
-@takes_conversion
-def finetune(
-    run: Source = None,
-    data: DataOption = None,
-    recipe: RecipeOption = None,
-    out: Out = None,
-    conversion: dict | None = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    labels: Annotated[
-        float | None, typer.Option(help="weight of the cross-entropy loss on labels", show_default="1 with labels")
-    ] = None,
-    logits: Annotated[
-        float | None,
-        typer.Option(help="weight of the loss on the original's logits", show_default="1 without labels"),
-    ] = None,
-    features: Annotated[
-        float | None,
-        typer.Option(help="weight of the loss on the original's tokens", show_default="1 without labels"),
-    ] = None,
-    cut: Annotated[
-        float | None, typer.Option(help="weight of the token cut loss", show_default="1 with method idle")
-    ] = None,
-    consistency: Annotated[
-        float | None, typer.Option(help="weight of mctf's second pass", show_default="1 with method mctf")
-    ] = None,
-    gates: Annotated[
-        float | None,
-        typer.Option(help="weight of spa's loss on selection labels", show_default="0.01 with method spa"),
-    ] = None,
-    masks: Annotated[
-        str | None,
-        typer.Option(
-            help="selection labels: a folder of PNG masks named like the images",
-            show_default="the original's attention",
-        ),
-    ] = None,
-    boxes: Annotated[
-        str | None, typer.Option(help="selection labels: boxes in a COCO file", show_default=False)
-    ] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="learn from the original alone, without labels")] = False,
-    augment: AugmentOption = None,
-    precision: PrecisionOption = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    device: Device = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
-    """Train a run's model to work with its layers selective. The result is a new run.
-
-    A model that is not a run is converted first, by --method tome, --score random and so on.
-    """
-    from tosa_convert.workflows import pipeline as stages
-
-    if teacher and labels:
-        raise UsageError("--teacher learns without labels, and --labels gives them a weight; leave out one of the two")
-    labels = 0.0 if teacher else labels
-    source = pick_source(run)
-    trained = is_run(source)
-    stages.refuse_options_of_a_run(trained, conversion)
-    known = Path(source) / "recipe.yaml"  # a run saved from Python has none
-    options = {**locals(), "model": None if trained and known.exists() else source}
-    plan = make_recipe(recipe or (str(known) if trained and known.exists() else None), "finetune", options)
-    folder = out_folder(out, f"{stem(source)}-finetuned", resume, device)
-    results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
-    say_data(plan)
-    show(results, "training_table", as_json)
-
-
-@app.command()
-def run(
-    recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a built-in one")],
-    out: Out = None,
-    seed: Seed = None,
-    device: Device = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
-    """Run all stages of a recipe."""
-    from tosa_convert.base import distributed as processes
-    from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe
-    from tosa_convert.config.validation import build
-    from tosa_convert.workflows import pipeline as stages
-
-    path = find_recipe(recipe)
-    plan = read_recipe(path)
-    if seed is not None:
-        plan = build(Recipe, {**plan.model_dump(exclude_unset=True), "seed": seed})
-    folder = out_folder(out, path.stem, resume, device)
-
-    def report(stage: str, results: dict) -> None:
-        tables = {"convert": "convert_table", "export": "export_table", "eval": "eval_table"}
-        if not as_json:
-            show(results, tables.get(stage, "training_table"), False)
-
-    results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=bar(as_json), report=report)
-    if as_json and processes.is_main():
-        print_json(results)
+class Format(StrEnum):
+    npy = "npy"
+    png = "png"
 
 
 @app.command(name="eval")
+@takes_head
+@takes_maps
 def evaluate(
     source: Source = None,
     data: DataOption = None,
+    map_options: dict | None = None,
+    new_head: dict | None = None,
     img_size: ImgSize = None,
     batch_size: Annotated[int, typer.Option(help="images per forward pass", callback=at_least(1))] = 32,
     workers: Annotated[int, typer.Option(help="processes that load images", callback=at_least(0))] = 0,
@@ -235,15 +91,26 @@ def evaluate(
     device: Device = None,
     control: Annotated[bool, typer.Option(help="also measure random selection at the same ratio")] = True,
     labels: Labels = True,
+    flip: Annotated[bool, typer.Option("--flip", help="take the mean of maps of images and their mirrors")] = False,
+    predictions: Annotated[
+        Path | None, typer.Option(help="folder to write the model's maps to", show_default=False)
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", help="of these maps: npy, or png in 16 bits (of depth 1/256 metres)")
+    ] = Format.npy,
     as_json: Json = False,
 ) -> None:
-    """Measure top-1 on labelled images, and agreement with the original on any images."""
+    """Measure what the model is for (top-1, depth, masks) where there are labels, and agreement with the original."""
     from tosa_convert.workflows import pipeline as stages
 
     results = stages.eval_stage(
         pick_source(source),
-        data,
+        source_with(data, map_options),
         img_size=img_size,
+        head=new_head,
+        flip=flip,
+        predictions=predictions,
+        format=format_.value,
         control=control,
         seed=seed,
         labels=labels,
@@ -256,10 +123,14 @@ def evaluate(
 
 
 @app.command()
+@takes_head
+@takes_maps
 def export(
     source: Source = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="write ONNX (the only format so far)")] = True,
     data: DataOption = None,
+    map_options: dict | None = None,
+    new_head: dict | None = None,
     out: Annotated[Path | None, typer.Option(help="folder for the files", show_default="the run")] = None,
     img_size: ImgSize = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
@@ -284,7 +155,9 @@ def export(
     settings = build(ExportSettings, typed)
     if out is None and not is_run(source):
         out = out_folder(None, f"{stem(source)}-onnx", False)
-    results = stages.export_stage(source, settings, data, out=out, img_size=img_size, progress=bar(as_json))
+    found = source_with(data, map_options)
+    how = {"out": out, "img_size": img_size, "head": new_head}
+    results = stages.export_stage(source, settings, found, **how, progress=bar(as_json))
     show(results, "export_table", as_json)
 
 

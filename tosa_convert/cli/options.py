@@ -78,10 +78,13 @@ def make_recipe(path: str | None, stage: str, options: dict):
     plan[stage] = build(kind, {**before, **typed})
     plan["convert"] = build(ConvertConfig, over(plan.get("convert", {}), options["conversion"]))
     named = {"train": options.get("data"), "masks": options.get("masks"), "boxes": options.get("boxes")}
+    beside = options.get("map_options") or {}
+    named |= {"list": beside.get("list_file"), "depth_scale": beside.get("depth_scale")}
     given = {name: value for name, value in named.items() if value is not None}
     if given:
         plan["data"] = {**plan.get("data", {}), **given}
-    return build(Recipe, {**plan, **_given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))})
+    plan |= _given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))
+    return build(Recipe, {**plan, **options.get("new_head", {})})
 
 
 def _given(options: dict, names: Iterable[str]) -> dict:
@@ -104,6 +107,13 @@ def is_run(source: str) -> bool:
     from tosa_convert.runs import folder as runs
 
     return runs.is_run(source)
+
+
+def is_converted_run(source: str) -> bool:
+    """Whether a source is the folder of a finished run whose model is converted."""
+    from tosa_convert.runs import folder as runs
+
+    return runs.is_converted_run(source)
 
 
 def stem(source: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.options import (
     IMAGES,
     Checkpoint,
@@ -32,6 +33,8 @@ Sample = Annotated[
 SampleSize = Annotated[int, typer.Option(help="number of images to measure on", callback=at_least(1))]
 
 
+@takes_head
+@takes_maps
 def plan(
     model: SourceModel,
     budget: Annotated[float | None, typer.Option(help="share of the original's cost", show_default="0.75")] = None,
@@ -67,6 +70,8 @@ def plan(
         typer.Option(help="with --adaptive: share of the original's MACs that no image exceeds", show_default=False),
     ] = None,
     data: Sample = None,
+    map_options: dict | None = None,
+    new_head: dict | None = None,
     images: SampleSize = 24,
     labels: Labels = True,
     checkpoint: Checkpoint = None,
@@ -81,7 +86,8 @@ def plan(
 
     results = plan_stages.plan_stage(
         model,
-        data=data,
+        data=source_with(data, map_options),
+        head=new_head,
         images=images,
         labels=labels,
         budget=budget,
@@ -102,6 +108,8 @@ def plan(
     show(results, "plan_table", as_json)
 
 
+@takes_head
+@takes_maps
 def compare(
     model: SourceModel,
     budgets: Annotated[str, typer.Option(help="shares of the original's MACs, comma-separated")] = "0.9,0.8,0.7,0.6",
@@ -113,6 +121,8 @@ def compare(
         ),
     ] = "plan,similarity/merge,tome,pitome,mpm,evit,idle,tosa",
     data: Sample = None,
+    map_options: dict | None = None,
+    new_head: dict | None = None,
     images: SampleSize = 32,
     labels: Labels = True,
     distill_steps: Annotated[int, typer.Option(help="steps to train tosa's selectors", callback=at_least(0))] = 0,
@@ -135,7 +145,8 @@ def compare(
         checkpoint=checkpoint and str(checkpoint),
         img_size=img_size,
         num_classes=num_classes,
-        data=data,
+        head=new_head,
+        data=source_with(data, map_options),
         budgets=numbers(budgets, float, "--budgets"),
         methods=names(methods),
         images=images,

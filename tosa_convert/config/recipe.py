@@ -18,7 +18,9 @@ Pixels = Annotated[int, Field(ge=1)]
 class Data(BaseModel):
     """Folders of images. Without ``train`` the built-in photos serve, without ``eval`` the training folder.
 
-    ``masks``, a folder, or ``boxes``, a COCO file, say what in the training images matters, for gates.
+    ``masks``, a folder, or ``boxes``, a COCO file, say what in the training images matters, for gates. ``list``, and
+    for ``eval`` ``eval_list``, name the images of nyu:ROOT and kitti:ROOT; ``depth_scale`` says what a metre is in the
+    PNG files of depth:ROOT.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -27,6 +29,9 @@ class Data(BaseModel):
     eval: str | None = None
     masks: str | None = None
     boxes: str | None = None
+    list: str | None = None
+    eval_list: str | None = None
+    depth_scale: float | None = Field(default=None, gt=0)
 
 
 class Recipe(BaseModel):
@@ -38,6 +43,10 @@ class Recipe(BaseModel):
     checkpoint: str | None = None
     img_size: Pixels | Annotated[tuple[Pixels, Pixels], Strict(False)] | None = None
     num_classes: int | None = Field(default=None, ge=0)
+    task: str | None = None
+    head: str | None = None
+    head_checkpoint: str | None = None
+    max_depth: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     data: Data = Data()
     convert: ConvertConfig = ConvertConfig()

@@ -92,6 +92,8 @@ class FinetuneSettings(TrainSettings):
             for models with a head.
         features: weight of the distance to the original model's last tokens. None: 0 if there are
             labels, else 1.
+        maps: weight of the distance to the map of the original's head, of models that give one, such as depth. None: 0
+            if there are labels, else 1.
         cut: weight of IdleViT's token cut loss. None: 1 with method idle, else 0.
         consistency: weight of MCTF's consistency of passes with more and with fewer tokens. None: 1 with method mctf
             or mctf_fast, else 0.
@@ -105,6 +107,9 @@ class FinetuneSettings(TrainSettings):
         aug_repeats: how often each image of a pass is drawn, augmented anew each time (arXiv 1901.09335); a pass then
             sees as many times fewer images.
         mixup, cutmix: alpha of the mixing of images and labels (arXiv 1710.09412, 1905.04899); 0 for none.
+        rotate: by how many degrees images with maps are turned at most, with augment "crop" and "flip". None: as is
+            usual for their source, 2.5 for nyu, 1 for kitti, otherwise 0.
+        head_only: the backbone stays as it is, and the new head on it alone learns.
         drop_path: rate of stochastic depth in the last layer, rising evenly from none in the first.
         layer_decay: factor of the learning rate from each layer to the one before it.
         model_ema_decay: of a moving average of the weights, which rises to it; the average is what is kept, evaluated
@@ -116,6 +121,7 @@ class FinetuneSettings(TrainSettings):
     labels: NotNegative | None = None
     logits: NotNegative | None = None
     features: NotNegative | None = None
+    maps: NotNegative | None = None
     cut: NotNegative | None = None
     consistency: NotNegative | None = None
     gates: NotNegative | None = None
@@ -127,6 +133,8 @@ class FinetuneSettings(TrainSettings):
     aug_repeats: int = Field(default=1, ge=1)
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
+    rotate: NotNegative | None = None
+    head_only: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     layer_decay: Share = 1.0
     model_ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -1,6 +1,7 @@
 """Images → batches, through timm's transforms; broken images are left out and reported."""
 
 import io
+import math
 import random
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -9,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -25,6 +27,8 @@ MOST_BROKEN = 1000
 """Images in a row of a stream that may not be readable."""
 SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
 """The everyday ones among them."""
+BEYOND = -math.inf
+"""In a batch of maps of different sizes: beyond an image's own edges."""
 
 
 def built_in_photos() -> Path:
@@ -45,12 +49,16 @@ class Augmentation(NamedTuple):
         scale: least and largest share of the area of a crop.
         aa: timm's string for AutoAugment and the like, applied to crops.
         reprob: probability that a part of a crop is erased.
+        photometric: whether images with maps vary in gamma, brightness and colour.
+        degrees: by how much these are turned at most; None for what suits their source.
     """
 
     kind: str
     scale: tuple[float, float] = (0.5, 1.0)
     aa: str | None = None
     reprob: float = 0.0
+    photometric: bool = False
+    degrees: float | None = None
 
 
 def check_augmentation(augmentation: Augmentation) -> None:
@@ -296,8 +304,16 @@ def collate(items: list) -> dict:
 
 
 def stacked(labels: list[int | torch.Tensor]) -> torch.Tensor:
-    """Those of a batch: (B,) of numbers, (B, …) of tensors."""
-    return torch.stack([torch.as_tensor(label) for label in labels]) if labels else torch.empty(0, dtype=torch.long)
+    """Those of a batch: (B,) of numbers, (B, …) of tensors; maps of different sizes are filled up to the largest with
+    :data:`BEYOND`."""
+    if not labels:
+        return torch.empty(0, dtype=torch.long)
+    each = [torch.as_tensor(label) for label in labels]
+    sizes = torch.tensor([label.shape for label in each])
+    if each[0].ndim == 2 and (sizes != sizes[0]).any():
+        down, across = sizes.amax(0).tolist()
+        each = [F.pad(one, (0, across - one.shape[1], 0, down - one.shape[0]), value=BEYOND) for one in each]
+    return torch.stack(each)
 
 
 def training_loader(

@@ -4,7 +4,10 @@ a path without such a beginning is a folder."""
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+from urllib.parse import parse_qsl, urlencode
+
+import numpy as np
 
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import UsageError
@@ -79,6 +82,72 @@ class Reader(ABC):
         raise NotImplementedError(f"{type(self).__name__} is no stream")
 
 
+class MapReader(Reader):
+    """Images with a map each: for every pixel a number.
+
+    Attributes:
+        maps: what they are, such as "depth"; it is that of a task.
+        takes: what may be given beside the place, such as "list"; the argument of the same name.
+        degrees: by how much training images are turned at most.
+        brightness: least and largest factor of that of training images.
+    """
+
+    maps: ClassVar[str]
+    takes: ClassVar[tuple[str, ...]] = ()
+    degrees: ClassVar[float] = 0.0
+    brightness: ClassVar[tuple[float, float]] = (0.9, 1.1)
+    classes: ClassVar[list[str]] = []
+
+    @abstractmethod
+    def map(self, index: int) -> np.ndarray | None:
+        """(H, W) float32, NaN where nothing is known; None where nothing is known of the whole image."""
+
+    def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """What of an image of this (width, height) the model sees: left, top, right, bottom."""
+        return (0, 0, *size)
+
+    def scored(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Where in an image of this (width, height) its map is scored: rows, columns."""
+        return slice(None), slice(None)
+
+    def label(self, index: int) -> int:
+        return -1
+
+
+def with_options(source: str | None, **options: Any) -> str | None:
+    """A source with what is given beside it, as ``nyu:ROOT?list=FILE``: the form in which both go on together.
+
+    Raises:
+        UsageError: the source takes none of the kind.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return source
+    kind = str(source).partition(":")[0]
+    taken = _takes(kind)
+    for name in given:
+        if name not in taken:
+            raise UsageError(
+                f"{SPELT.get(name, name)} goes with sources of maps that take it, such as "
+                f"{', '.join(f'{each}:ROOT' for each in discovery.names(FOLDER) if name in _takes(each))}; leave it out"
+            )
+    return f"{source}?{urlencode(given, safe='/:')}"
+
+
+SPELT = {"list": "--list", "scale": "--depth-scale"}
+
+
+def _takes(kind: str) -> tuple[str, ...]:
+    if kind not in discovery.names(FOLDER):
+        return ()
+    return getattr(_reader(kind), "takes", ())
+
+
+def _reader(kind: str) -> type[Reader]:
+    found = discovery.module(FOLDER, kind)
+    return next(part for part in vars(found).values() if _is_one(part) and part.__module__ == found.__name__)
+
+
 def read(source: str | Path) -> Reader:
     """The reader of a source.
 
@@ -87,11 +156,18 @@ def read(source: str | Path) -> Reader:
     """
     prefix, colon, place = str(source).partition(":")
     kind = prefix if colon and prefix in discovery.names(FOLDER) and prefix != PLAIN else PLAIN
-    found = discovery.module(FOLDER, kind)
-    mine = next(part for part in vars(found).values() if _is_one(part) and part.__module__ == found.__name__)
+    mine = _reader(kind)
     if kind != PLAIN and not place.strip(":"):
         raise UsageError(f"nothing is named behind {kind}:; write {mine.example}")
-    return mine(str(source) if kind == PLAIN else place)
+    taken = getattr(mine, "takes", ())
+    if not taken:
+        return mine(str(source) if kind == PLAIN else place)
+    root, _, beside = place.partition("?")
+    options = dict(parse_qsl(beside))
+    odd = next((name for name in options if name not in taken), None)
+    if odd is not None:
+        raise UsageError(f"{kind}: takes no {odd!r}; write {mine.example}")
+    return mine(root, **options)
 
 
 def _is_one(part: object) -> bool:

@@ -33,6 +33,7 @@ def evaluate(
     labels: bool = True,
     batch_size: int = 64,
     workers: int = 0,
+    flip: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -43,13 +44,15 @@ def evaluate(
         data: folder of images; class sub-folders give top-1. None takes the built-in photos.
         reference: name of the model that the others are compared with.
         labels: False ignores the names of sub-folders: they are not classes.
+        flip: take the mean of the maps of each image and of its mirror image, mirrored back.
         device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
-        {"images", "broken", "models": {name: figures}}. Figures: with labels the metrics of the model's task,
-        such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`; of embeddings
-        the share of images with the same nearest other image) and "cosine" (mean over images of logits, embeddings, or
-        tokens).
+        {"images", "broken", "unknown", "models": {name: figures}}. Figures: with labels the metrics of the model's
+        task, such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`; of
+        embeddings the share of images with the same nearest other image) and "cosine" (mean over images of logits,
+        embeddings, or tokens), of maps the differences of their task. "unknown" is how many images have a map in which
+        nothing is known; they count for no metric.
     """
     models = {"model": models} if isinstance(models, nn.Module) else models
     first = next(iter(models.values()))
@@ -58,13 +61,16 @@ def evaluate(
     if reference is not None and reference not in models:
         raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
     labelled = labels and task.has_labels(images, first)
+    if flip and not task.differences:
+        raise UsageError("--flip is for maps, and this model gives none; leave it out")
     device = pick_device(device)
     for model in models.values():
         model.to(device).eval()
-    kept = [*(task.metrics if labelled else ()), *(("agreement", "cosine") if reference else ())]
+    against_original = task.differences or ("agreement", "cosine")
+    kept = [*(task.metrics if labelled else ()), *(against_original if reference else ())]
     sums = {name: dict.fromkeys(kept, 0.0) for name in models}
     embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in models}
-    seen, broken = 0, []
+    seen, unknown, broken = 0, 0, []
     batches = loader(images, batch_size, workers)
     with (progress or Progress()).track("eval", len(batches), unit="images", per_step=batch_size) as advance:
         for batch in batches:
@@ -72,23 +78,38 @@ def evaluate(
             count = len(batch["images"])
             if count:
                 inputs, truth = batch["images"].to(device), batch["labels"].to(device) if labelled else None
-                found = {name: predict(model, inputs) for name, model in models.items()}
+                found = {name: _predict(model, inputs, flip) for name, model in models.items()}
+                known = _known(truth)
                 against = found[reference][1] if reference else None
                 for name, (kind, prediction) in found.items():
                     if reference and kind == EMBEDDING:
                         embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
-                        sums[name][key] += values.sum().item()
+                        sums[name][key] += (values[known] if key in task.metrics else values).sum().item()
+                unknown += count - len(torch.arange(count)[known])
             seen += count
             advance()
     if not seen:
         raise TosaError(f"not one of the {len(images)} images in {images.name} can be read")
-    figures = {name: {key: total / seen for key, total in totals.items()} for name, totals in sums.items()}
+    if unknown == seen:
+        raise TosaError(f"in none of the maps of {images.name} anything is known; check its files, and --depth-scale")
+    counts = {key: seen - unknown if key in task.metrics else seen for key in kept}
+    figures = {name: {key: total / counts[key] for key, total in totals.items()} for name, totals in sums.items()}
     for name, parts in embeddings.items():
         if parts and reference:  # among all images, not within a batch
             same = retrieval_agreement(torch.cat(parts), torch.cat(embeddings[reference]))
             figures[name]["agreement"] = same.mean().item()
-    return {"data": images.name, "images": seen, "broken": broken, "models": figures}
+    return {"data": images.name, "images": seen, "broken": broken, "unknown": unknown, "models": figures}
+
+
+def _predict(model: nn.Module, images: torch.Tensor, flip: bool) -> tuple[str, torch.Tensor]:
+    kind, found = predict(model, images)
+    return kind, (found + predict(model, images.flip(-1))[1].flip(-1)) / 2 if flip else found
+
+
+def _known(labels: torch.Tensor | None) -> torch.Tensor | slice:
+    """Which images of a batch have a label; with maps those in which anything is known."""
+    return labels.isfinite().flatten(1).any(1) if labels is not None and labels.ndim > 1 else slice(None)
 
 
 def _figures(
@@ -97,6 +118,8 @@ def _figures(
     """Name → values per image."""
     figures = {} if labels is None else task.measure(found, labels)
     if reference is not None:
+        if task.differences:
+            return figures | task.difference(found, reference)
         figures["agreement"] = agreement(kind, found, reference)
         figures["cosine"] = F.cosine_similarity(found, reference, dim=-1).reshape(len(found), -1).mean(1)
     return figures

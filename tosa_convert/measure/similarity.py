@@ -13,6 +13,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.outputs import EMBEDDING, agreement, outputs_of
 from tosa_convert.models.proof.calls import first_of
+from tosa_convert.tasks.task import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Outputs:
         patches: (B, N, C) patch tokens; of models with a head those after the last layer.
         classes: (B, C) the class token, None where there is none.
         pooled: (B, C) features or embedding of the image; of a model with another head its class token.
+        task: what the model is for.
     """
 
+    task: Task
     kind: str
     output: torch.Tensor
     patches: torch.Tensor
@@ -47,7 +50,7 @@ def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
     classes = tokens[:, 0] if adapter.class_token else None
     pooled = found.get("features", output if kind == EMBEDDING else classes)
     pooled = None if pooled is None else pooled.float().flatten(1)
-    return Outputs(kind, output.float(), tokens[:, adapter.prefix :], classes, pooled)
+    return Outputs(task_of(model), kind, output.float(), tokens[:, adapter.prefix :], classes, pooled)
 
 
 @contextmanager
@@ -62,8 +65,8 @@ def _behind(block: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def figures(found: Outputs, wanted: Outputs) -> dict[str, torch.Tensor]:
     """Per image: "patch" and "class", cosines to the original's tokens ("patch" not where patches are gone), with an
-    embedding "pooled", its cosine, and with another head "agreement", see
-    :func:`tosa_convert.models.outputs.agreement`."""
+    embedding "pooled", its cosine, with a head that makes maps the differences of its task, and with another head
+    "agreement", see :func:`tosa_convert.models.outputs.agreement`."""
     result = {}
     if found.patches.shape == wanted.patches.shape:
         result["patch"] = F.cosine_similarity(found.patches, wanted.patches, dim=-1).mean(1)
@@ -71,6 +74,8 @@ def figures(found: Outputs, wanted: Outputs) -> dict[str, torch.Tensor]:
         result["class"] = F.cosine_similarity(found.classes, wanted.classes, dim=-1)
     if wanted.kind == EMBEDDING:
         result["pooled"] = F.cosine_similarity(found.output, wanted.output, dim=-1)
+    elif wanted.task.differences:
+        result |= wanted.task.difference(found.output, wanted.output)
     elif wanted.kind != "tokens":
         result["agreement"] = agreement(wanted.kind, found.output, wanted.output)
     return result
@@ -86,9 +91,9 @@ class Keep(StrEnum):
 
 
 def default_keep(model: nn.Module) -> Keep:
-    """The logits of a classifier, what a detector's head makes of its own tokens, otherwise the tokens, from which
-    everything else is made."""
-    if "ObjectDetection" in type(model).__name__:
+    """The logits of a classifier, what the head of a detector or of a task of maps makes of its own tokens, otherwise
+    the tokens, from which everything else is made."""
+    if "ObjectDetection" in type(model).__name__ or task_of(model).differences:
         return Keep.MAP
     return Keep.LOGITS if outputs_of(model) > 1 else Keep.PATCHES
 
@@ -109,15 +114,13 @@ def check_keep(model: nn.Module, keep: Keep, wanted: Outputs) -> None:
 
 def losses(found: Outputs, wanted: Outputs, keep: Keep) -> list[torch.Tensor]:
     """Per image, what is lost of what is to be kept: of patches 1 − cosine of the patch tokens, and of the class token;
-    of pooled features 1 − cosine; of logits KL(original ‖ converted) in nats; of a map its squared distance
-    as a share of the original's variance."""
+    of pooled features 1 − cosine; of logits KL(original ‖ converted) in nats; of a map what its task says, see
+    :meth:`tosa_convert.tasks.task.Task.error`."""
     if keep is Keep.LOGITS:
         logs, theirs = found.output.log_softmax(-1), wanted.output.log_softmax(-1)
         return [(theirs.exp() * (theirs - logs)).sum(-1)]
     if keep is Keep.MAP:
-        ours, original = found.output.flatten(1), wanted.output.flatten(1)
-        spread = original.var(1).clamp(min=1e-12)
-        return [(ours - original).square().mean(1) / spread]
+        return [wanted.task.error(found.output, wanted.output)]
     if keep is Keep.POOLED:
         return [1 - F.cosine_similarity(found.pooled, wanted.pooled, dim=-1)]
     cosines = figures(found, wanted)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.dense import DenseModel
 
 EMBEDDING = "image_embeds"
 """The name of an output that is an embedding: the projection of CLIP and its like, which timm has as a head."""
@@ -15,6 +16,8 @@ CLOSE = 0.999
 def outputs_of(model: nn.Module) -> int:
     """Number of classes of the model's head; 0 without one, or with a projection in its place."""
     adapter = adapter_of(model)
+    if isinstance(model, DenseModel):
+        return 0
     if adapter.library == "timm":
         return 0 if adapter.embeds else model.num_classes
     return model.config.num_labels if "Classification" in type(model).__name__ else 0

@@ -5,7 +5,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from tosa_convert.config.head import HeadConfig
 from tosa_convert.models.adapter import adapter_of
+from tosa_convert.models.dense import with_head
 from tosa_convert.models.preprocessing import Preprocessing
 
 
@@ -17,7 +19,7 @@ class Origin(BaseModel):
         checkpoint: the weights file given beside it, if any.
         num_classes: the outputs of the head that were asked for, if any.
         library: "timm" or "transformers".
-        spec: what the library needs to build the model (see :func:`build`).
+        spec: what the library needs to build the model (see :func:`build`), and under "head" the head of ours on it.
         preprocessing: how its images are prepared.
     """
 
@@ -59,4 +61,6 @@ def build(origin: Origin) -> nn.Module:
 
         kind = getattr(transformers, spec["class"])
         model = kind(kind.config_class.from_dict(dict(spec["config"])))
+    if "head" in spec:
+        model = with_head(model, HeadConfig(**spec["head"]))
     return model.eval()

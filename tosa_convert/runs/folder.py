@@ -70,6 +70,11 @@ def is_run(folder: str | Path) -> bool:
         return False
 
 
+def is_converted_run(folder: str | Path) -> bool:
+    """Whether a folder holds a finished run of a converted model."""
+    return is_run(folder) and bool(read_json(Path(folder) / "config.json").get("convert"))
+
+
 def load_run(folder: str | Path) -> nn.Module:
     """The model of a finished run, in eval mode.
 

@@ -9,13 +9,23 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import read_json
+from tosa_convert.config.head import HeadConfig
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.loading import load_timm, load_timm_folder, load_transformers, resolve_timm_name
+from tosa_convert.models.dense import DenseModel, head_class, with_head
+from tosa_convert.models.loading import (
+    load_timm,
+    load_timm_folder,
+    load_transformers,
+    read_checkpoint,
+    resolve_timm_name,
+)
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.provenance import origin_of
 from tosa_convert.selective.conversion import is_converted
+from tosa_convert.tasks.task import task_named
 
 QUICKSTART = "quickstart"
+LIGHT = "light"
 
 
 def load(
@@ -25,6 +35,10 @@ def load(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
+    task: str | None = None,
+    head: str | None = None,
+    head_checkpoint: str | Path | None = None,
+    max_depth: float | None = None,
 ) -> nn.Module:
     """A model in eval mode from whatever names it.
 
@@ -35,12 +49,20 @@ def load(
         img_size: pixels, one number or (height, width); None keeps the model's own.
         num_classes: outputs of the head; None keeps the model's or the checkpoint's own, 0 removes it.
         pretrained: False builds the model with random weights, as counting FLOPs needs no more.
+        task: "depth" or "segmentation": the model is put under a new head that makes a map, see
+            :class:`tosa_convert.models.dense.DenseModel`.
+        head: which head, one of :mod:`tosa_convert.models.heads`; None with a task is "light".
+        head_checkpoint: its weights; without, it is untrained.
+        max_depth: metres that the head reaches at most, with task depth; None is 10.
 
     Raises:
         UsageError: an unknown or ambiguous name, options that do not fit the source.
         TosaError: a hub that cannot be reached, a truncated or hostile checkpoint.
     """
     source = str(source)
+    wanted = head_wanted(task, head, head_checkpoint, max_depth, num_classes)
+    if wanted is not None:
+        return _under_head(source, wanted, head_checkpoint, checkpoint, img_size, pretrained)
     folder = _folder(source)
     if checkpoint is not None and (folder or source.startswith("hf:")):
         raise UsageError("--checkpoint goes with a timm name, for example: deit_tiny --checkpoint weights.safetensors")
@@ -65,6 +87,71 @@ def load(
     if img_size is not None:
         set_image_size(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
     return model.eval()
+
+
+def head_wanted(
+    task: str | None,
+    head: str | None,
+    head_checkpoint: str | Path | None = None,
+    max_depth: float | None = None,
+    num_classes: int | None = None,
+) -> HeadConfig | None:
+    """The head that a model is to be put under; None for none.
+
+    Raises:
+        UsageError: options that go with a task, without one; or that do not go with this one.
+    """
+    if task is None:
+        given = {"--head": head, "--head-checkpoint": head_checkpoint, "--max-depth": max_depth}
+        odd = next((name for name, value in given.items() if value is not None), None)
+        if odd is not None:
+            raise UsageError(f"{odd} goes with a task that has heads; add --task depth or --task segmentation")
+        return None
+    kind = task_named(task)
+    wanted = kind.head(head or LIGHT, num_classes, max_depth)
+    head_class(wanted.head)
+    return wanted
+
+
+def _under_head(
+    source: str,
+    wanted: HeadConfig,
+    head_checkpoint: str | Path | None,
+    checkpoint: str | Path | None,
+    img_size: int | tuple[int, int] | None,
+    pretrained: bool,
+) -> nn.Module:
+    """A model under a new head, or a run that has this head already."""
+    folder = _folder(source)
+    if folder and runs.is_run(folder):
+        model = load(source, checkpoint=checkpoint, img_size=img_size)
+        if not isinstance(model, DenseModel) or head_checkpoint is not None:
+            raise UsageError(f"the head of a run is fixed; name what {source} was made from, in place of the run")
+        if model.config != wanted:
+            raise UsageError(
+                f"{source} has head {model.config.head} for {model.config.task} "
+                f"({_options_of(model.config)}), not what is asked for; leave --task and --head out"
+            )
+        return model
+    timms = not source.startswith("hf:") and not (folder and _of_transformers(folder))
+    outputs = 0 if timms else None
+    encoder = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=outputs, pretrained=pretrained)
+    weights = None if head_checkpoint is None else read_checkpoint(Path(head_checkpoint))
+    if weights is None:
+        warnings.warn(
+            f"head {wanted.head} is new and untrained; fine-tune it before you trust its maps",
+            TosaWarning,
+            stacklevel=3,
+        )
+    return with_head(encoder, wanted, weights, head_checkpoint or "")
+
+
+def _options_of(head: HeadConfig) -> str:
+    return f"{head.channels} channels" if head.max_depth is None else f"up to {head.max_depth:g} m"
+
+
+def _of_transformers(folder: Path) -> bool:
+    return (folder / "config.json").exists() and "architecture" not in read_json(folder / "config.json")
 
 
 def set_image_size(model: Any, size: tuple[int, int]) -> None:
@@ -96,12 +183,15 @@ def original_of(model: nn.Module) -> nn.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TosaWarning)  # said when it was loaded first
-            return load(
+            found = load(
                 origin.source,
                 checkpoint=origin.checkpoint,
                 num_classes=origin.num_classes,
                 img_size=origin.preprocessing.size,
             )
+            if "head" in origin.spec and not isinstance(found, DenseModel):  # a run has its own
+                found = with_head(found, HeadConfig(**origin.spec["head"]))
+            return found
     except TosaError:
         return None
 

@@ -1,5 +1,7 @@
 """Where a model came from, when loading did not note it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,6 +28,13 @@ def origin_of(model: nn.Module) -> Origin:
             "reopened; create it with tosa_convert.load() from a name or folder and save that"
         )
     return origin
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    """A trained model without its conversion, as an original of its own: what it was made from is another one now."""
+    found: Any = original(model)
+    found.tosa_origin = origin_of(model).model_copy(update={"source": None, "checkpoint": None})
+    return found
 
 
 @torch.no_grad()

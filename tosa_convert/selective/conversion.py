@@ -26,7 +26,7 @@ from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
 from tosa_convert.selective.proof import prove_selection
 from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
-from tosa_convert.selective.selection import Matcher, Selection, selective_blocks
+from tosa_convert.selective.selection import Matcher, Selection, keeps_any_number, selective_blocks
 
 
 def convert(model: nn.Module, config: ConvertConfig | None = None, **options: Any) -> nn.Module:
@@ -164,6 +164,11 @@ def light_copy(model: nn.Module) -> nn.Module:
 
 def is_converted(model: nn.Module) -> bool:
     return getattr(model, "tosa_config", None) is not None
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a converted model skips nothing: all its ratios are 1."""
+    return not keeps_any_number(model) and all(block.selection.ratio == 1 for block in selective_blocks(model))
 
 
 class _Surgeon:

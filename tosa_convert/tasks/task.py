@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from tosa_convert.base import discovery
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.head import HeadConfig
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Augmentation, Images
 from tosa_convert.models.preprocessing import Preprocessing
@@ -42,9 +44,32 @@ class Task:
 
     Attributes:
         metrics: name → metric; the first one decides where one has to.
+        png_scale: what a value of a map is multiplied by in a PNG file; None for what fills 16 bits.
+        differences: name → metric of how far an output is from the original's, of tasks whose output is a map.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
+    differences: ClassVar[Mapping[str, Metric]] = {}
+    png_scale: ClassVar[float | None] = None
+
+    @classmethod
+    def name(cls) -> str:
+        """What it is called with --task."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Task":
+        """The task of a model that it suits."""
+        return cls()
+
+    @classmethod
+    def head(cls, head: str, channels: int | None, max_depth: float | None) -> HeadConfig:
+        """A new head for this task; of its options None are those that were not given.
+
+        Raises:
+            UsageError: an option is not for this task, or the task has no heads of its own.
+        """
+        raise UsageError(f"task {cls.name()} takes no head; give one of the others with --task")
 
     @classmethod
     def suits(cls, model: nn.Module) -> bool:
@@ -77,6 +102,24 @@ class Task:
         """What fine-tuning on labels makes small: a scalar, of the model's main output."""
         raise NotImplementedError
 
+    def difference(self, output: torch.Tensor, original: torch.Tensor) -> dict[str, torch.Tensor]:
+        """For each of :attr:`differences` its value per image, (B,)."""
+        return {}
+
+    def error(self, output: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        """Per image, (B,), what a plan makes small of a map: its squared distance as a share of the original's
+        variance."""
+        ours, theirs = output.flatten(1), original.flatten(1)
+        return (ours - theirs).square().mean(1) / theirs.var(1).clamp(min=1e-12)
+
+    def values(self, output: torch.Tensor) -> torch.Tensor:
+        """(B, K, H, W), the model's output → (B, H, W), one number per pixel, as it is written to files."""
+        return output[:, 0]
+
+    def imitation(self, output: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        """What fine-tuning on the original's maps makes small, a scalar."""
+        return self.error(output, original).mean()
+
 
 def every_task() -> list[type[Task]]:
     """All that are known, those of users first."""
@@ -87,9 +130,21 @@ def every_task() -> list[type[Task]]:
 
 def task_of(model: nn.Module) -> Task:
     """What a model is for, converted or not."""
-    return next((kind() for kind in every_task() if kind.suits(model)), Task())
+    return next((kind.of(model) for kind in every_task() if kind.suits(model)), Task())
+
+
+def task_named(name: str) -> type[Task]:
+    """
+    Raises:
+        UsageError: there is none of this name.
+    """
+    known = {kind.name(): kind for kind in reversed(every_task())}
+    if name not in known:
+        raise UsageError(f"there is no task {name!r}; give one of {', '.join(sorted(known))}")
+    return known[name]
 
 
 def every_metric() -> dict[str, Metric]:
-    """Those of all tasks."""
-    return {name: metric for kind in reversed(every_task()) for name, metric in kind.metrics.items()}
+    """Those of all tasks, differences to the original among them."""
+    kinds = reversed(every_task())
+    return {name: metric for kind in kinds for name, metric in (*kind.metrics.items(), *kind.differences.items())}

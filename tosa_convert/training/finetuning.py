@@ -15,6 +15,7 @@ from tosa_convert.data.images import Augmentation, Images, check_augmentation
 from tosa_convert.data.masks import Masks, masks_of
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.dense import DenseModel
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted, original
@@ -68,6 +69,7 @@ def finetune(
     weights = loss_weights(settings, images, model)
     _take_masks(images, masks_of(masks, boxes), settings, weights)
     _check_mixing(settings, weights, model)
+    frozen = _freeze_backbone(model) if settings.head_only else []
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device
     objective = SelectiveFinetuning(model, weights, settings)
@@ -90,8 +92,24 @@ def finetune(
     finally:
         for block in choosing_blocks(model):
             block.selector.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         objective.close()
         model.to(home).eval()
+
+
+def _freeze_backbone(model: nn.Module) -> list[nn.Parameter]:
+    """Let the head alone learn; gives what was frozen.
+
+    Raises:
+        UsageError: the model has no head of ours.
+    """
+    if not isinstance(model, DenseModel):
+        raise UsageError("head_only is for a backbone under a new head (--task, --head); leave it out")
+    frozen = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
 
 
 def check_settings(settings: FinetuneSettings) -> Augmentation:
@@ -100,7 +118,9 @@ def check_settings(settings: FinetuneSettings) -> Augmentation:
     Raises:
         UsageError: timm has no such optimiser or augmentation.
     """
-    augmentation = Augmentation(settings.augment, settings.scale, settings.aa, settings.reprob)
+    augmentation = Augmentation(
+        settings.augment, settings.scale, settings.aa, settings.reprob, photometric=True, degrees=settings.rotate
+    )
     check_augmentation(augmentation)
     check_optimiser(settings)
     return augmentation

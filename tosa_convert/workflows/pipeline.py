@@ -12,7 +12,9 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe, read_recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.data.reader import with_options
 from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
+from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
 from tosa_convert.measure.macs import flops_on
@@ -22,7 +24,8 @@ from tosa_convert.reporting.result_tables import write_report
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, original_of
 from tosa_convert.runs.metrics_log import append_metrics
-from tosa_convert.selective.conversion import convert, is_converted, original
+from tosa_convert.runs.provenance import as_it_is
+from tosa_convert.selective.conversion import convert, is_converted, is_whole, original
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
@@ -57,7 +60,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    model = load(source, img_size=recipe.img_size) if runs.is_run(source) else _converted(recipe)
+    model = load(source, img_size=recipe.img_size, **_head(recipe)) if runs.is_run(source) else _converted(recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
     if not runs.is_run(source) and model.tosa_config.part(Score).learns_in == "ablation":
@@ -107,13 +110,15 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
                 raise InterruptedTrainingError(str(error).replace(str(out / name), str(out))) from None
             run = out / name
         elif processes.is_main():
-            results[name] = export_stage(run, recipe.export, recipe.data.eval or recipe.data.train, progress=progress)
+            results[name] = export_stage(
+                run, recipe.export, eval_source(recipe) or train_source(recipe), progress=progress
+            )
         if processes.is_main():
             report(name, results[name])
             if name != "export" and recipe.data.eval is not None:
                 results[f"eval {name}"] = eval_stage(
                     str(run),
-                    recipe.data.eval,
+                    eval_source(recipe),
                     device=device,
                     progress=progress,
                     **({} if name == "convert" else _reading(getattr(recipe, name))),
@@ -123,9 +128,24 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     return results
 
 
-def eval_stage(source: str, data: str | None, *, img_size=None, control=True, seed=0, progress=None, **options) -> dict:
-    """A model, or a run's model with its original and the random-selection control."""
-    model = load(source, img_size=img_size)
+def eval_stage(
+    source: str,
+    data: str | None,
+    *,
+    img_size=None,
+    head: dict | None = None,
+    predictions: Path | None = None,
+    format: str = "npy",
+    control=True,
+    seed=0,
+    progress=None,
+    **options,
+) -> dict:
+    """A model, or a run's model with its original and the random-selection control; its maps are written to
+    ``predictions``."""
+    model = load(source, img_size=img_size, **(head or {}))
+    if predictions is not None:
+        check_predictable(model, predictions)
     models: dict[str, nn.Module] = {"converted" if is_converted(model) else "model": model}
     before = _original(model)
     if before is not None:
@@ -134,6 +154,9 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, se
         models["random selection"] = random_control(model, seed)
     reference = "original" if before is not None else None
     results = evaluate(models, data, reference=reference, progress=progress, **options)
+    if predictions is not None:
+        how = {"flip": options.get("flip", False), "device": options.get("device"), "progress": progress}
+        results["predictions"] = write_predictions(model, data, predictions, format, **how)
     if keeps_any_number(model):
         results |= _on_these_images(model, source, data, progress)
     if runs.is_run(source):
@@ -143,10 +166,10 @@ def eval_stage(source: str, data: str | None, *, img_size=None, control=True, se
 
 
 def export_stage(
-    source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, progress=None
+    source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, head=None, progress=None
 ) -> dict:
     """ONNX and its check, in the run unless ``out`` says otherwise."""
-    model = load(source, img_size=img_size)
+    model = load(source, img_size=img_size, **(head or {}))
     folder = Path(out) if out else Path(source)
     try:
         check = export_onnx(model, folder, data, settings, original=_original(model), progress=progress)
@@ -223,7 +246,16 @@ def _on_these_images(model: nn.Module, source: str, data: str | None, progress: 
 
 def _cost(model: nn.Module, recipe: Recipe) -> dict:
     """Multiply–adds, over images of the recipe where they differ from image to image."""
-    return flops_on(model, recipe.data.train if keeps_any_number(model) else None)
+    return flops_on(model, train_source(recipe) if keeps_any_number(model) else None)
+
+
+def train_source(recipe: Recipe) -> str | None:
+    """The training images, with what is given beside them."""
+    return with_options(recipe.data.train, list=recipe.data.list, scale=recipe.data.depth_scale)
+
+
+def eval_source(recipe: Recipe) -> str | None:
+    return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
 
 
 def _reading(settings) -> dict:
@@ -244,8 +276,13 @@ def _original(model: nn.Module) -> nn.Module | None:
 
 
 def _converted(recipe: Recipe) -> nn.Module:
-    model = load(recipe.model, checkpoint=recipe.checkpoint, img_size=recipe.img_size, num_classes=recipe.num_classes)
-    return convert(model, recipe.convert)
+    how = {"checkpoint": recipe.checkpoint, "img_size": recipe.img_size, "num_classes": recipe.num_classes}
+    return convert(load(recipe.model, **how, **_head(recipe)), recipe.convert)
+
+
+def _head(recipe: Recipe) -> dict:
+    """The options of a new head."""
+    return {name: getattr(recipe, name) for name in ("task", "head", "head_checkpoint", "max_depth")}
 
 
 def _check_same_job(recipe: Recipe, path: Path) -> None:
@@ -291,12 +328,14 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     if name == "finetune":
         options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
     try:
-        figures = verb(model, recipe.data.train, settings, out=out, resume=resume, **options)
+        figures = verb(model, train_source(recipe), settings, out=out, resume=resume, **options)
     except TosaError:
         if processes.is_main() and not (out / IMPACT).exists():
             runs.discard(out)  # nothing was done yet
         raise
     results = {"stage": name, "run": str(out), **figures, "flops": _cost(model, recipe)}
+    if name == "finetune" and is_whole(model):
+        model = as_it_is(model)
     if processes.is_main():
         _keep(model, out, results)
         for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):

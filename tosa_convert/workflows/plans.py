@@ -40,6 +40,7 @@ def plan_stage(
     checkpoint: str | None = None,
     img_size: int | None = None,
     num_classes: int | None = None,
+    head: dict | None = None,
     out: Path,
     device: str | None = None,
     progress: Progress | None = None,
@@ -48,7 +49,8 @@ def plan_stage(
     from tosa_convert.reporting.plots import tokens_plot
 
     device = processes.pick_device(device)
-    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    head = head or {}
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes, **head)
     pixels, folder, truths = labelled_sample(model, data, images, labels)
     if adaptive and len(folder) < FEWEST:
         raise UsageError(
@@ -80,6 +82,7 @@ def plan_stage(
         checkpoint=checkpoint and str(checkpoint),
         img_size=img_size,
         num_classes=num_classes,
+        **head,
         data=Data(train=data),  # what the export is checked on
         convert=plan.config,
         export=ExportSettings(images=images),
@@ -108,11 +111,13 @@ def plan_stage(
     return results
 
 
-def compare_stage(source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, **options) -> dict:
+def compare_stage(
+    source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, head=None, **options
+) -> dict:
     """A comparison of methods; ``compare.json``, ``compare.md`` and ``compare.png`` in ``out``."""
     from tosa_convert.reporting.plots import pareto_plot
 
-    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes)
+    model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes, **(head or {}))
     runs.prepare(out)
     results = {"source": source, **compare(model, **options)}
     results["plot"] = str(pareto_plot(results, out / "compare.png"))

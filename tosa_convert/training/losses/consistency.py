@@ -52,7 +52,7 @@ class Consistency(Loss):
     def of(self, found, wanted, labels):
         output = next(iter(found.values()))
         apart = (_normed(self.tokens.value) - self.wanted).square().mean(-1)
-        if not self.task.metrics:
+        if not self.task.metrics or self.task.differences:
             return DISTANCE * apart.mean()
         sure = output.detach().softmax(-1).amax(-1) > CONFIDENT
         distance = DISTANCE * (apart * sure).mean()

@@ -1,0 +1,161 @@
+"""Images with a map each, such as depth: read, cropped, turned and mirrored together."""
+
+import math
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.data.images import BEYOND, UNREADABLE, Augmentation, Images
+from tosa_convert.data.reader import MapReader
+from tosa_convert.models.preprocessing import Preprocessing
+
+GAMMA, COLOUR = (0.9, 1.1), (0.9, 1.1)
+"""Ranges of what training images are varied by; see :class:`~tosa_convert.data.reader.MapReader` for brightness."""
+
+
+class DenseImages(Images):
+    """The images of a source, whole, and where its reader has them their maps.
+
+    An item is as with :class:`Images`, with a map (H, W) float32 for a label, NaN where nothing is known: for training
+    of the model's own size, turned, cropped and mirrored with its image; otherwise of the size at which it is scored,
+    and NaN where it is not. Without maps the label is −1.
+    """
+
+    def __init__(
+        self,
+        source,
+        preprocessing: Preprocessing,
+        augment: "str | Augmentation | None" = None,
+        seed: int = 0,
+    ):
+        whole = preprocessing.model_copy(update={"crop_mode": "squash", "crop_pct": 1.0})
+        super().__init__(source, whole, augment, seed)
+        self.augmentation = Augmentation(augment) if isinstance(augment, str) else augment
+
+    @property
+    def maps(self) -> str:
+        """What its maps are, such as "depth"; empty where there are none."""
+        return self.reader.maps if isinstance(self.reader, MapReader) else ""
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.maps)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of one image."""
+        with self.reader.open(index) as content, Image.open(content) as opened:
+            return opened.size
+
+    def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """What of an image of this (width, height) the model sees: left, top, right, bottom."""
+        return self.reader.frame(size) if self.maps else (0, 0, *size)
+
+    def truth(self, index: int) -> torch.Tensor | None:
+        """The map of one image, (H, W), as it is; None where nothing is known of it, or it cannot be read."""
+        try:
+            found = self.reader.map(index)
+        except UNREADABLE:
+            return None
+        return None if found is None else torch.from_numpy(found)
+
+    def _read(self, index):
+        try:
+            with self.reader.open(index) as content, Image.open(content) as opened:
+                image = opened.convert(self.preprocessing.mode)
+        except UNREADABLE:
+            return None, None, self.reader.filename(index)
+        if not self.maps:
+            return self._seen(image), -1, None
+        try:
+            truth = self.reader.map(index)
+        except UNREADABLE:
+            return None, None, f"{self.reader.filename(index)} (its {self.maps})"
+        if truth is None:
+            truth = np.full((image.height, image.width), np.nan, np.float32)
+        if truth.shape != (image.height, image.width):
+            height, width = truth.shape
+            raise UsageError(
+                f"{self.reader.filename(index)} is {image.height}×{image.width}, but its {self.maps} is "
+                f"{height}×{width}; give maps of the size of their images"
+            )
+        if not self.training:
+            box = self.reader.scored(image.size)
+            everywhere, truth = truth, np.full_like(truth, np.nan)
+            truth[box] = everywhere[box]
+        left, top, right, bottom = self.frame(image.size)
+        image, seen = image.crop((left, top, right, bottom)), torch.from_numpy(truth[top:bottom, left:right].copy())
+        return (*self._varied(image, seen), None) if self.training else (self.transform(image), seen, None)
+
+    def _seen(self, image: Image.Image) -> torch.Tensor:
+        """As the model takes it; for training without a map cropped and mirrored too."""
+        return self._varied(image, None)[0] if self.training else self.transform(image)
+
+    def _varied(self, image: Image.Image, truth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | int]:
+        augment = self.augmentation
+        pixels = tv_tensors.Image(v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True))
+        pair = [pixels] if truth is None else [pixels, tv_tensors.Mask(truth[None])]
+        if augment.kind != "none":
+            pair = _turned(pair, self._degrees())
+            if augment.kind == "crop":
+                pair = _cropped(pair, self.preprocessing.size, augment.scale)
+            if random.random() < 0.5:
+                pair = [v2.functional.horizontal_flip(each) for each in pair]
+            if augment.photometric:
+                pair[0] = self._recoloured(pair[0])
+        size = list(self.preprocessing.size)
+        image = self._normalised(v2.functional.resize(pair[0], size, _resampling(self.preprocessing), antialias=True))
+        if truth is None:
+            return image, -1
+        nearest = v2.functional.resize(pair[1], size, v2.InterpolationMode.NEAREST)
+        return image, nearest[0].as_subclass(torch.Tensor)
+
+    def _degrees(self) -> float:
+        if self.augmentation.degrees is not None:
+            return self.augmentation.degrees
+        return self.reader.degrees if isinstance(self.reader, MapReader) else 0.0
+
+    def _recoloured(self, image: torch.Tensor) -> torch.Tensor:
+        """Gamma, brightness and the channels' balance, for every second image."""
+        if random.random() < 0.5:
+            return image
+        bright = self.reader.brightness if isinstance(self.reader, MapReader) else COLOUR
+        colours = torch.tensor([random.uniform(*COLOUR) for _ in range(len(image))])[:, None, None]
+        varied = image.clamp(min=0) ** random.uniform(*GAMMA) * random.uniform(*bright) * colours
+        return varied.clamp(0, 1)
+
+    def _normalised(self, image: torch.Tensor) -> torch.Tensor:
+        known = self.preprocessing
+        return v2.functional.normalize(image.as_subclass(torch.Tensor).clamp(0, 1), list(known.mean), list(known.std))
+
+
+def _resampling(preprocessing: Preprocessing) -> v2.InterpolationMode:
+    return v2.InterpolationMode(preprocessing.interpolation)
+
+
+def _turned(pair: list[torch.Tensor], degrees: float) -> list[torch.Tensor]:
+    """All by the same angle; where an image has no pixel its map is not known."""
+    if not degrees:
+        return pair
+    angle = random.uniform(-degrees, degrees)
+    image = v2.functional.rotate(pair[0], angle, interpolation=v2.InterpolationMode.BILINEAR)
+    return [image, *(v2.functional.rotate(each, angle, fill=[math.nan]) for each in pair[1:])]
+
+
+def _cropped(pair: list[torch.Tensor], size: tuple[int, int], scale: tuple[float, float]) -> list[torch.Tensor]:
+    """A box of the shape of ``size``, of such a share of the area of the largest one, at a random place."""
+    height, width = pair[0].shape[-2:]
+    largest = min(height / size[0], width / size[1]) * math.sqrt(random.uniform(*scale))
+    tall, wide = max(1, round(size[0] * largest)), max(1, round(size[1] * largest))
+    top, left = random.randint(0, max(0, height - tall)), random.randint(0, max(0, width - wide))
+    return [v2.functional.crop(each, top, left, tall, wide) for each in pair]
+
+
+def sizes_of(labels: torch.Tensor) -> list[tuple[int, int]]:
+    """Height and width of each map of a batch (B, H, W), without what is beyond its edges."""
+    down, across = labels[:, :, 0] != BEYOND, labels[:, 0, :] != BEYOND
+    return list(zip(down.sum(1).tolist(), across.sum(1).tolist(), strict=True))

@@ -1,0 +1,49 @@
+"""Files that hold a map: PNG with one channel, .npy, .pfm."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ENDINGS = (".png", ".npy", ".pfm")
+
+
+def png_of(content: bytes) -> np.ndarray:
+    """(H, W) of numbers, of a PNG with one channel of 8 or 16 bits, or of a .pfm file.
+
+    Raises:
+        ValueError: it has several channels.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        found = np.asarray(opened)
+    if found.ndim != 2:
+        raise ValueError(f"{found.ndim} dimensions, in place of one number per pixel")
+    return found
+
+
+def read_map(file: Path) -> np.ndarray:
+    """(H, W) of numbers as they stand in the file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else.
+    """
+    if file.suffix.lower() == ".npy":
+        found = np.load(file, allow_pickle=False)
+        if found.ndim == 3 and 1 in found.shape:
+            found = found.squeeze()
+        if found.ndim != 2:
+            raise ValueError(f"{found.ndim} dimensions, in place of one number per pixel")
+        return found
+    return png_of(file.read_bytes())
+
+
+def paired(root: Path, folder: str) -> list[tuple[Path, Path | None]]:
+    """Images in ``images/`` with the file of the same name, but for its ending, in another folder; in order."""
+    maps = {file.relative_to(root / folder).with_suffix(""): file for file in sorted((root / folder).rglob("*"))}
+    maps = {name: file for name, file in maps.items() if file.suffix.lower() in ENDINGS}
+    images = sorted(file for file in (root / "images").rglob("*") if file.suffix.lower() in IMAGES)
+    return [(file, maps.get(file.relative_to(root / "images").with_suffix(""))) for file in images]
+
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -1,0 +1,44 @@
+"""A backbone under a head of ours: see :mod:`tosa_convert.models.dense`."""
+
+import functools
+
+from torch import nn
+
+from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.dense import DenseModel
+
+
+def find(model: nn.Module) -> Adapter | None:
+    if not isinstance(model, DenseModel):
+        return None
+    kind = _over(type(model.adapter))
+    adapter = kind.__new__(kind)
+    vars(adapter).update(vars(model.adapter), whole=model)
+    return adapter
+
+
+@functools.cache
+def _over(inside: type[Adapter]) -> type[Adapter]:
+    return type(f"Dense{inside.__name__}", (_Dense, inside), {})
+
+
+class _Dense:
+    """Over the adapter of the backbone."""
+
+    whole: DenseModel
+    classifies_by_class_token = False
+    gives_maps = True
+    embeds = False
+
+    @property
+    def forward(self):
+        return self.whole
+
+    def inputs(self, images):
+        return {"images": images}
+
+    def outputs(self, images):
+        return {self.whole.config.task: self.whole(images)}
+
+    def spec(self) -> dict:
+        return {**super().spec(), "head": self.whole.config.model_dump()}

@@ -1,0 +1,161 @@
+"""A depth per pixel, in metres: the errors of Eigen et al. (arXiv 1406.2283, section 4) and KITTI's, and their
+scale-invariant loss."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.head import HeadConfig
+from tosa_convert.data.dense import DenseImages, sizes_of
+from tosa_convert.models.dense import DenseModel
+from tosa_convert.tasks.task import Metric, Task
+
+MAX_DEPTH = 10.0
+NEAR = 1e-3
+"""Metres: a prediction below is taken for this."""
+VARIANCE_FOCUS = 0.85
+"""λ of the loss, by BTS (arXiv 1907.10326, section 3.3)."""
+SMALLEST, LARGEST = 0.05, 1000.0
+"""Metres between which the median depth of images lies, unless their scale is wrong."""
+LOOKED_AT = 8
+
+Error = partial(Metric, higher_is_better=False)
+
+
+class Depth(Task):
+    """Of heads of ours, and of models of transformers that give metres."""
+
+    metrics = {  # noqa: RUF012
+        "abs_rel": Error("Abs Rel"),
+        "sq_rel": Error("Sq Rel"),
+        "rmse": Error("RMSE"),
+        "rmse_log": Error("RMSE log"),
+        "log10": Error("log10"),
+        "silog": Error("SILog"),
+        "delta1": Metric("δ<1.25"),
+        "delta2": Metric("δ<1.25²"),
+        "delta3": Metric("δ<1.25³"),
+    }
+    differences = {"depth_error": Error("depth error")}  # noqa: RUF012
+    png_scale = 256.0
+
+    @classmethod
+    def suits(cls, model):
+        if isinstance(model, DenseModel):
+            return model.config.task == cls.name()
+        return is_depth_model(model) and not gives_relative(model)
+
+    @classmethod
+    def head(cls, head, channels, max_depth):
+        if channels is not None:
+            raise UsageError("a depth has no classes; leave --num-classes out")
+        return HeadConfig(task=cls.name(), head=head, max_depth=MAX_DEPTH if max_depth is None else max_depth)
+
+    def read(self, source, preprocessing, augment=None, seed=0):
+        return DenseImages(source, preprocessing, augment, seed)
+
+    def has_labels(self, images, model):
+        if getattr(images, "maps", "") != "depth":
+            return False
+        check_scale(images)
+        return True
+
+    def measure(self, output, labels):
+        return per_image(errors, output, labels, tuple(self.metrics))
+
+    def loss(self, output, labels, settings):
+        return silog_loss(as_maps(output), labels)
+
+    def difference(self, output, original):
+        return {"depth_error": self.error(output, original)}
+
+    def error(self, output, original):
+        """Abs Rel to the original's depth, (B,)."""
+        ours, theirs = as_maps(output).flatten(1), as_maps(original).flatten(1).clamp(min=NEAR)
+        return ((ours - theirs).abs() / theirs).mean(1)
+
+
+def is_depth_model(model: torch.nn.Module) -> bool:
+    """Whether it is one of transformers for depth."""
+    return any(kind.__name__.endswith("ForDepthEstimation") for kind in type(model).__mro__)
+
+
+def gives_relative(model: torch.nn.Module) -> bool:
+    """Whether what a model of transformers gives is a disparity up to scale and shift, as most do."""
+    return getattr(model.config, "depth_estimation_type", "relative") == "relative"
+
+
+def as_maps(output: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) or (B, H, W) → (B, H, W)."""
+    return output[:, 0] if output.ndim == 4 else output
+
+
+def per_image(measured, output: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Each image's map, resampled to the size of its truth, against what is known there; NaN of an image of which
+    nothing is.
+
+    Args:
+        measured: two rows of numbers, found and true → a value for each of the names.
+        output: (B, 1, h, w) or (B, h, w).
+        labels: (B, H, W), NaN where nothing is known, see :mod:`tosa_convert.data.dense`.
+    """
+    maps, rows = as_maps(output), []
+    for found, truth, (height, width) in zip(maps, labels, sizes_of(labels), strict=True):
+        truth = truth[:height, :width]
+        found = F.interpolate(found[None, None].float(), size=(height, width), mode="bilinear", align_corners=False)
+        known = truth.isfinite()
+        rows.append(
+            measured(found[0, 0][known], truth[known]) if known.any() else truth.new_full((len(names),), torch.nan)
+        )
+    return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
+
+
+def errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Metres (N,) both → the metrics of :class:`Depth` in their order; RMSE in metres, SILog in hundredths."""
+    found = found.clamp(min=NEAR)
+    apart, logs = found - truth, found.log() - truth.log()
+    ratio = torch.maximum(found / truth, truth / found)
+    return torch.stack(
+        [
+            (apart.abs() / truth).mean(),
+            (apart.square() / truth).mean(),
+            apart.square().mean().sqrt(),
+            logs.square().mean().sqrt(),
+            (found.log10() - truth.log10()).abs().mean(),
+            100 * (logs.square().mean() - logs.mean().square()).clamp(min=0).sqrt(),
+            *((ratio < 1.25**power).float().mean() for power in (1, 2, 3)),
+        ]
+    )
+
+
+def silog_loss(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """10 · √(mean d² − λ · mean² d) of the differences d of logarithms where the truth is known, of the whole batch
+    (BTS, arXiv 1907.10326, section 3.3); 0 where nothing is."""
+    known = truth.isfinite() & (truth > 0)
+    if not known.any():
+        return 0.0 * found.sum()
+    logs = found[known].clamp(min=NEAR).log() - truth[known].log()
+    # The root of zero has no gradient.
+    return 10 * (logs.square().mean() - VARIANCE_FOCUS * logs.mean().square()).clamp(min=1e-12).sqrt()
+
+
+def check_scale(images: DenseImages) -> None:
+    """
+    Raises:
+        UsageError: the first images are as near, or as far, as no scene is.
+    """
+    medians = []
+    for index in range(min(LOOKED_AT, len(images))):
+        depth = images.truth(index)
+        if depth is not None and depth.isfinite().any():
+            medians.append(depth[depth.isfinite()].median())
+    if not medians:
+        return
+    median = torch.stack(medians).median().item()
+    if not SMALLEST <= median <= LARGEST:
+        raise UsageError(
+            f"the median depth of {images.name} is {median:.3g} m, as of no scene; say with --depth-scale what a metre "
+            "is in the PNG files, such as 1000 or 256"
+        )
