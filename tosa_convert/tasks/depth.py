@@ -66,7 +66,7 @@ class Depth(Task):
         return per_image(errors, output, labels, tuple(self.metrics))
 
     def loss(self, output, labels, settings):
-        return silog_loss(as_maps(output), labels)
+        return silog_loss(as_maps(output).float(), labels)
 
     def difference(self, output, original):
         return {"depth_error": self.error(output, original)}

@@ -1,0 +1,152 @@
+"""What token reduction does to depth: DeiT-Tiny under NeWCRFs, trained from scratch on rendered rooms and streets.
+
+    python benchmarks/render_rooms.py --out rooms --train 4000 --test 300 --plan 48
+    python benchmarks/depth_rendered.py --rooms rooms --work work --out benchmarks/results/depth_rendered.json
+
+For each seed a model is trained as it is, then measured with its tokens reduced and no training, and after fine-tuning
+with as many steps for each method, and for the original as their control. Everything here is drawn by a script: the
+figures say what a method costs a model that knows these scenes, not how well it would do on photographs. Budgets are
+shares of the multiply-adds of the backbone; those of the whole model stand beside them. Goes on where it was.
+"""
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from pathlib import Path
+
+import record
+import timm
+import torch
+from safetensors.torch import save_file
+
+import tosa_convert as tc
+from tosa_convert.config.settings import DistillSettings, FinetuneSettings
+from tosa_convert.data.images import sample
+from tosa_convert.measure.evaluation import evaluate
+from tosa_convert.measure.macs import flops
+from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.budget import fitted
+from tosa_convert.planning.plan import find_plan
+from tosa_convert.runs.folder import save
+from tosa_convert.runs.provenance import as_it_is
+
+MODEL, LAYERS, RATIO = "deit_tiny", [2, 4, 6, 8, 10], 0.8
+BUDGETS = (0.8, 0.7, 0.5)
+UNTRAINED = ("plan", "similarity/merge", "tome", "random")
+TRAINED = ("original", "tosa", "tome", "similarity/merge")
+SHOWN = ("abs_rel", "rmse", "silog", "delta1")
+
+
+def base(given, seed: int):
+    """The model as it is, trained on rendered scenes; kept in the work folder."""
+    folder = given.work / f"base{seed}"
+    if (folder / "config.json").exists():
+        return tc.load(folder)
+    torch.manual_seed(seed)
+    given.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = given.work / f"random{seed}.safetensors"
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), checkpoint)
+    head = {"task": "depth", "head": given.head, "max_depth": 60.0}
+    model = tc.load(MODEL, checkpoint=checkpoint, img_size=given.side, **head)
+    model = tc.convert(model, ratio=1.0)
+    learn(model, given, seed, given.images, 5e-4, folder / "training")
+    save(as_it_is(model), folder)
+    return tc.load(folder)
+
+
+def learn(model, given, seed: int, images: int, lr: float, out: Path | None = None) -> None:
+    settings = FinetuneSettings(
+        steps=images // 8, lr=lr, augment="flip", precision="bf16", log_every=25, weight_decay=0.05
+    )
+    data = f"depth:{given.rooms / 'train'}"
+    resume = out is not None and out.exists()
+    tc.finetune(model, data, settings, seed=seed, out=out, resume=resume, device="cpu")
+
+
+def measured(model, given) -> dict:
+    found = evaluate(model, f"depth:{given.rooms / 'test'}", batch_size=8, device="cpu")["models"]["model"]
+    return {name: found[name] for name in SHOWN}
+
+
+def costs(model) -> dict:
+    cost = flops(model)
+    head = cost.original - sum(layer.original for layer in cost.layers)
+    return {"macs": cost.macs / cost.original, "backbone": (cost.macs - head) / (cost.original - head)}
+
+
+def converted(model, name: str, budget: float, given, seed: int):
+    """The method at a share of the backbone's multiply-adds."""
+    cost = flops(model)
+    blocks = sum(layer.original for layer in cost.layers)
+    whole = 1 - (1 - budget) * blocks / cost.original
+    if name != "plan":
+        return fitted(model, name, whole, MacsShare(model))[0]
+    pixels = sample(f"depth:{given.rooms / 'plan'}", preprocessing_of(model), 24)[0]
+    return tc.convert(copy.deepcopy(model), find_plan(model, pixels, whole).config)
+
+
+def seed_rows(given, seed: int, done: dict, keep) -> None:
+    model = base(given, seed)
+
+    def note(key: str, make) -> None:
+        name = f"{key} seed {seed}"
+        if name not in done:
+            started = time.monotonic()
+            found = make()
+            done[name] = {**measured(found, given), **(costs(found) if hasattr(found, "tosa_config") else {})}
+            keep()
+            print(f"{name}: {done[name]}, {time.monotonic() - started:.0f} s", flush=True)
+
+    note("original", lambda: model)
+    for budget in BUDGETS:
+        for method in UNTRAINED:
+            note(f"untrained {method} {budget}", lambda m=method, b=budget: converted(model, m, b, given, seed))
+    for method in TRAINED:
+        note(f"trained {method}", lambda m=method: trained(model, m, given, seed))
+
+
+def trained(model, method: str, given, seed: int):
+    """ToSA as published (layers 2, 4, 6, 8 and 10 at ratio 0.8); the others at its multiply-adds; and the original."""
+    found = copy.deepcopy(model)
+    if method == "original":
+        found = tc.convert(found, ratio=1.0)
+    else:
+        tosa = tc.convert(copy.deepcopy(model), layers=LAYERS, ratio=RATIO)
+        budget = costs(tosa)["backbone"]
+        found = tosa if method == "tosa" else converted(model, method, budget, given, seed)
+    if method == "tosa":
+        tc.distill(
+            found, f"depth:{given.rooms / 'train'}", DistillSettings(steps=100, augment="flip"), seed=seed, device="cpu"
+        )
+    learn(found, given, seed, given.fine, 1e-4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rooms", required=True, type=Path, help="what render_rooms.py wrote")
+    parser.add_argument("--work", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--head", default="newcrfs")
+    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--images", type=int, default=12000, help="seen in training")
+    parser.add_argument("--fine", type=int, default=2400, help="seen in fine-tuning")
+    parser.add_argument("--seeds", default="0,1,2")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    given.work.mkdir(parents=True, exist_ok=True)
+    facts = {"head": given.head, "side": given.side, "images": given.images, "fine": given.fine}
+    for seed in map(int, given.seeds.split(",")):
+        done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
+
+        def keep(rows=done) -> None:
+            record.write(given.out, {**facts, "results": rows})
+
+        seed_rows(given, seed, done, keep)
+
+
+if __name__ == "__main__":
+    main()
