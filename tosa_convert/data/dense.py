@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from tosa_convert.base.errors import UsageError
 from tosa_convert.data.images import BEYOND, UNREADABLE, Augmentation, Images
 from tosa_convert.data.reader import MapReader
+from tosa_convert.models.dense import whole_image
 from tosa_convert.models.preprocessing import Preprocessing
 
 GAMMA, COLOUR = (0.9, 1.1), (0.9, 1.1)
@@ -33,8 +34,7 @@ class DenseImages(Images):
         augment: "str | Augmentation | None" = None,
         seed: int = 0,
     ):
-        whole = preprocessing.model_copy(update={"crop_mode": "squash", "crop_pct": 1.0})
-        super().__init__(source, whole, augment, seed)
+        super().__init__(source, whole_image(preprocessing), augment, seed)
         self.augmentation = Augmentation(augment) if isinstance(augment, str) else augment
 
     @property

@@ -16,6 +16,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.config.head import HeadConfig
 from tosa_convert.models.adapter import Adapter, adapter_of
+from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.calls import first_of
 
 FOLDER = "models/heads"
@@ -135,10 +136,16 @@ def with_head(
     known = getattr(encoder, "tosa_origin", None)
     if known is not None:
         spec = adapter_of(model).spec()
-        model.tosa_origin = known.model_copy(update={"spec": {**known.spec, **spec}})
+        seen = whole_image(known.preprocessing)
+        model.tosa_origin = known.model_copy(update={"spec": {**known.spec, **spec}, "preprocessing": seen})
     if weights is not None:
         _fill(model.head, weights, config.head, place)
     return model.eval()
+
+
+def whole_image(preprocessing: Preprocessing) -> Preprocessing:
+    """The same, with nothing cut off: a map is one of the whole image."""
+    return preprocessing.model_copy(update={"crop_mode": "squash", "crop_pct": 1.0})
 
 
 def _without_head(encoder: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ import functools
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
-from tosa_convert.models.dense import DenseModel
+from tosa_convert.models.dense import DenseModel, whole_image
 
 
 def find(model: nn.Module) -> Adapter | None:
@@ -39,6 +39,9 @@ class _Dense:
 
     def outputs(self, images):
         return {self.whole.config.task: self.whole(images)}
+
+    def preprocessing(self):
+        return whole_image(super().preprocessing())
 
     def spec(self) -> dict:
         return {**super().spec(), "head": self.whole.config.model_dump()}

