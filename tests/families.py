@@ -14,6 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
+from tosa_convert.config.head import HeadConfig
+from tosa_convert.models.dense import with_head
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 5}
 ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 HF_SMALL = {
@@ -126,6 +129,15 @@ def _beit_inside_dpt():
     return transformers.DPTForDepthEstimation(transformers.DPTConfig(backbone_config=backbone, **HEAD))
 
 
+def under_head(encoder: str, head: str, **options):
+    """One of the others under a head of ours."""
+
+    def build():
+        return with_head(FAMILIES[encoder](), HeadConfig(task="segmentation", head=head, **options))
+
+    return build
+
+
 PROVEN = {
     "hf ViTMSN classifier": _hf("ViTMSNForImageClassification", num_labels=5),
     "hf BlipVisionModel": _hf("BlipVisionModel"),
@@ -198,6 +210,9 @@ FAMILIES = {
     "hf SAM": _sam,
     "hf ViTDet": _vitdet,
     "timm sam": _timm_sam,
+    "dense timm light": under_head("timm dinov2 registers", "light"),
+    "dense hf dpt": under_head("hf Dinov2Model", "dpt", channels=3),
+    "dense dinov3": under_head("hf DINOv3ViTModel", "light"),
     **PROVEN,
 }
 CORE = (

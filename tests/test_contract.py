@@ -18,6 +18,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs import flops
 from tosa_convert.methods.token_ops import gather_tokens
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.dense import DenseModel
 from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.subclassing import steer
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
@@ -65,6 +66,8 @@ def test_ratio_one_equals_the_original(name, images):
 def features_of(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """All that the library gives beside the output: intermediate features, hidden states, tokens."""
     adapter = adapter_of(model)
+    if isinstance(model, DenseModel):
+        return [adapter.tokens(images)]
     if adapter.library == "transformers":
         return list(adapter.forward(**adapter.inputs(images), output_hidden_states=True).hidden_states)
     if adapter.forward is not model or not hasattr(model, "forward_intermediates"):

@@ -7,11 +7,14 @@ from pydantic import BaseModel
 from tosa_convert import BenchSettings, Bypass, ConvertConfig, DistillSettings, ExportSettings, FinetuneSettings
 from tosa_convert.cli.main import app
 from tosa_convert.config.recipe import Recipe
+from tosa_convert.data.readers.depth import MILLIMETRES
 from tosa_convert.methods.method import published
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.schedule import Schedule
 from tosa_convert.methods.score import Score
 from tosa_convert.planning import plan as planning
+from tosa_convert.runs.loading import LIGHT
+from tosa_convert.tasks.depth import MAX_DEPTH
 
 COMMANDS = typer.main.get_command(app).commands
 SETTINGS = {"distill": DistillSettings, "finetune": FinetuneSettings, "export": ExportSettings, "bench": BenchSettings}
@@ -28,12 +31,15 @@ DESCRIBED = {
     "--num-classes": ["the model's"],
     "--lr": ["the stage's"],
     "--layers": ["the schedule's"],
-    "--keep": ["logits of a classifier, otherwise patches"],
+    "--keep": ["logits of a classifier, the map of a dense head, otherwise patches"],
+    "--task": ["the model's own head"],
+    "--head-checkpoint": ["untrained"],
     "--segment": ["1, or searched for --by latency"],
     "--device": ["a GPU if there is one"],
     "--labels": ["1 with labels"],
     "--logits": ["1 without labels"],
     "--features": ["1 without labels"],
+    "--maps": ["1 without labels"],
     "--cut": ["1 with method idle"],
     "--consistency": ["1 with method mctf"],
     "--precision": ["all on this device"],
@@ -53,7 +59,8 @@ def defaults_of(command: str) -> dict[str, object]:
     others = [part().options.model_dump() for kind in (Score, Bypass, Schedule) for part in every(kind).values()]
     parts = [*others, *(config.make(kind).options.model_dump() for kind in (Score, Bypass, Schedule))]
     own: BaseModel | None = SETTINGS[command]() if command in SETTINGS else None
-    known = {"seed": Recipe(model="any").seed, "budget": planning.BUDGET, "method": "tosa"}
+    known = {"seed": Recipe(model="any").seed, "budget": planning.BUDGET, "method": "tosa", "head": LIGHT}
+    known |= {"max_depth": f"{MAX_DEPTH:g}", "depth_scale": f"{MILLIMETRES:g}"}
     for values in (config.model_dump(exclude={"method"}), *parts, own.model_dump() if own else {}):
         known |= values
     return {**known, "steps": own.total_steps(1, 1)} if "steps" in known else known

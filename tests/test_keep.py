@@ -83,7 +83,7 @@ def test_the_nearest_other_image_decides():
         ("timm vit", Keep.LOGITS, [Keep.PATCHES, Keep.POOLED]),
         ("hf Dinov2Model", Keep.PATCHES, [Keep.POOLED]),
         ("hf CLIPModel", Keep.PATCHES, [Keep.POOLED]),
-        ("hf DepthAnything", Keep.PATCHES, [Keep.MAP, Keep.POOLED]),
+        ("hf DepthAnything", Keep.MAP, [Keep.PATCHES, Keep.POOLED]),
     ],
 )
 def test_each_model_has_something_to_keep_and_an_error_of_it(name, keep, others):

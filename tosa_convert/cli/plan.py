@@ -49,7 +49,7 @@ def plan(
         Keep | None,
         typer.Option(
             help="what has to stay as it is: patches with the class token, pooled features or an embedding, …",
-            show_default="logits of a classifier, otherwise patches",
+            show_default="logits of a classifier, the map of a dense head, otherwise patches",
         ),
     ] = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,

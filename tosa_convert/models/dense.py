@@ -149,8 +149,8 @@ def whole_image(preprocessing: Preprocessing) -> Preprocessing:
 
 
 def _without_head(encoder: nn.Module) -> nn.Module:
-    """A model of transformers without what it puts behind its base."""
-    return getattr(encoder, "base_model", encoder)
+    """A model of transformers for a task without what it puts behind its base."""
+    return getattr(encoder, "base_model", encoder) if "For" in type(encoder).__name__ else encoder
 
 
 def _fill(head: nn.Module, weights: dict[str, torch.Tensor], name: str, place: str | Path) -> None:

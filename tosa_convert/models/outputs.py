@@ -19,7 +19,7 @@ def outputs_of(model: nn.Module) -> int:
     if isinstance(model, DenseModel):
         return 0
     if adapter.library == "timm":
-        return 0 if adapter.embeds else model.num_classes
+        return 0 if adapter.embeds else getattr(model, "num_classes", 0)  # a backbone has none
     return model.config.num_labels if "Classification" in type(model).__name__ else 0
 
 

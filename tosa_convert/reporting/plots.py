@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tosa_convert.base.files import atomic
+from tosa_convert.reporting.map_panels import Panel
 from tosa_convert.reporting.token_maps import Looks, View
 
 INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
@@ -120,13 +121,16 @@ def loss_plot(lines: list[dict], file: Path) -> Path:
 
 def views_plot(looks: Looks, file: Path) -> Path:
     """As Figure 4 of the ToSA paper: each image, followed by one panel per selective layer with skipped patches dark.
-    Lines connect skipped patches with the patches that represent them."""
-    images, names, views = looks
-    panels = 1 + len(views[0])
+    Lines connect skipped patches with the patches that represent them. The maps of dense models come behind the image,
+    with their scale."""
+    images, names, views, maps = looks
+    between = len(maps[0]) if maps else 0
+    panels = 1 + between + len(views[0])
     down = -(-panels // PANELS)
     across = -(-panels // down)
     height, width = images[0].shape[:2]
-    size = (across * PANEL, down * len(images) * (PANEL * height / width + 0.25))
+    under = 0.5 if maps else 0.25  # inches, for titles and scales
+    size = (across * PANEL, down * len(images) * (PANEL * height / width + under))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(down * len(images), across, squeeze=False)
     for axes in grid.flat:
@@ -135,9 +139,23 @@ def views_plot(looks: Looks, file: Path) -> Path:
         mine = grid[index * down : (index + 1) * down].flat
         mine[0].imshow(image)
         mine[0].set_title(name, fontsize=8)
-        for axes, view in zip(mine[1:panels], seen, strict=True):
+        for axes, panel in zip(mine[1 : 1 + between], maps[index] if maps else (), strict=True):
+            _draw_map(figure, axes, panel)
+        for axes, view in zip(mine[1 + between : panels], seen, strict=True):
             _draw_view(axes, image, view)
     return _write(figure, file)
+
+
+def _draw_map(figure: Figure, axes: Axes, panel: Panel) -> None:
+    """A map in perceptual colours, with a bar of its scale."""
+    colours = "magma" if panel.difference else "viridis"
+    seen = axes.imshow(panel.values, cmap=colours, vmin=panel.low, vmax=panel.high)
+    bar = figure.colorbar(seen, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03)
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_title(
+        f"{panel.title}{panel.unit and f' ({panel.unit})'}" if not panel.difference else panel.title, fontsize=8
+    )
 
 
 def _draw_view(axes: Axes, image: np.ndarray, view: View) -> None:

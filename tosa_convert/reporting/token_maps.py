@@ -15,7 +15,8 @@ from tosa_convert.methods.token_ops import Choice
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.conversion import is_converted
+from tosa_convert.reporting.map_panels import Panel, map_panels
+from tosa_convert.selective.conversion import is_converted, original
 from tosa_convert.selective.selection import Selection, selective_blocks
 
 
@@ -73,15 +74,20 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
 
 
 class Looks(NamedTuple):
-    """Images (H, W, 3) in [0, 1] as the model sees them, their names, and the views of each."""
+    """Images (H, W, 3) in [0, 1] as the model sees them, their names, the views of each, and of models that give maps
+    the panels of each."""
 
     images: list[np.ndarray]
     names: list[str]
     views: list[list[View]]
+    maps: list[list[Panel]]
 
 
-def look_at_files(model: nn.Module, files: list[Path]) -> Looks:
+def look_at_files(model: nn.Module, files: list[Path], before: nn.Module | None = None) -> Looks:
     """Images one by one, so that a broken one is named.
+
+    Args:
+        before: the original, for its maps; None for that with the weights of this model.
 
     Raises:
         UsageError: a file is not an image, or the model is not converted.
@@ -90,7 +96,8 @@ def look_at_files(model: nn.Module, files: list[Path]) -> Looks:
     device = next(model.parameters()).device
     images = [read_image(path, preprocessing) for path in files]
     views = [look(model, image[None].to(device))[0] for image in images]
-    return Looks([pixels(image, preprocessing) for image in images], [path.name for path in files], views)
+    maps = map_panels(model, original(model) if before is None else before.to(device), torch.stack(images).to(device))
+    return Looks([pixels(image, preprocessing) for image in images], [path.name for path in files], views, maps)
 
 
 def _in_the_image(

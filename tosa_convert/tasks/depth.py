@@ -39,6 +39,7 @@ class Depth(Task):
         "delta3": Metric("δ<1.25³"),
     }
     differences = {"depth_error": Error("depth error")}  # noqa: RUF012
+    error_is, unit = "Abs Rel to the original's depth", "m"
     png_scale = 256.0
 
     @classmethod

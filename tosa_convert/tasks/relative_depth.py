@@ -17,6 +17,7 @@ class RelativeDepth(Depth):
         f"aligned_{name}": metric._replace(title=f"{metric.title} (aligned)") for name, metric in Depth.metrics.items()
     }
     differences = {"map_error": Error("map error")}  # noqa: RUF012
+    error_is, unit = "mean distance of the map as a share of its mean", ""
     png_scale = None
 
     @classmethod

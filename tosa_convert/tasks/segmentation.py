@@ -16,6 +16,7 @@ class Segmentation(Task):
 
     metrics = {"iou": Metric("IoU", percent=True)}  # noqa: RUF012
     differences = {"map_iou": Metric("IoU with original", percent=True)}  # noqa: RUF012
+    error_is = "1 − IoU of the two maps, as shares of a pixel"
     png_scale = 1.0
 
     @classmethod
@@ -63,6 +64,9 @@ class Segmentation(Task):
 
     def values(self, output):
         return classes_of(output, 1).float()
+
+    def picture(self, output):
+        return output[:, 0].sigmoid() if output.shape[1] == 1 else self.values(output)
 
     def error(self, output, original):
         """1 − IoU of the two masks as shares of a pixel, (B,), which knows of smaller changes than whole pixels; mean

@@ -44,12 +44,16 @@ class Task:
 
     Attributes:
         metrics: name → metric; the first one decides where one has to.
+        error_is: what :meth:`error` is, for tables.
+        unit: of the values of a map, such as "m".
         png_scale: what a value of a map is multiplied by in a PNG file; None for what fills 16 bits.
         differences: name → metric of how far an output is from the original's, of tasks whose output is a map.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     differences: ClassVar[Mapping[str, Metric]] = {}
+    error_is: ClassVar[str] = "squared distance of the map as a share of its variance"
+    unit: ClassVar[str] = ""
     png_scale: ClassVar[float | None] = None
 
     @classmethod
@@ -115,6 +119,10 @@ class Task:
     def values(self, output: torch.Tensor) -> torch.Tensor:
         """(B, K, H, W), the model's output → (B, H, W), one number per pixel, as it is written to files."""
         return output[:, 0]
+
+    def picture(self, output: torch.Tensor) -> torch.Tensor:
+        """(B, K, H, W), the model's output → (B, H, W), as it is drawn."""
+        return self.values(output)
 
     def imitation(self, output: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
         """What fine-tuning on the original's maps makes small, a scalar."""

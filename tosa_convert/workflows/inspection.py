@@ -18,9 +18,10 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.supported import default_of_class, family_of
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs import folder as runs
-from tosa_convert.runs.loading import load
+from tosa_convert.runs.loading import load, original_of
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import keeps_any_number
+from tosa_convert.tasks.task import task_of
 from tosa_convert.workflows.pipeline import refuse_options_of_a_run
 
 
@@ -101,7 +102,8 @@ def show_stage(
 
     device = pick_device(device)
     model = _loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
-    looks = look_at_files(model, files or built_in_scenes())
+    before = original_of(model) if task_of(model).differences else None
+    looks = look_at_files(model, files or built_in_scenes(), before)
     if not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
     names, costs = looks.names, {}

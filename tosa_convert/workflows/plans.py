@@ -21,6 +21,7 @@ from tosa_convert.reporting.table import percent
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
 from tosa_convert.selective.conversion import convert
+from tosa_convert.tasks.task import task_of
 
 
 def plan_stage(
@@ -92,6 +93,7 @@ def plan_stage(
         "data": folder.name,
         "convert": plan.config.model_dump(),
         "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
+        "error_is": task_of(model).error_is if plan.keep == "map" else None,
         "macs": cost.macs / cost.original,
         "latency": latency,
         **mean_figures(model, {"plan": converted}, pixels, truths)["plan"],
