@@ -135,9 +135,9 @@ def with_head(
     model: Any = DenseModel(_without_head(encoder), config)
     known = getattr(encoder, "tosa_origin", None)
     if known is not None:
-        spec = adapter_of(model).spec()
-        seen = whole_image(known.preprocessing)
-        model.tosa_origin = known.model_copy(update={"spec": {**known.spec, **spec}, "preprocessing": seen})
+        kept = known.spec if known.library == "timm" else {}  # of transformers it may be another class by now
+        spec, seen = {**adapter_of(model).spec(), **kept}, whole_image(known.preprocessing)
+        model.tosa_origin = known.model_copy(update={"spec": spec, "preprocessing": seen})
     if weights is not None:
         _fill(model.head, weights, config.head, place)
     return model.eval()

@@ -125,7 +125,7 @@ class WindowCrf(nn.Module):
         queries, keys, values = (self._windows(part) for part in (queries, keys, values))
         bias = self.positions[self.offsets].permute(2, 0, 1)  # (heads, places, places)
         mask = bias[None] + window_mask(rows, columns, self.shift, bias)[:, None]
-        mask = mask.repeat(len(queries) // len(mask), 1, 1, 1)
+        mask = mask.expand(prediction.shape[0], *mask.shape).flatten(0, 1)  # windows of every image
         sent = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         prediction = prediction + self.out(self._whole(sent, rows, columns))
         return prediction + self.mlp(self.norm_mlp(prediction))

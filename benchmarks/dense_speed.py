@@ -1,0 +1,70 @@
+"""What heads cost, and how much of what its multiply-adds promise a dense model reaches in ONNX Runtime.
+
+    python benchmarks/dense_speed.py saliency --out benchmarks/results/dense_speed.json
+
+SALIENCY is what real_saliency.py wrote: backbone and decoder are one file. Batch 1, one thread, original and converted
+models in turn.
+"""
+
+import argparse
+import copy
+import statistics
+import warnings
+from pathlib import Path
+
+import record
+
+import tosa_convert as tc
+from tosa_convert.base.progress import Progress
+from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.planning.cost_model import time_models
+
+HEADS = ("light", "dpt", "newcrfs")
+CONVERSIONS = {
+    "ramp 0.8": {"ratio": 0.8},
+    "ramp 0.65": {"ratio": 0.65},
+    "ramp 0.5": {"ratio": 0.52},
+    "ramp 0.8, segments of 3": {"ratio": 0.8, "segment": 3},
+    "ramp 0.65, segments of 3": {"ratio": 0.65, "segment": 3},
+    "ramp 0.5, segments of 3": {"ratio": 0.52, "segment": 3},
+    "layers 4-12 at 0.4, one choice": {"schedule": "all", "layers": list(range(4, 13)), "ratio": 0.4, "segment": 9},
+}
+TURNS = 3
+
+
+def costs() -> dict:
+    """Multiply-adds of DeiT-Tiny at 224 px under each head, and alone."""
+    found = {}
+    for head in HEADS:
+        model = tc.load("deit_tiny", pretrained=False, task="depth", head=head)
+        whole, backbone = tc.flops(model).original, tc.flops(model.encoder).original
+        found[head] = {"whole": whole, "backbone": backbone, "head": whole - backbone}
+    return found
+
+
+def speeds(model) -> dict:
+    models = {"original": model}
+    for name, options in CONVERSIONS.items():
+        options = {"score": "similarity", "bypass": "merge", "schedule": "ramp", **options}
+        models[name] = tc.convert(copy.deepcopy(model), **options)
+    share = MacsShare(model)
+    turns = [time_models(models, "onnx", Progress()) for _ in range(TURNS)]
+    found = {}
+    for name in CONVERSIONS:
+        macs = share.of(models[name])
+        speedup = statistics.median(turn["original"] / turn[name] for turn in turns)
+        found[name] = {"macs": macs, "ideal": 1 / macs, "speedup": speedup, "reached": speedup * macs}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="what real_saliency.py wrote")
+    parser.add_argument("--out", required=True, type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    record.write(given.out, {"heads": costs(), "speed": speeds(tc.load(given.model))})
+
+
+if __name__ == "__main__":
+    main()

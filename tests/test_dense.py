@@ -1,0 +1,346 @@
+"""Backbones under heads: the heads' parts against references, and the whole way of a dense model."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lively
+from families import FAMILIES, HF_SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tosa_convert import (
+    ExportSettings,
+    FinetuneSettings,
+    UsageError,
+    convert,
+    evaluate,
+    finetune,
+    flops,
+    load,
+    original,
+    save,
+)
+from tosa_convert.cli.main import main
+from tosa_convert.config.head import HeadConfig
+from tosa_convert.export.onnx import export_onnx
+from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.dense import DenseModel, heads, with_head
+from tosa_convert.models.heads import light, newcrfs
+from tosa_convert.models.heads.newcrfs import WINDOW, WindowCrf, average, joined, window_mask, windowed
+from tosa_convert.models.pyramid import Pyramid
+from tosa_convert.planning.comparison import compare
+from tosa_convert.planning.plan import find_plan
+from tosa_convert.tasks.segmentation import Segmentation, overlap
+from tosa_convert.tasks.task import Metric, Task, task_of
+
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def depth_model(head: str = "light", encoder: str = "timm dinov2 registers") -> DenseModel:
+    torch.manual_seed(0)
+    backbone = lively(FAMILIES[encoder]())
+    return with_head(backbone, HeadConfig(task="depth", head=head, max_depth=10.0))
+
+
+def write_pairs(root, pairs, size=(40, 48), folder="depth"):
+    """Images with depth in .npy, random ones if only their number is given."""
+    random = np.random.default_rng(0)
+    if isinstance(pairs, int):
+        pairs = [
+            (random.integers(0, 255, (*size, 3), dtype=np.uint8), random.uniform(0.5, 9, size).astype(np.float32))
+            for _ in range(pairs)
+        ]
+    for name in ("images", folder):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for index, (pixels, depth) in enumerate(pairs):
+        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+        np.save(root / folder / f"{index}.npy", depth)
+
+
+@pytest.fixture
+def small_crfs(monkeypatch):
+    """NeWCRFs of a width that tests can afford."""
+    monkeypatch.setattr(newcrfs, "STAGES", ((64, 4), (32, 4), (32, 2), (16, 2)))
+    monkeypatch.setattr(newcrfs, "POOLED", 32)
+
+
+@pytest.fixture
+def small_light(monkeypatch):
+    """A head that does not outweigh the backbones of these tests."""
+    monkeypatch.setattr(light, "WIDTHS", (8, 8, 4))
+
+
+sides = st.integers(1, 23)
+
+
+@given(sides, sides, st.sampled_from([0, WINDOW // 2]))
+def test_windows_fit_together_again(rows, columns, shift):
+    part = torch.arange(2.0 * rows * columns * 3).reshape(2, rows, columns, 3)
+    split = windowed(part, shift)
+    assert split.shape[1:] == (WINDOW**2, 3)
+    assert torch.equal(joined(split, rows, columns, shift), part)
+
+
+@given(sides, sides, st.sampled_from([0, WINDOW // 2]))
+def test_places_see_those_of_their_window_and_no_others(rows, columns, shift):
+    """Of the windows that a map is cut into when the first ones are as much shorter as they are shifted."""
+    at = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
+    inside = torch.cat([at.float() + 1, torch.ones(rows, columns, 1)], -1)[None]  # 0 where it is padded
+    windows = windowed(inside, shift)
+    mask = window_mask(rows, columns, shift, torch.zeros(1))
+    for places, seen in zip(windows, mask, strict=True):
+        real = places[:, 2] > 0
+        window = (places[:, :2] - 1 + (WINDOW - shift) % WINDOW) // WINDOW
+        together = (window[:, None] == window[None]).all(-1)
+        both = real[:, None] & real[None]
+        assert torch.equal((seen == 0) & both, together & both)
+        assert not ((seen == 0) & (real[:, None] ^ real[None])).any()
+
+
+def test_a_step_equals_attention_worked_out_place_by_place():
+    torch.manual_seed(0)
+    step = WindowCrf(8, 2, WINDOW // 2).eval()
+    features, prediction = torch.randn(2, 1, 9, 10, 8)
+    found = step(features, prediction)
+    queries, keys = step.queries_keys(step.norm_features(features)).chunk(2, dim=-1)
+    values = step.values(step.norm_prediction(prediction))
+    group = lambda row, column: ((row + 4) // WINDOW, (column + 4) // WINDOW)  # noqa: E731  windows shifted by 3
+    sent = torch.zeros_like(prediction)
+    for row in range(9):
+        for column in range(10):
+            mates = [(r, c) for r in range(9) for c in range(10) if group(r, c) == group(row, column)]
+            for head in range(2):
+                part = slice(4 * head, 4 * head + 4)
+                logits = torch.stack([queries[0, row, column, part] @ keys[0, r, c, part] / 2 for r, c in mates])
+                offsets = [(row - r + WINDOW - 1) * (2 * WINDOW - 1) + column - c + WINDOW - 1 for r, c in mates]
+                weights = (logits + step.positions[offsets, head]).softmax(0)
+                sent[0, row, column, part] = sum(
+                    w * values[0, r, c, part] for w, (r, c) in zip(weights, mates, strict=True)
+                )
+    wanted = prediction + step.out(sent)
+    wanted = wanted + step.mlp(step.norm_mlp(wanted))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 2, 3, 6]))
+def test_averages_are_those_of_adaptive_pooling(rows, columns, parts):
+    features = torch.randn(1, 2, rows, columns, generator=torch.Generator().manual_seed(rows))
+    assert torch.allclose(average(features, parts), F.adaptive_avg_pool2d(features, parts), atol=1e-5)
+
+
+def test_the_pyramid_has_four_scales():
+    sizes = [each.shape[-2:] for each in Pyramid(8)([torch.randn(1, 8, 5, 6)] * 4)]
+    assert sizes == [(20, 24), (10, 12), (5, 6), (3, 3)]
+
+
+@pytest.mark.parametrize("head", heads())
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (8, 24)])
+def test_a_map_has_the_size_of_its_image(head, size, small_crfs):
+    model = depth_model(head, "timm dinov2 registers")
+    with torch.no_grad():
+        found = model(torch.randn(2, 3, *size))
+    assert found.shape == (2, 1, *size)
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert (found <= 10).all()
+
+
+@pytest.mark.parametrize("head", heads())
+def test_a_run_of_a_dense_model_opens_again(head, tmp_path, small_crfs):
+    model = convert(depth_model(head, "hf Dinov2Model"), score="similarity", bypass="merge", layers={3: 0.5})
+    save(model, tmp_path / "run")
+    opened = load(tmp_path / "run")
+    assert opened.config == model.config
+    with torch.no_grad():
+        assert torch.equal(opened(PIXELS), model(PIXELS))
+        assert torch.equal(original(opened)(PIXELS), depth_model(head, "hf Dinov2Model")(PIXELS))
+
+
+@pytest.mark.parametrize("head", heads())
+def test_a_dense_model_exports_at_any_batch(head, tmp_path, small_crfs):
+    model = convert(depth_model(head), score="similarity", bypass="merge", layers={2: 0.6, 4: 0.5})
+    write_pairs(tmp_path / "data", 3)
+    check = export_onnx(model, tmp_path / "out", f"depth:{tmp_path / 'data'}")
+    assert check.passed
+    assert check.metrics["abs_rel"]["onnx"] == pytest.approx(check.metrics["abs_rel"]["torch"], rel=1e-4)
+
+
+def test_light_heads_export_at_any_size(tmp_path):
+    model = convert(depth_model("light"), score="similarity", bypass="merge", layers={2: 0.6})
+    assert export_onnx(model, tmp_path, settings=ExportSettings(any_size=True, images=2)).passed
+
+
+def test_heads_are_new_but_the_same_each_time():
+    one, other = (depth_model("light").head.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_head_of_a_classifier_is_left_away():
+    found = with_head(FAMILIES["hf ViT classifier"](), HeadConfig(task="segmentation"))
+    assert type(found.encoder).__name__ == "ViTModel"
+
+
+def test_weights_of_a_head_are_taken_and_others_refused(tmp_path):
+    model, state = depth_model("light"), {}
+    for name, value in model.head.state_dict().items():
+        state[f"head.{name}"] = value + 1 if value.is_floating_point() else value
+    config = model.config
+    filled = with_head(FAMILIES["timm dinov2 registers"](), config, state)
+    assert torch.equal(filled.head.stack[0].weight, state["head.stack.0.weight"])
+    wider = FAMILIES["hf Dinov2Model"]()
+    narrow = type(wider)(type(wider.config)(**{**HF_SMALL, "hidden_size": 24}, mlp_ratio=2))
+    with pytest.raises(UsageError, match=r"f.safetensors does not fit this head: norm.weight is \(24,\)"):
+        with_head(narrow, config, state, "f.safetensors")
+    with pytest.raises(UsageError, match="the file has none"):
+        with_head(FAMILIES["timm dinov2 registers"](), HeadConfig(task="depth", head="dpt", max_depth=5.0), state)
+
+
+def test_a_plan_keeps_the_map_and_says_what_it_lost(small_light):
+    model = depth_model()
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    plan = find_plan(model, pixels, 0.9)
+    assert plan.keep == "map"
+    converted = convert(copy.deepcopy(model), plan.config)
+    with torch.no_grad():
+        theirs, ours = model(pixels), converted(pixels)
+    wanted = ((ours - theirs).abs() / theirs).mean()
+    assert task_of(model).difference(ours, theirs)["depth_error"].mean() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_compare_reports_the_difference_of_the_maps(tmp_path, small_light):
+    write_pairs(tmp_path, 4)
+    found = compare(
+        depth_model(), f"depth:{tmp_path}", budgets=[0.9], methods=["similarity/merge"], images=4, runtime=None
+    )
+    assert found["labelled"]
+    for row in found["rows"]:
+        assert {"patch", "depth_error", "abs_rel", "delta1"} <= set(row)
+        assert row["depth_error"] > 0
+    assert found["original"]["depth_error"] == 0
+
+
+def test_intersection_over_union_by_hand():
+    found, truth = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0])
+    assert overlap(found, truth, 1) == pytest.approx(1 / 3)
+    assert overlap(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1]), 4) == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert overlap(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), 1) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_are_learnt_and_measured(tmp_path, channels):
+    pairs = []
+    for index in range(3):
+        mask = np.zeros((40, 48), np.float32)
+        mask[:, 12 * index : 12 * index + 16] = min(index, channels - 1) or 1
+        pairs.append((np.uint8(200 * np.stack([mask > 0] * 3, -1)), mask))
+    write_pairs(tmp_path, pairs, folder="masks")
+    backbone = lively(FAMILIES["timm dinov2 registers"]())
+    model = with_head(backbone, HeadConfig(task="segmentation", channels=channels))
+    before = evaluate(model, f"masks:{tmp_path}")["models"]["model"]["iou"]
+    settings = FinetuneSettings(steps=40, batch_size=3, lr=3e-3, augment="none")
+    model = convert(model, ratio=1.0)
+    finetune(model, f"masks:{tmp_path}", settings, device="cpu")
+    assert evaluate(model, f"masks:{tmp_path}")["models"]["model"]["iou"] > before + 0.1
+    twin = original(model)
+    found = evaluate({"original": twin, "model": model}, f"masks:{tmp_path}", reference="original")
+    assert found["models"]["model"]["map_iou"] == pytest.approx(1.0)
+
+
+def test_a_soft_error_is_zero_for_the_same_and_one_for_the_opposite():
+    logits = 40 * torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]]]])
+    task = Segmentation()
+    assert task.error(logits, logits) == pytest.approx(0.0)
+    assert task.error(-logits, logits) == pytest.approx(1.0)
+
+
+def test_a_task_of_ones_own_is_one_class(small_light):
+    class Brightness(Task):
+        metrics = {"off": Metric("off", higher_is_better=False)}  # noqa: RUF012
+        differences = {"apart": Metric("apart", higher_is_better=False)}  # noqa: RUF012
+
+        @classmethod
+        def suits(cls, model):
+            return isinstance(model, DenseModel) and model.config.task == "brightness"
+
+        def difference(self, output, original):
+            return {"apart": (output - original).abs().flatten(1).mean(1)}
+
+    model = with_head(lively(FAMILIES["timm dinov2 registers"]()), HeadConfig(task="brightness"))
+    converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.4})
+    assert next(iter(run(model, PIXELS))) == "brightness"
+    found = evaluate({"original": model, "converted": converted}, reference="original")
+    assert found["models"]["converted"]["apart"] > 0
+    assert find_plan(model, torch.cat([PIXELS, PIXELS]), 0.9).keep == "map"
+
+
+def test_options_without_a_task_are_refused(tmp_path):
+    for options in ({"head": "light"}, {"max_depth": 3.0}, {"head_checkpoint": "x"}):
+        with pytest.raises(UsageError, match="add --task"):
+            load("quickstart", **options)
+    with pytest.raises(UsageError, match="no head 'big'"):
+        load("quickstart", task="depth", head="big")
+    with pytest.raises(UsageError, match="no task 'sound'"):
+        load("quickstart", task="sound")
+    with pytest.raises(UsageError, match="no classes"):
+        load("quickstart", task="depth", num_classes=3)
+    with pytest.raises(UsageError, match="no depth"):
+        load("quickstart", task="segmentation", max_depth=3.0)
+
+
+def cli(*arguments) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(each) for each in arguments])
+    assert not stop.value.code, arguments
+
+
+def test_the_command_line_takes_depth_the_whole_way(tmp_path, capsys):
+    write_pairs(tmp_path / "data", 9)
+    data, run_folder = f"depth:{tmp_path / 'data'}", tmp_path / "whole"
+    training = ["--data", data, "--steps", 2, "--batch-size", 2]
+    cli("finetune", "quickstart", "--task", "depth", "--ratio", 1, *training, "--out", run_folder)
+    assert load(run_folder).config.max_depth == 10.0
+    assert not hasattr(load(run_folder), "tosa_config")  # it can be planned and converted
+    cli("plan", run_folder, "--budget", 0.95, "--data", data, "--images", 8, "--out", tmp_path / "plan")
+    cli("finetune", run_folder, "--method", "tome", "--ratio", 0.95, *training, "--teacher", "--out", tmp_path / "tome")
+    capsys.readouterr()
+    cli("eval", tmp_path / "tome", "--data", data, "--flip", "--predictions", tmp_path / "maps", "--json")
+    found = capsys.readouterr().out
+    assert {'"abs_rel"', '"rmse"', '"delta1"', '"depth_error"'} <= set(found.replace(":", " ").split())
+    assert np.load(tmp_path / "maps" / "3.npy").shape == (40, 48)
+    cli("eval", tmp_path / "tome", "--data", data, "--predictions", tmp_path / "pngs", "--format", "png")
+    with Image.open(tmp_path / "pngs" / "3.png") as opened:
+        metres = np.asarray(opened) / 256
+    assert 0 < metres.max() <= 10
+    cli("export", tmp_path / "tome", "--data", data)
+    cli("show", tmp_path / "tome", "--out", tmp_path / "show.png")
+    cli("flops", tmp_path / "tome")
+    cli("report", tmp_path / "tome")
+
+
+def test_the_mean_of_a_map_and_its_mirror_is_symmetric(tmp_path):
+    write_pairs(tmp_path, 2)
+    model = depth_model()
+    plain, flipped = (evaluate(model, f"depth:{tmp_path}", flip=flip)["models"]["model"] for flip in (False, True))
+    assert plain != flipped
+    with pytest.raises(UsageError, match="--flip is for maps"):
+        evaluate(load("quickstart"), flip=True)
+
+
+def test_a_head_on_a_run_is_refused(tmp_path):
+    save(load("quickstart"), tmp_path / "classifier")
+    with pytest.raises(UsageError, match="the head of a run is fixed"):
+        load(tmp_path / "classifier", task="depth")
+    save(load("quickstart", task="depth"), tmp_path / "depth")
+    assert load(tmp_path / "depth", task="depth").config.max_depth == 10.0
+    with pytest.raises(UsageError, match="up to 10 m"):
+        load(tmp_path / "depth", task="depth", max_depth=80.0)
+
+
+def test_the_adapter_is_that_of_the_backbone():
+    model = depth_model("light", "hf Dinov2Model")
+    assert adapter_of(model).patches((32, 32)) == 16
+    assert flops(model).original > flops(model.encoder).original
