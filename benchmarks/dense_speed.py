@@ -8,28 +8,24 @@ models in turn.
 
 import argparse
 import copy
-import statistics
 import warnings
 from pathlib import Path
 
 import record
 
 import tosa_convert as tc
-from tosa_convert.base.progress import Progress
+from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
-from tosa_convert.planning.cost_model import time_models
 
 HEADS = ("light", "dpt", "newcrfs")
 CONVERSIONS = {
     "ramp 0.8": {"ratio": 0.8},
     "ramp 0.65": {"ratio": 0.65},
     "ramp 0.5": {"ratio": 0.52},
-    "ramp 0.8, segments of 3": {"ratio": 0.8, "segment": 3},
     "ramp 0.65, segments of 3": {"ratio": 0.65, "segment": 3},
-    "ramp 0.5, segments of 3": {"ratio": 0.52, "segment": 3},
     "layers 4-12 at 0.4, one choice": {"schedule": "all", "layers": list(range(4, 13)), "ratio": 0.4, "segment": 9},
 }
-TURNS = 3
+ROUNDS = 40
 
 
 def costs() -> dict:
@@ -48,11 +44,11 @@ def speeds(model) -> dict:
         options = {"score": "similarity", "bypass": "merge", "schedule": "ramp", **options}
         models[name] = tc.convert(copy.deepcopy(model), **options)
     share = MacsShare(model)
-    turns = [time_models(models, "onnx", Progress()) for _ in range(TURNS)]
+    settings = BenchSettings(runtimes=["onnx"], rounds=ROUNDS, memory=False)
+    timed = bench(models, settings)["cases"][0]["models"]
     found = {}
     for name in CONVERSIONS:
-        macs = share.of(models[name])
-        speedup = statistics.median(turn["original"] / turn[name] for turn in turns)
+        macs, speedup = share.of(models[name]), timed[name]["speedup"]
         found[name] = {"macs": macs, "ideal": 1 / macs, "speedup": speedup, "reached": speedup * macs}
     return found
 

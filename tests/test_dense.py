@@ -257,6 +257,11 @@ def test_a_soft_error_is_zero_for_the_same_and_one_for_the_opposite():
     assert task.error(-logits, logits) == pytest.approx(1.0)
 
 
+def test_a_budget_that_a_large_head_puts_out_of_reach_is_said_to_be_so():
+    with pytest.raises(UsageError, match=r"\d+% of the multiply–adds are outside of the layers"):
+        find_plan(depth_model(), torch.cat([PIXELS, PIXELS]), 0.5)
+
+
 def test_a_task_of_ones_own_is_one_class(small_light):
     class Brightness(Task):
         metrics = {"off": Metric("off", higher_is_better=False)}  # noqa: RUF012
@@ -279,12 +284,15 @@ def test_a_task_of_ones_own_is_one_class(small_light):
 
 def test_options_without_a_task_are_refused(tmp_path):
     for options in ({"head": "light"}, {"max_depth": 3.0}, {"head_checkpoint": "x"}):
-        with pytest.raises(UsageError, match="add --task"):
+        with pytest.raises(UsageError, match="add --task depth"):
             load("quickstart", **options)
     with pytest.raises(UsageError, match="no head 'big'"):
         load("quickstart", task="depth", head="big")
-    with pytest.raises(UsageError, match="no task 'sound'"):
+    with pytest.raises(UsageError, match="no task 'sound'; give one of depth, segmentation"):
         load("quickstart", task="sound")
+    for task in ("classification", "relative_depth"):
+        with pytest.raises(UsageError, match="takes no new head; give one of depth"):
+            load("quickstart", task=task)
     with pytest.raises(UsageError, match="no classes"):
         load("quickstart", task="depth", num_classes=3)
     with pytest.raises(UsageError, match="no depth"):

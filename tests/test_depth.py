@@ -1,11 +1,14 @@
 """Depth: its figures against values worked out by hand, its readers, and what is wrong with data."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import lively
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -174,6 +177,20 @@ def test_nyu_is_scored_within_eigens_crop_and_up_to_ten_metres(tmp_path):
     assert truth[100, 100].isnan()
     assert truth[101, 101].isnan()
     assert truth[102, 102] == pytest.approx(9.999)
+
+
+def test_relative_models_are_aligned_and_named_so(tmp_path):
+    write_pairs(tmp_path, 3)
+    model = lively(FAMILIES["hf DepthAnything"]())
+    converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.4})
+    models = {"original": model, "converted": converted}
+    found = evaluate(models, f"depth:{tmp_path}", reference="original")["models"]
+    assert set(found["converted"]) == {*RelativeDepth.metrics, "map_error"}
+    assert found["original"]["map_error"] == 0
+    assert found["converted"]["map_error"] > 0
+    with pytest.raises(UsageError, match="labels: 0"):
+        finetune(converted, f"depth:{tmp_path}", FinetuneSettings(steps=1, labels=1.0), device="cpu")
+    assert finetune(converted, f"depth:{tmp_path}", FinetuneSettings(steps=1), device="cpu")["maps"] > 0
 
 
 def test_a_list_that_names_missing_files_names_ten_and_counts_all(tmp_path):

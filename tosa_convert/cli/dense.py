@@ -9,13 +9,16 @@ import typer
 from tosa_convert.base import discovery
 from tosa_convert.cli.groups import group
 
-Task = StrEnum("Task", ["depth", "segmentation"])
 HeadName = StrEnum("HeadName", discovery.names("models/heads"))
 
 
 class _Head:
     task: Annotated[
-        Task | None, typer.Option(help="what a new head makes of the tokens", show_default="the model's own head")
+        str | None,
+        typer.Option(
+            help="what a new head makes of the tokens: depth, segmentation, or a task of your own",
+            show_default="the model's own head",
+        ),
     ]
     head: Annotated[HeadName | None, typer.Option(help="with --task: which head", show_default="light")]
     head_checkpoint: Annotated[

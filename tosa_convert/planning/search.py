@@ -21,6 +21,7 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.segments import as_option
+from tosa_convert.measure.macs import flops
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import (
     Keep,
@@ -49,6 +50,8 @@ STEPS = 2
 """How often the neighbours of the best are tried."""
 BUDGETS = tuple(round(0.98 - 0.02 * step, 2) for step in range(32))
 """What is tried for a drop."""
+MUCH = 0.2
+"""Share of the multiply–adds outside of the layers that is worth a word."""
 COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
 
@@ -311,5 +314,11 @@ class Search:
             )
         raise UsageError(
             f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
-            f"{least:.2f}; give that or more"
+            f"{least:.2f}; give that or more{self._outside()}"
         )
+
+    def _outside(self) -> str:
+        """Where much of the cost is not in the layers, as under a large head, a word on it."""
+        cost = flops(self.model)
+        outside = 1 - sum(layer.original for layer in cost.layers) / cost.original
+        return f" ({outside:.0%} of the multiply–adds are outside of the layers)" if outside > MUCH else ""

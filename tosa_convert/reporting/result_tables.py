@@ -129,6 +129,10 @@ def eval_table(results: dict) -> Table:
     figures = list(next(iter(results["models"].values())))
     rows = [[name, *(figure(key, values[key], 2) for key in figures)] for name, values in results["models"].items()]
     notes = broken_notes(results["broken"])
+    if results.get("unknown"):
+        notes.append(f"{results['unknown']} images of whose maps nothing is known were left out of the metrics")
+    if "predictions" in results:
+        notes.append(f"wrote {results['predictions']['files']} maps to {results['predictions']['folder']}")
     notes += _these_images_notes(results)
     if not figures:
         notes.append("nothing to compare: the images have no labels and the original is not available")

@@ -22,7 +22,7 @@ from tosa_convert.models.loading import (
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.provenance import origin_of
 from tosa_convert.selective.conversion import is_converted
-from tosa_convert.tasks.task import task_named
+from tosa_convert.tasks.task import new_head
 
 QUICKSTART = "quickstart"
 LIGHT = "light"
@@ -105,10 +105,9 @@ def head_wanted(
         given = {"--head": head, "--head-checkpoint": head_checkpoint, "--max-depth": max_depth}
         odd = next((name for name, value in given.items() if value is not None), None)
         if odd is not None:
-            raise UsageError(f"{odd} goes with a task that has heads; add --task depth or --task segmentation")
+            raise UsageError(f"{odd} goes with a new head; add --task depth or --task segmentation")
         return None
-    kind = task_named(task)
-    wanted = kind.head(head or LIGHT, num_classes, max_depth)
+    wanted = new_head(task, head or LIGHT, num_classes, max_depth)
     head_class(wanted.head)
     return wanted
 

@@ -40,6 +40,7 @@ class Depth(Task):
     }
     differences = {"depth_error": Error("depth error")}  # noqa: RUF012
     error_is, unit = "Abs Rel to the original's depth", "m"
+    takes_heads = True
     png_scale = 256.0
 
     @classmethod

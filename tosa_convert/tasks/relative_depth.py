@@ -3,7 +3,6 @@ least-squares alignment of both to each image's truth, in disparity (MiDaS, arXi
 
 import torch
 
-from tosa_convert.base.errors import UsageError
 from tosa_convert.tasks.depth import Depth, Error, as_maps, errors, gives_relative, is_depth_model, per_image
 
 FURTHEST = 1000.0
@@ -18,24 +17,14 @@ class RelativeDepth(Depth):
     }
     differences = {"map_error": Error("map error")}  # noqa: RUF012
     error_is, unit = "mean distance of the map as a share of its mean", ""
-    png_scale = None
+    learns, takes_heads, png_scale = False, False, None
 
     @classmethod
     def suits(cls, model):
         return is_depth_model(model) and gives_relative(model)
 
-    @classmethod
-    def head(cls, head, channels, max_depth):
-        raise UsageError("a new head learns metres; give --task depth")
-
     def measure(self, output, labels):
         return per_image(aligned_errors, output, labels, tuple(self.metrics))
-
-    def loss(self, output, labels, settings):
-        raise UsageError(
-            "this model gives a disparity up to scale and shift, which is not trained on depth here; learn from the "
-            "original alone (--teacher)"
-        )
 
     def difference(self, output, original):
         return {"map_error": self.error(output, original)}

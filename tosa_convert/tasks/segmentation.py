@@ -17,6 +17,7 @@ class Segmentation(Task):
     metrics = {"iou": Metric("IoU", percent=True)}  # noqa: RUF012
     differences = {"map_iou": Metric("IoU with original", percent=True)}  # noqa: RUF012
     error_is = "1 − IoU of the two maps, as shares of a pixel"
+    takes_heads = True
     png_scale = 1.0
 
     @classmethod

@@ -44,6 +44,8 @@ class Task:
 
     Attributes:
         metrics: name → metric; the first one decides where one has to.
+        learns: whether models are trained on its labels, or only measured by them.
+        takes_heads: whether a backbone may be put under a new head for it.
         error_is: what :meth:`error` is, for tables.
         unit: of the values of a map, such as "m".
         png_scale: what a value of a map is multiplied by in a PNG file; None for what fills 16 bits.
@@ -52,6 +54,8 @@ class Task:
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     differences: ClassVar[Mapping[str, Metric]] = {}
+    learns: ClassVar[bool] = True
+    takes_heads: ClassVar[bool] = False
     error_is: ClassVar[str] = "squared distance of the map as a share of its variance"
     unit: ClassVar[str] = ""
     png_scale: ClassVar[float | None] = None
@@ -71,9 +75,9 @@ class Task:
         """A new head for this task; of its options None are those that were not given.
 
         Raises:
-            UsageError: an option is not for this task, or the task has no heads of its own.
+            UsageError: an option is not for this task.
         """
-        raise UsageError(f"task {cls.name()} takes no head; give one of the others with --task")
+        return HeadConfig(task=cls.name(), head=head, channels=channels or 1, max_depth=max_depth)
 
     @classmethod
     def suits(cls, model: nn.Module) -> bool:
@@ -141,15 +145,18 @@ def task_of(model: nn.Module) -> Task:
     return next((kind.of(model) for kind in every_task() if kind.suits(model)), Task())
 
 
-def task_named(name: str) -> type[Task]:
-    """
+def new_head(task: str, head: str, channels: int | None, max_depth: float | None) -> HeadConfig:
+    """A new head for a task by its name; see :meth:`Task.head`.
+
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no such task, or it is not one of new heads.
     """
     known = {kind.name(): kind for kind in reversed(every_task())}
-    if name not in known:
-        raise UsageError(f"there is no task {name!r}; give one of {', '.join(sorted(known))}")
-    return known[name]
+    with_heads = sorted(name for name, kind in known.items() if kind.takes_heads)
+    if task not in with_heads:
+        why = f"task {task} takes no new head" if task in known else f"there is no task {task!r}"
+        raise UsageError(f"{why}; give one of {', '.join(with_heads)}")
+    return known[task].head(head, channels, max_depth)
 
 
 def every_metric() -> dict[str, Metric]:

@@ -14,6 +14,8 @@ class Labels(Loss):
 
     @classmethod
     def default(cls, situation):
+        if not situation.task.learns:
+            return 0.0
         try:
             return float(situation.task.has_labels(situation.images, situation.model))
         except UsageError as error:
@@ -23,6 +25,11 @@ class Labels(Loss):
     def check(cls, situation):
         if not situation.task.metrics:
             raise UsageError("the model has no head to train with labels; fine-tune with labels: 0")
+        if not situation.task.learns:
+            raise UsageError(
+                "this model gives a disparity up to scale and shift, which is measured by depth but not trained on it; "
+                "learn from the original alone (labels: 0)"
+            )
         if not situation.task.has_labels(situation.images, situation.model):
             raise UsageError(
                 f"{situation.images.name} has no labels; sort it into class folders, or fine-tune with labels: 0"
