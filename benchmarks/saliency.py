@@ -7,8 +7,8 @@
     python benchmarks/saliency.py saliency --cut cut --out benchmarks/results/saliency.json
 
 Plans are made on cut/plan, fine-tuning sees the images of cut/train without their masks (the original's maps teach),
-and all is measured on cut/test: other photos and other garments. Budgets are shares of the backbone's multiply-adds, as papers count them; those of the whole model stand beside them.
-Goes on where it was.
+and all is measured on cut/test: other photos and other garments. Budgets are shares of the backbone's multiply-adds, as
+papers count them; those of the whole model stand beside them. Goes on where it was.
 """
 
 import argparse
