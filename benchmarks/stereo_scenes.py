@@ -1,6 +1,6 @@
 """Real depth, a little of it: a small head on the real ViT-S/14, trained on one part of two stereo scenes.
 
-    python benchmarks/stereo_scenes.py DINOV2/timm.safetensors --opencv OPENCV --out benchmarks/results/stereo_scenes.json
+    python benchmarks/stereo_scenes.py dinov2/timm.safetensors --opencv OPENCV --out results/stereo_scenes.json
 
 The scenes are Middlebury's motorcycle (in scikit-image, with its calibration) and aloe (in OpenCV's examples; its depth
 is up to an unknown factor, and 2 m for the median here). Training sees the left 60 % of each, testing the right 35 %:
