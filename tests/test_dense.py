@@ -1,6 +1,8 @@
 """Backbones under heads: the heads' parts against references, and the whole way of a dense model."""
 
 import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -172,6 +174,32 @@ def test_a_dense_model_exports_at_any_batch(head, tmp_path, small_crfs):
 def test_light_heads_export_at_any_size(tmp_path):
     model = convert(depth_model("light"), score="similarity", bypass="merge", layers={2: 0.6})
     assert export_onnx(model, tmp_path, settings=ExportSettings(any_size=True, images=2)).passed
+
+
+def test_the_whole_module_can_be_saved_and_copied():
+    model = convert(depth_model(), score="similarity", bypass="merge", layers={2: 0.6})
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    with torch.no_grad():
+        wanted = model(PIXELS)
+        assert torch.equal(again(PIXELS), wanted)
+        assert torch.equal(copy.deepcopy(model)(PIXELS), wanted)
+
+
+def test_two_threads_get_their_own_maps():
+    model = depth_model()
+    images = [torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with torch.no_grad():
+        wanted = [model(image) for image in images]
+
+        def go(place: int) -> bool:
+            with torch.no_grad():
+                return all(torch.equal(model(images[place]), wanted[place]) for _ in range(20))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(go, range(4)))
 
 
 def test_heads_are_new_but_the_same_each_time():

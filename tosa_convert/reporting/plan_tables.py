@@ -81,7 +81,7 @@ def _fidelity(figures: dict) -> list[tuple[str, float]]:
 
 def _titles() -> dict[str, str]:
     """Of all that is measured of a model: how close it is to the original, and how well it does its task."""
-    return FIDELITY | {name: metric.title for name, metric in every_metric().items()}
+    return FIDELITY | {name: metric.title for name, metric in every_metric().items() if metric.brief}
 
 
 def compare_table(results: dict) -> Table:
@@ -97,10 +97,8 @@ def compare_table(results: dict) -> Table:
     rows[1:] = sorted(rows[1:], key=lambda cells: -float(cells[0]))  # the sort is stable: methods keep their order
     notes = [*results["notes"]]
     timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
-    notes.append(
-        "patch cos, class cos: cosine to the original's tokens; agree: same top-1 as the original, of embeddings the "
-        "same nearest other image"
-    )
+    agree = "; agree: same top-1 as the original, of embeddings the same nearest other image"
+    notes.append(f"patch cos, class cos: cosine to the original's tokens{agree if 'agreement' in kinds else ''}")
     notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
     shown = [_titles()[name] for name in kinds]
     columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]

@@ -1,5 +1,6 @@
 """Plots of results, as PNG."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from tosa_convert.base.files import atomic
 from tosa_convert.reporting.map_panels import Panel
 from tosa_convert.reporting.token_maps import Looks, View
+from tosa_convert.tasks.task import differences
 
 INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
 MARKS = "osD^vPX*<>"
@@ -179,13 +181,14 @@ def pareto_plot(results: dict, file: Path) -> Path:
     axis = {"macs": "share of the original's MACs"}
     if rows and "ms" in rows[0]:
         axis["ms"] = f"ms per image ({results['runtime']})"
-    kinds = [name for name in ("patch", "class", "pooled", "agreement") if any(name in row for row in rows)]
+    kinds = [name for name in (*differences(), *KINDS) if any(name in row for row in rows)]
     kind = kinds[0] if kinds else "patch"
+    written, lost = _error_of(kind)
     figure = Figure(figsize=(5.2 * len(axis), 4.6), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(axis), squeeze=False)[0], axis.items(), strict=True):
         for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
             points = sorted(
-                (row[key], max(1 - row[kind], 1e-6)) for row in rows if row["method"] == name and kind in row
+                (row[key], max(lost(row[kind]), 1e-6)) for row in rows if row["method"] == name and kind in row
             )
             if points:
                 axes.plot(*zip(*points, strict=True), marker=MARKS[index % len(MARKS)], color=f"C{index}", label=name)
@@ -194,12 +197,20 @@ def pareto_plot(results: dict, file: Path) -> Path:
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(label)
-        axes.set_ylabel(f"1 − {KINDS[kind]}")
+        axes.set_ylabel(written)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     return _write(figure, file)
+
+
+def _error_of(kind: str) -> tuple[str, Callable[[float], float]]:
+    """What is drawn of a figure, and how it follows from it: an error, or what is missing of 1."""
+    metric = differences().get(kind)
+    if metric is not None and not metric.higher_is_better:
+        return metric.title, lambda value: value
+    return f"1 − {metric.title if metric else KINDS[kind]}", lambda value: 1 - value
 
 
 def _write(figure: Figure, file: Path) -> Path:

@@ -107,6 +107,7 @@ def flops_table(cost: dict, source: str) -> Table:
     return Table(f"{source} at {height}×{width}", columns, rows, notes)
 
 
+MOST_COLUMNS = 5
 FAR = 0.03
 """Share of the MACs from which on other images are said to be other than those that a run was made on."""
 
@@ -142,7 +143,11 @@ def eval_table(results: dict) -> Table:
             "embeddings the same nearest image, without a head a cosine above 0.999"
         )
     titles = [every_metric()[key].title if key in every_metric() else key for key in figures]
-    return Table(f"{results['images']} images of {results['data']}", ["", *titles], rows, notes)
+    title = f"{results['images']} images of {results['data']}"
+    if len(figures) > MOST_COLUMNS:  # a line each
+        names, *columns = zip(*rows, strict=True)
+        return Table(title, ["", *names], [[each, *cells] for each, cells in zip(titles, columns, strict=True)], notes)
+    return Table(title, ["", *titles], rows, notes)
 
 
 def export_table(results: dict) -> Table:

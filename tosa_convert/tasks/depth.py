@@ -22,6 +22,7 @@ SMALLEST, LARGEST = 0.05, 1000.0
 LOOKED_AT = 8
 
 Error = partial(Metric, higher_is_better=False)
+Detail = partial(Error, brief=False)
 
 
 class Depth(Task):
@@ -29,14 +30,14 @@ class Depth(Task):
 
     metrics = {  # noqa: RUF012
         "abs_rel": Error("Abs Rel"),
-        "sq_rel": Error("Sq Rel"),
-        "rmse": Error("RMSE"),
-        "rmse_log": Error("RMSE log"),
-        "log10": Error("log10"),
-        "silog": Error("SILog"),
+        "sq_rel": Detail("Sq Rel"),
+        "rmse": Detail("RMSE"),
+        "rmse_log": Detail("RMSE log"),
+        "log10": Detail("log10"),
+        "silog": Detail("SILog"),
         "delta1": Metric("δ<1.25"),
-        "delta2": Metric("δ<1.25²"),
-        "delta3": Metric("δ<1.25³"),
+        "delta2": Metric("δ<1.25²", brief=False),
+        "delta3": Metric("δ<1.25³", brief=False),
     }
     differences = {"depth_error": Error("depth error")}  # noqa: RUF012
     error_is, unit = "Abs Rel to the original's depth", "m"

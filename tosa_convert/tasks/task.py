@@ -28,11 +28,13 @@ class Metric(NamedTuple):
         title: in tables.
         percent: whether it is a share, written as one.
         higher_is_better: False for an error.
+        brief: whether it stands in tables of many models, too.
     """
 
     title: str
     percent: bool = False
     higher_is_better: bool = True
+    brief: bool = True
 
     def loss(self, before: float, after: float) -> float:
         """By how much the second value is worse than the first."""
@@ -159,7 +161,11 @@ def new_head(task: str, head: str, channels: int | None, max_depth: float | None
     return known[task].head(head, channels, max_depth)
 
 
+def differences() -> dict[str, Metric]:
+    """Those to the original's maps, of all tasks."""
+    return {name: metric for kind in reversed(every_task()) for name, metric in kind.differences.items()}
+
+
 def every_metric() -> dict[str, Metric]:
     """Those of all tasks, differences to the original among them."""
-    kinds = reversed(every_task())
-    return {name: metric for kind in kinds for name, metric in (*kind.metrics.items(), *kind.differences.items())}
+    return {name: metric for kind in reversed(every_task()) for name, metric in kind.metrics.items()} | differences()

@@ -11,24 +11,33 @@ from tosa_convert.models.dense import DenseModel, whole_image
 def find(model: nn.Module) -> Adapter | None:
     if not isinstance(model, DenseModel):
         return None
-    kind = _over(type(model.adapter))
-    adapter = kind.__new__(kind)
+    adapter = _blank(type(model.adapter))
     vars(adapter).update(vars(model.adapter), whole=model)
     return adapter
 
 
+def _blank(inside: type[Adapter]) -> Adapter:
+    kind = _over(inside)
+    return kind.__new__(kind)
+
+
 @functools.cache
 def _over(inside: type[Adapter]) -> type[Adapter]:
-    return type(f"Dense{inside.__name__}", (_Dense, inside), {})
+    return type(f"Dense{inside.__name__}", (_Dense, inside), {"inside": inside})
 
 
 class _Dense:
     """Over the adapter of the backbone."""
 
     whole: DenseModel
+    inside: type[Adapter]
     classifies_by_class_token = False
     gives_maps = True
     embeds = False
+
+    def __reduce__(self):
+        """Its class is made here, so it cannot be found by its name."""
+        return _blank, (self.inside,), vars(self)
 
     @property
     def forward(self):
