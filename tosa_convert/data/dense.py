@@ -35,7 +35,8 @@ class DenseImages(Images):
         seed: int = 0,
     ):
         super().__init__(source, whole_image(preprocessing), augment, seed)
-        self.augmentation = Augmentation(augment) if isinstance(augment, str) else augment
+        # By name alone it is for images to measure on.
+        self.augmentation = Augmentation(augment, degrees=0.0) if isinstance(augment, str) else augment
 
     @property
     def maps(self) -> str:
