@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import lively
 from families import FAMILIES, HF_SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from tosa_convert import (
     ExportSettings,
@@ -33,9 +35,12 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel, heads, with_head
 from tosa_convert.models.heads import light, newcrfs
 from tosa_convert.models.heads.newcrfs import WINDOW, WindowCrf, average, joined, window_mask, windowed
+from tosa_convert.models.outputs import predict
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.pyramid import Pyramid
 from tosa_convert.planning.comparison import compare
 from tosa_convert.planning.plan import find_plan
+from tosa_convert.runs.loading import original_of
 from tosa_convert.tasks.segmentation import Segmentation, overlap
 from tosa_convert.tasks.task import Metric, Task, task_of
 
@@ -268,14 +273,34 @@ def test_masks_are_learnt_and_measured(tmp_path, channels):
     write_pairs(tmp_path, pairs, folder="masks")
     backbone = lively(FAMILIES["timm dinov2 registers"]())
     model = with_head(backbone, HeadConfig(task="segmentation", channels=channels))
-    before = evaluate(model, f"masks:{tmp_path}")["models"]["model"]["iou"]
+    name = "iou" if channels == 1 else "miou"
+    before = evaluate(model, f"masks:{tmp_path}")["models"]["model"][name]
     settings = FinetuneSettings(steps=40, batch_size=3, lr=3e-3, augment="none")
     model = convert(model, ratio=1.0)
     finetune(model, f"masks:{tmp_path}", settings, device="cpu")
-    assert evaluate(model, f"masks:{tmp_path}")["models"]["model"]["iou"] > before + 0.1
+    assert evaluate(model, f"masks:{tmp_path}")["models"]["model"][name] > before + 0.1
     twin = original(model)
     found = evaluate({"original": twin, "model": model}, f"masks:{tmp_path}", reference="original")
     assert found["models"]["model"]["map_iou"] == pytest.approx(1.0)
+
+
+def test_numbers_of_mask_files_are_made_sense_of():
+    one, three = Segmentation(), Segmentation(3)
+    assert one.truth(torch.tensor([[[0.0, 1.0]]])).tolist() == [[[0, 1]]]
+    assert one.truth(torch.tensor([[[0.0, 100.0, 128.0, 255.0]]])).tolist() == [[[0, 0, 1, 1]]]
+    assert three.truth(torch.tensor([[[0.0, 2.0, 255.0]]])).nan_to_num(-1).tolist() == [[[0, 2, -1]]]
+    with pytest.raises(UsageError, match="class 3, and the model has 3 classes"):
+        three.truth(torch.tensor([[[0.0, 3.0]]]))
+    unknown = torch.full((1, 2, 2), 255.0)
+    assert three.known(unknown).tolist() == [False]
+    assert one.known(unknown).tolist() == [True]
+
+
+def test_soft_errors_of_masks_without_anything_are_zero():
+    empty = torch.full((1, 1, 4, 4), -40.0)
+    assert Segmentation().error(empty, empty) == 0
+    one_class = torch.tensor([40.0, -40.0, -40.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert Segmentation(3).error(one_class, one_class) == pytest.approx(0.0)
 
 
 def test_a_soft_error_is_zero_for_the_same_and_one_for_the_opposite():
@@ -362,8 +387,54 @@ def test_the_mean_of_a_map_and_its_mirror_is_symmetric(tmp_path):
     model = depth_model()
     plain, flipped = (evaluate(model, f"depth:{tmp_path}", flip=flip)["models"]["model"] for flip in (False, True))
     assert plain != flipped
+    mean, mirrored = (predict(model, images, flip=True)[1] for images in (PIXELS, PIXELS.flip(-1)))
+    assert torch.allclose(mean, mirrored.flip(-1), atol=1e-5)
+    assert not torch.allclose(mean, mirrored, atol=1e-3)
     with pytest.raises(UsageError, match="--flip is for maps"):
         evaluate(load("quickstart"), flip=True)
+
+
+def test_the_original_of_a_run_has_the_head_it_was_made_with(tmp_path):
+    model = load("quickstart", task="depth")
+    state = {name: value + 1 if value.is_floating_point() else value for name, value in model.head.state_dict().items()}
+    save_file(state, tmp_path / "head.safetensors")
+    trained = load("quickstart", task="depth", head_checkpoint=tmp_path / "head.safetensors")
+    images = torch.randn(1, preprocessing_of(trained).channels, 28, 28)
+    with torch.no_grad():
+        wanted = trained(images)
+        for name, made, known in (("filled", trained, True), ("new", model, False)):
+            save(convert(made, score="similarity", bypass="merge", layers={3: 0.8}), tmp_path / name)
+            before = original_of(load(tmp_path / name))
+            assert (before is not None) is known
+        assert torch.equal(original_of(load(tmp_path / "filled"))(images), wanted)
+
+
+def test_a_recipe_takes_a_head_with_classes_through_its_stages(tmp_path):
+    write_pairs(
+        tmp_path / "data", [(np.zeros((28, 28, 3), np.uint8), np.full((28, 28), 2.0, np.float32))] * 2, folder="masks"
+    )
+    state = load("quickstart", task="segmentation", num_classes=3).head.state_dict()
+    save_file(state, tmp_path / "head.safetensors")
+    recipe = {
+        "model": "quickstart",
+        "task": "segmentation",
+        "num_classes": 3,
+        "head_checkpoint": str(tmp_path / "head.safetensors"),
+        "data": {"train": f"masks:{tmp_path / 'data'}", "eval": f"masks:{tmp_path / 'data'}"},
+        "convert": {"layers": [3], "ratio": 0.9},
+        "distill": {"steps": 1, "batch_size": 2},
+        "finetune": {"steps": 1, "batch_size": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert load(tmp_path / "out" / "finetune").config.channels == 3
+
+
+def test_half_precision_keeps_the_steps_of_metres_fine():
+    model = depth_model()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(PIXELS)
+    assert found.dtype == torch.float32
 
 
 def test_a_head_on_a_run_is_refused(tmp_path):

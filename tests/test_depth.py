@@ -215,19 +215,19 @@ def test_options_of_a_source_that_takes_none_are_refused(tmp_path):
 def test_images_and_depths_turn_and_flip_together(tmp_path):
     """The image is drawn as a function of the depth, so the one can be told from the other afterwards."""
     depth = np.tile(np.linspace(1, 5, 64, dtype=np.float32), (48, 1)) + np.linspace(0, 3, 48, dtype=np.float32)[:, None]
-    grey = (depth * 30).astype(np.uint8)
+    grey = (depth * 30).round().astype(np.uint8)
     write_pairs(tmp_path, [(np.stack([grey] * 3, -1), depth)])
     seen = SEEN.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3})
     for kind in ("crop", "flip"):
-        images = DenseImages(f"depth:{tmp_path}", seen, Augmentation(kind, (0.3, 1.0), degrees=5.0))
+        images = DenseImages(f"depth:{tmp_path}", seen, Augmentation(kind, (0.3, 1.0), degrees=40.0))
         drawn = [images[draw, 0] for draw in range(12)]
         assert any(not torch.equal(drawn[0][0], image) for image, *_ in drawn[1:])
         for image, truth, _ in drawn:
             assert image.shape == (3, 32, 32)
             known = truth.isfinite() & (image[0] > 0.05)
-            assert known.float().mean() > 0.8
+            assert known.float().mean() > 0.5
             apart = (image[0] * 255 / 30 - truth).abs()[known]
-            assert apart.median() < 0.15
+            assert apart.quantile(0.9) < 0.2
 
 
 def test_the_same_seed_draws_the_same_images_and_maps(tmp_path):
@@ -267,7 +267,11 @@ def test_what_is_wrong_with_depth_is_said_in_a_line(tmp_path):
     model = depth_model()
     write_pairs(tmp_path / "size", 2)
     np.save(tmp_path / "size" / "depth" / "1.npy", np.ones((20, 24), np.float32))
-    with pytest.raises(UsageError, match=r"1.png is 40×48, but its depth is 20×24"):
+    found = evaluate(model, f"depth:{tmp_path / 'size'}", workers=1)
+    assert found["images"] == 1
+    assert found["broken"] == ["1.png (depth: 20×24, but the image is 40×48)"]
+    np.save(tmp_path / "size" / "depth" / "0.npy", np.ones((20, 24), np.float32))
+    with pytest.raises(TosaError, match=r"not one of the 2 images .* 0\.png \(depth: 20×24"):
         evaluate(model, f"depth:{tmp_path / 'size'}")
     write_pairs(tmp_path / "scale", 2)
     for index in range(2):
@@ -293,7 +297,8 @@ def test_a_broken_depth_is_left_out_and_named(tmp_path):
     (tmp_path / "depth" / "1.npy").write_bytes(b"no array")
     (batch,) = loader(DenseImages(f"depth:{tmp_path}", SEEN), 4)
     assert len(batch["images"]) == 2
-    assert batch["broken"] == ["1.png (its depth)"]
+    assert len(batch["broken"]) == 1
+    assert batch["broken"][0].startswith("1.png (depth: ")
 
 
 def test_a_head_learns_depth(tmp_path):

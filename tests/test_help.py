@@ -34,6 +34,7 @@ DESCRIBED = {
     "--keep": ["logits of a classifier, the map of a dense head, otherwise patches"],
     "--task": ["the model's own head"],
     "--head-checkpoint": ["untrained"],
+    "--format": ["npy"],
     "--segment": ["1, or searched for --by latency"],
     "--device": ["a GPU if there is one"],
     "--labels": ["1 with labels"],

@@ -19,16 +19,18 @@ from rich.text import Text
 # virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tosa_convert.base.errors import TosaError, TosaWarning
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.inspection import features, flops, models, report, show_patches
 from tosa_convert.cli.options import (
+    Checkpoint,
     DataOption,
     Device,
     ImgSize,
     Json,
     Labels,
+    NumClasses,
     Seed,
     Source,
     is_run,
@@ -37,7 +39,7 @@ from tosa_convert.cli.options import (
     stem,
 )
 from tosa_convert.cli.output import bar, print_json, say, show
-from tosa_convert.cli.parsing import at_least
+from tosa_convert.cli.parsing import at_least, plain
 from tosa_convert.cli.plan import compare, plan
 from tosa_convert.cli.recipes import recipes_app
 from tosa_convert.cli.training import distill, finetune, run
@@ -84,6 +86,8 @@ def evaluate(
     data: DataOption = None,
     map_options: dict | None = None,
     new_head: dict | None = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
     img_size: ImgSize = None,
     batch_size: Annotated[int, typer.Option(help="images per forward pass", callback=at_least(1))] = 32,
     workers: Annotated[int, typer.Option(help="processes that load images", callback=at_least(0))] = 0,
@@ -96,21 +100,26 @@ def evaluate(
         Path | None, typer.Option(help="folder to write the model's maps to", show_default=False)
     ] = None,
     format_: Annotated[
-        Format, typer.Option("--format", help="of these maps: npy, or png in 16 bits (of depth 1/256 metres)")
-    ] = Format.npy,
+        Format | None,
+        typer.Option("--format", help="of these maps; png has 16 bits, of depth 1/256 metres", show_default="npy"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what the model is for (top-1, depth, masks) where there are labels, and agreement with the original."""
     from tosa_convert.workflows import pipeline as stages
 
+    if format_ and predictions is None:
+        raise UsageError(
+            "--format is that of the maps that --predictions FOLDER writes; give a folder, or leave it out"
+        )
     results = stages.eval_stage(
         pick_source(source),
         source_with(data, map_options),
         img_size=img_size,
-        head=new_head,
+        head={**new_head, **plain({"checkpoint": checkpoint, "num_classes": num_classes})},
         flip=flip,
         predictions=predictions,
-        format=format_.value,
+        format=format_.value if format_ else "npy",
         control=control,
         seed=seed,
         labels=labels,
@@ -131,6 +140,8 @@ def export(
     data: DataOption = None,
     map_options: dict | None = None,
     new_head: dict | None = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
     out: Annotated[Path | None, typer.Option(help="folder for the files", show_default="the run")] = None,
     img_size: ImgSize = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
@@ -151,6 +162,7 @@ def export(
 
     pick_device(device)
     source = pick_source(source)
+    new_head |= plain({"checkpoint": checkpoint, "num_classes": num_classes})
     typed = {"opset": opset, "threshold": threshold, "images": images, "labels": labels, "any_size": any_size}
     settings = build(ExportSettings, typed)
     if out is None and not is_run(source):

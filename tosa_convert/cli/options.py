@@ -82,7 +82,10 @@ def make_recipe(path: str | None, stage: str, options: dict):
     named |= {"list": beside.get("list_file"), "depth_scale": beside.get("depth_scale")}
     given = {name: value for name, value in named.items() if value is not None}
     if given:
-        plan["data"] = {**plan.get("data", {}), **given}
+        before = dict(plan.get("data", {}))
+        if "train" in given:  # of other images
+            before = {name: value for name, value in before.items() if name not in ("list", "depth_scale")}
+        plan["data"] = {**before, **given}
     plan |= _given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))
     return build(Recipe, {**plan, **options.get("new_head", {})})
 

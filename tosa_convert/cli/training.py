@@ -97,7 +97,7 @@ def finetune(
     batch_size: BatchSize = None,
     lr: Lr = None,
     labels: Annotated[
-        float | None, typer.Option(help="weight of the cross-entropy loss on labels", show_default="1 with labels")
+        float | None, typer.Option(help="weight of the loss on labels", show_default="1 with labels")
     ] = None,
     logits: Annotated[
         float | None,

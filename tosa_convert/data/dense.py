@@ -5,11 +5,11 @@ import random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tosa_convert.base.errors import UsageError
 from tosa_convert.data.images import BEYOND, UNREADABLE, Augmentation, Images
 from tosa_convert.data.reader import MapReader
 from tosa_convert.models.dense import whole_image
@@ -73,24 +73,37 @@ class DenseImages(Images):
         if not self.maps:
             return self._seen(image), -1, None
         try:
-            truth = self.reader.map(index)
-        except UNREADABLE:
-            return None, None, f"{self.reader.filename(index)} (its {self.maps})"
-        if truth is None:
-            truth = np.full((image.height, image.width), np.nan, np.float32)
-        if truth.shape != (image.height, image.width):
-            height, width = truth.shape
-            raise UsageError(
-                f"{self.reader.filename(index)} is {image.height}×{image.width}, but its {self.maps} is "
-                f"{height}×{width}; give maps of the size of their images"
-            )
-        if not self.training:
-            box = self.reader.scored(image.size)
-            everywhere, truth = truth, np.full_like(truth, np.nan)
-            truth[box] = everywhere[box]
-        left, top, right, bottom = self.frame(image.size)
-        image, seen = image.crop((left, top, right, bottom)), torch.from_numpy(truth[top:bottom, left:right].copy())
+            image, seen = self._framed(image, self.reader.map(index))
+        except UNREADABLE as error:
+            return None, None, f"{self.reader.filename(index)} ({self.maps}: {' '.join(str(error).split())[:100]})"
         return (*self._varied(image, seen), None) if self.training else (self.transform(image), seen, None)
+
+    def _framed(self, image: Image.Image, truth: np.ndarray | None) -> tuple[Image.Image, torch.Tensor]:
+        """An image and its map as far as the model sees them, NaN where the map does not count.
+
+        Raises:
+            ValueError: the map has another size.
+        """
+        size = (image.height, image.width)
+        truth = np.full(size, np.nan, np.float32) if truth is None else truth
+        if truth.shape != size:
+            (height, width), (rows, columns) = size, truth.shape
+            raise ValueError(f"{rows}×{columns}, but the image is {height}×{width}")
+        box = (self.reader.learnt if self.training else self.reader.scored)(image.size)
+        counted = np.full_like(truth, np.nan)
+        counted[box] = truth[box]
+        left, top, right, bottom = self.frame(image.size)
+        seen = counted[top:bottom, left:right].copy()
+        return image.crop((left, top, right, bottom)), torch.from_numpy(seen)
+
+    def seen(self, index: int) -> torch.Tensor | None:
+        """One image as the model takes it; None if it cannot be read."""
+        try:
+            with self.reader.open(index) as content, Image.open(content) as opened:
+                image = opened.convert(self.preprocessing.mode)
+            return self.transform(image.crop(self.frame(image.size)))
+        except UNREADABLE:
+            return None
 
     def _seen(self, image: Image.Image) -> torch.Tensor:
         """As the model takes it; for training without a map cropped and mirrored too."""
@@ -112,7 +125,7 @@ class DenseImages(Images):
         image = self._normalised(v2.functional.resize(pair[0], size, _resampling(self.preprocessing), antialias=True))
         if truth is None:
             return image, -1
-        nearest = v2.functional.resize(pair[1], size, v2.InterpolationMode.NEAREST)
+        nearest = v2.functional.resize(pair[1], size, v2.InterpolationMode.NEAREST_EXACT)
         return image, nearest[0].as_subclass(torch.Tensor)
 
     def _degrees(self) -> float:
@@ -154,6 +167,12 @@ def _cropped(pair: list[torch.Tensor], size: tuple[int, int], scale: tuple[float
     tall, wide = max(1, round(size[0] * largest)), max(1, round(size[1] * largest))
     top, left = random.randint(0, max(0, height - tall)), random.randint(0, max(0, width - wide))
     return [v2.functional.crop(each, top, left, tall, wide) for each in pair]
+
+
+def as_large_as(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Maps (B, K, h, w) resampled to the size of labels (B, H, W)."""
+    size = labels.shape[-2:]
+    return output if output.shape[-2:] == size else F.interpolate(output, size=size, mode="bilinear")
 
 
 def sizes_of(labels: torch.Tensor) -> list[tuple[int, int]]:

@@ -33,7 +33,10 @@ class ListReader(MapReader):
         if not self.root.is_dir():
             raise UsageError(f"there is no folder at {place}; check the path")
         if list is None:
-            raise UsageError(f"{self.example.partition('?')[0]} needs a list of its images; give one with --list FILE")
+            name = self.example.partition("?")[0]
+            raise UsageError(
+                f"{name} needs a list of its images; give one with --list FILE (in a recipe list, eval_list)"
+            )
         self.pairs = self._pairs(Path(list))
 
     def depth_file(self, image: str, depth: str) -> str:
@@ -42,10 +45,11 @@ class ListReader(MapReader):
 
     def _pairs(self, file: Path) -> list[tuple[str, str | None]]:
         try:
-            lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the list {file}: {error}") from None
-        short = next((number for number, line in enumerate(lines, start=1) if len(line) < 2), None)
+        short = next((number for number, line in enumerate(lines, start=1) if len(line) == 1), None)
+        lines = [line for line in lines if line]
         if short or not lines:
             where = f"line {short} of {file}" if short else f"{file}, which is empty,"
             raise UsageError(f"{where} is no image and depth; write lines such as rgb.jpg depth.png 518.8579")

@@ -10,13 +10,16 @@ ENDINGS = (".png", ".npy", ".pfm")
 
 
 def png_of(content: bytes) -> np.ndarray:
-    """(H, W) of numbers, of a PNG with one channel of 8 or 16 bits, or of a .pfm file.
+    """(H, W) of numbers, of a picture with one channel: a PNG of 8 or 16 bits, or a .pfm file.
 
     Raises:
         ValueError: it has several channels.
     """
     with Image.open(io.BytesIO(content)) as opened:
-        found = np.asarray(opened)
+        return _flat(np.asarray(opened))
+
+
+def _flat(found: np.ndarray) -> np.ndarray:
     if found.ndim != 2:
         raise ValueError(f"{found.ndim} dimensions, in place of one number per pixel")
     return found
@@ -32,9 +35,7 @@ def read_map(file: Path) -> np.ndarray:
         found = np.load(file, allow_pickle=False)
         if found.ndim == 3 and 1 in found.shape:
             found = found.squeeze()
-        if found.ndim != 2:
-            raise ValueError(f"{found.ndim} dimensions, in place of one number per pixel")
-        return found
+        return _flat(found)
     return png_of(file.read_bytes())
 
 

@@ -103,11 +103,19 @@ class MapReader(Reader):
         """(H, W) float32, NaN where nothing is known; None where nothing is known of the whole image."""
 
     def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """What of an image of this (width, height) the model sees: left, top, right, bottom."""
+        """What of an image of this (width, height) the model sees: left, top, right, bottom.
+
+        Raises:
+            ValueError: images of this size are not of this source.
+        """
         return (0, 0, *size)
 
     def scored(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """Where in an image of this (width, height) its map is scored: rows, columns."""
+        return slice(None), slice(None)
+
+    def learnt(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Where in a training image of this (width, height) its map counts: rows, columns."""
         return slice(None), slice(None)
 
     def label(self, index: int) -> int:
@@ -131,7 +139,8 @@ def with_options(source: str | None, **options: Any) -> str | None:
                 f"{SPELT.get(name, name)} goes with sources of maps that take it, such as "
                 f"{', '.join(f'{each}:ROOT' for each in discovery.names(FOLDER) if name in _takes(each))}; leave it out"
             )
-    return f"{source}?{urlencode(given, safe='/:')}"
+    root, _, before = str(source).partition("?")
+    return f"{root}?{urlencode(dict(parse_qsl(before)) | given, safe='/:')}"
 
 
 SPELT = {"list": "--list", "scale": "--depth-scale"}

@@ -17,9 +17,10 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import Images, loader
+from tosa_convert.data.images import loader
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.tasks.task import task_of
 
 FORMATS = (".npz", ".safetensors")
 TYPES = {"float32": ("<f4", "F32"), "float16": ("<f2", "F16")}
@@ -55,7 +56,7 @@ def write_features(
         raise UsageError(f"dtype {dtype!r} is not known; choose from {', '.join(TYPES)}")
     device = pick_device(device)
     model = model.to(device).eval()
-    images = Images(data, preprocessing_of(model))
+    images = task_of(model).read(data, preprocessing_of(model))
     names = [images.reader.filename(index) for index in range(len(images))]
     broken: list[str] = []
     with atomic(out) as fresh, _Growing(out.parent, TYPES[dtype][0]) as arrays:

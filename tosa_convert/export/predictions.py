@@ -53,21 +53,29 @@ def write_predictions(
         {"folder", "files"}, how many.
     """
     task, device = task_of(model), pick_device(device)
+    taken: set[PurePosixPath] = set()
     images = task.read(data, preprocessing_of(model))
     model.to(device).eval()
     written = 0
     with (progress or Progress()).track("predictions", len(images), unit="images") as advance:
         for index in range(len(images)):
-            image = images[index][0]
+            image = images.seen(index)
             if image is not None:
-                found = predict(model, image[None].to(device))[1]
-                if flip:
-                    found = (found + predict(model, image[None].flip(-1).to(device))[1].flip(-1)) / 2
-                name = PurePosixPath(images.reader.filename(index)).with_suffix(f".{format}")
+                found = predict(model, image[None].to(device), flip)[1]
+                name = _named(images.reader.filename(index), format, taken)
                 _write(_whole(task, found.cpu(), images, index), folder / name, task.png_scale)
                 written += 1
             advance()
     return {"folder": str(folder), "files": written}
+
+
+def _named(image: str, format: str, taken: set[PurePosixPath]) -> PurePosixPath:
+    """Where the map of an image goes, within the folder; images that differ in their ending only keep it."""
+    path = PurePosixPath(*(part for part in PurePosixPath(image).parts if part not in ("/", "..")))
+    name = path.with_suffix(f".{format}")
+    name = path.with_name(f"{path.name}.{format}") if name in taken else name
+    taken.add(name)
+    return name
 
 
 def _whole(task, found: torch.Tensor, images: DenseImages, index: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def check_file(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     graph, chosen_names = _with_chosen(path)
     inspected = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) if chosen_names else None
-    check, agreed = Check(threshold=settings.threshold), 0.0
+    check, agreed, labelled = Check(threshold=settings.threshold), 0.0, 0
     shared = dict.fromkeys(chosen_names, 0.0)
     # Spread over the folder, so that every class is seen.
     images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
@@ -107,10 +107,12 @@ def check_file(
                     outputs = {"torch": main, "onnx": found[0]}
                     if original is not None:
                         outputs["original"] = predict(original, batch["images"])[1]
+                    known = task.known(batch["labels"])
+                    labelled += int(known.sum())
                     for name, value in outputs.items():
                         for metric, values in task.measure(value, batch["labels"]).items():
                             sums = check.metrics.setdefault(metric, {})
-                            sums[name] = sums.get(name, 0.0) + values.sum().item()
+                            sums[name] = sums.get(name, 0.0) + values[known].sum().item()
                 if inspected:
                     for name, value in zip(chosen_names, inspected.run(chosen_names, feed), strict=True):
                         shared[name] += _shared_tokens(value, positions[name].numpy(), len(batch["images"]))
@@ -123,7 +125,8 @@ def check_file(
         _check_other_sizes(model, session, check)
     check.selected = {int(name.removeprefix(CHOSEN)): total / check.images for name, total in shared.items()}
     check.metrics = {
-        metric: {name: total / check.images for name, total in sums.items()} for metric, sums in check.metrics.items()
+        metric: {name: total / max(1, labelled) for name, total in sums.items()}
+        for metric, sums in check.metrics.items()
     }
     return check
 

@@ -78,21 +78,21 @@ def evaluate(
             count = len(batch["images"])
             if count:
                 inputs, truth = batch["images"].to(device), batch["labels"].to(device) if labelled else None
-                found = {name: _predict(model, inputs, flip) for name, model in models.items()}
-                known = _known(truth)
+                found = {name: predict(model, inputs, flip) for name, model in models.items()}
+                known = None if truth is None else task.known(truth)
                 against = found[reference][1] if reference else None
                 for name, (kind, prediction) in found.items():
                     if reference and kind == EMBEDDING:
                         embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
                         sums[name][key] += (values[known] if key in task.metrics else values).sum().item()
-                unknown += count - len(torch.arange(count)[known])
+                unknown += 0 if known is None else int((~known).sum())
             seen += count
             advance()
     if not seen:
-        raise TosaError(f"not one of the {len(images)} images in {images.name} can be read")
+        raise TosaError(f"not one of the {len(images)} images in {images.name} can be read: {broken[0]}")
     if unknown == seen:
-        raise TosaError(f"in none of the maps of {images.name} anything is known; check its files, and --depth-scale")
+        raise TosaError(f"in none of the maps of {images.name} anything is known; check its files")
     counts = {key: seen - unknown if key in task.metrics else seen for key in kept}
     figures = {name: {key: total / counts[key] for key, total in totals.items()} for name, totals in sums.items()}
     for name, parts in embeddings.items():
@@ -100,16 +100,6 @@ def evaluate(
             same = retrieval_agreement(torch.cat(parts), torch.cat(embeddings[reference]))
             figures[name]["agreement"] = same.mean().item()
     return {"data": images.name, "images": seen, "broken": broken, "unknown": unknown, "models": figures}
-
-
-def _predict(model: nn.Module, images: torch.Tensor, flip: bool) -> tuple[str, torch.Tensor]:
-    kind, found = predict(model, images)
-    return kind, (found + predict(model, images.flip(-1))[1].flip(-1)) / 2 if flip else found
-
-
-def _known(labels: torch.Tensor | None) -> torch.Tensor | slice:
-    """Which images of a batch have a label; with maps those in which anything is known."""
-    return labels.isfinite().flatten(1).any(1) if labels is not None and labels.ndim > 1 else slice(None)
 
 
 def _figures(

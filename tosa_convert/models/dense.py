@@ -80,6 +80,8 @@ class DenseModel(nn.Module):
         adapter.outputs(images)
         size = images.shape[-2:]
         found = self.head([_on_grid(keeper.tokens.take(), adapter, size) for keeper in self.keepers])
+        if torch.is_autocast_enabled(images.device.type):  # in half precision metres would come in coarse steps
+            found = found.float()
         if self.config.max_depth is not None:
             found = self.config.max_depth * found.sigmoid()
         return F.interpolate(found, size=size, mode="bilinear", align_corners=False)

@@ -34,10 +34,14 @@ def _nearest(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """The output that models are compared by and its name: logits, tokens, or the head's own."""
+def predict(model: nn.Module, images: torch.Tensor, flip: bool = False) -> tuple[str, torch.Tensor]:
+    """The output that models are compared by and its name: logits, tokens, or the head's own; with ``flip`` the mean of
+    the maps of images and of their mirror images, mirrored back."""
     kind, found = next(iter(run(model, images).items()))
-    return kind, found.float()
+    if not flip:
+        return kind, found.float()
+    mirrored = predict(model, images.flip(-1))[1].flip(-1)
+    return kind, (found.float() + mirrored) / 2
 
 
 def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ class Origin(BaseModel):
         source: what the user typed to load it; None for a model made in Python.
         checkpoint: the weights file given beside it, if any.
         num_classes: the outputs of the head that were asked for, if any.
+        head_checkpoint: the weights file of a head of ours, if any; without, the head was new.
         library: "timm" or "transformers".
         spec: what the library needs to build the model (see :func:`build`), and under "head" the head of ours on it.
         preprocessing: how its images are prepared.
@@ -28,6 +29,7 @@ class Origin(BaseModel):
     source: str | None = None
     checkpoint: str | None = None
     num_classes: int | None = None
+    head_checkpoint: str | None = None
     library: Literal["timm", "transformers"]
     spec: dict
     preprocessing: Preprocessing

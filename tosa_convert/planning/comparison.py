@@ -190,6 +190,7 @@ def mean_figures(
     sums: dict = {key: {} for key in others}
     embeddings: dict[object, list[torch.Tensor]] = {}
     originals: list[torch.Tensor] = []
+    known = None if labels is None else task.known(labels)
     batches = samples.split(8)
     truths = labels.split(8) if labels is not None else [None] * len(batches)
     with (progress or Progress()).track("compare", len(batches) * len(sums)) as advance:
@@ -202,11 +203,16 @@ def mean_figures(
                 if wanted.kind == EMBEDDING:
                     embeddings.setdefault(key, []).append(found.output)
                 if truth is not None:
-                    values |= task.measure(found.output.cpu(), truth)
+                    measured = task.measure(found.output.cpu(), truth)
+                    values |= {name: value[task.known(truth)] for name, value in measured.items()}
                 for name, value in values.items():
                     total[name] = total.get(name, 0.0) + value.sum().item()
                 advance()
-    means = {key: {name: value / len(samples) for name, value in total.items()} for key, total in sums.items()}
+    counts = dict.fromkeys(task.metrics, len(samples) if known is None else max(1, int(known.sum())))
+    means = {
+        key: {name: value / counts.get(name, len(samples)) for name, value in total.items()}
+        for key, total in sums.items()
+    }
     for key, outputs in embeddings.items():
         means[key]["agreement"] = retrieval_agreement(torch.cat(outputs), torch.cat(originals)).mean().item()
     return means

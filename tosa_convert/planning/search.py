@@ -187,7 +187,8 @@ class Search:
         if self.labels is not None:
             outputs = (torch.cat([each.output for each in some]).cpu() for some in (self.wanted, found))
             main, metric = next(iter(self.task.metrics.items()))
-            return metric.loss(*(self.task.measure(each, self.labels)[main].mean().item() for each in outputs))
+            known = self.task.known(self.labels)
+            return metric.loss(*(self.task.measure(each, self.labels)[main][known].mean().item() for each in outputs))
         pairs = list(zip(found, self.wanted, strict=True))
         if self.keep is Keep.LOGITS:
             return 1 - torch.cat([figures(*pair)["agreement"] for pair in pairs]).mean().item()

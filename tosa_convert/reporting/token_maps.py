@@ -18,6 +18,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.reporting.map_panels import Panel, map_panels
 from tosa_convert.selective.conversion import is_converted, original
 from tosa_convert.selective.selection import Selection, selective_blocks
+from tosa_convert.tasks.task import task_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def look_at_files(model: nn.Module, files: list[Path], before: nn.Module | None 
     device = next(model.parameters()).device
     images = [read_image(path, preprocessing) for path in files]
     views = [look(model, image[None].to(device))[0] for image in images]
-    maps = map_panels(model, original(model) if before is None else before.to(device), torch.stack(images).to(device))
+    maps = []
+    if task_of(model).differences:
+        before = original(model) if before is None else before.to(device)
+        maps = map_panels(model, before, torch.stack(images).to(device))
     return Looks([pixels(image, preprocessing) for image in images], [path.name for path in files], views, maps)
 
 

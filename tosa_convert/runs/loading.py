@@ -135,14 +135,19 @@ def _under_head(
     timms = not source.startswith("hf:") and not (folder and _of_transformers(folder))
     outputs = 0 if timms else None
     encoder = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=outputs, pretrained=pretrained)
-    weights = None if head_checkpoint is None else read_checkpoint(Path(head_checkpoint))
-    if weights is None:
-        warnings.warn(
-            f"head {wanted.head} is new and untrained; fine-tune it before you trust its maps",
-            TosaWarning,
-            stacklevel=3,
-        )
-    return with_head(encoder, wanted, weights, head_checkpoint or "")
+    if head_checkpoint is None:
+        message = f"head {wanted.head} is new and untrained; fine-tune it before you trust its maps"
+        warnings.warn(message, TosaWarning, stacklevel=3)
+    return _headed(encoder, wanted, head_checkpoint)
+
+
+def _headed(encoder: nn.Module, wanted: HeadConfig, checkpoint: str | Path | None) -> nn.Module:
+    """A backbone under a head with the weights of a file, which its origin notes."""
+    if checkpoint is None:
+        return with_head(encoder, wanted)
+    model: Any = with_head(encoder, wanted, read_checkpoint(Path(checkpoint)), checkpoint)
+    model.tosa_origin = model.tosa_origin.model_copy(update={"head_checkpoint": str(Path(checkpoint).resolve())})
+    return model
 
 
 def _options_of(head: HeadConfig) -> str:
@@ -174,7 +179,7 @@ def set_image_size(model: Any, size: tuple[int, int]) -> None:
 def original_of(model: nn.Module) -> nn.Module | None:
     """The model as it was before conversion and fine-tuning, loaded again from where it came from.
 
-    None when that place is unknown or out of reach.
+    None when that place is unknown or out of reach, or where the model's head was new.
     """
     origin = getattr(model, "tosa_origin", None)
     if origin is None or origin.source is None:
@@ -188,9 +193,11 @@ def original_of(model: nn.Module) -> nn.Module | None:
                 num_classes=origin.num_classes,
                 img_size=origin.preprocessing.size,
             )
-            if "head" in origin.spec and not isinstance(found, DenseModel):  # a run has its own
-                found = with_head(found, HeadConfig(**origin.spec["head"]))
-            return found
+            if "head" not in origin.spec or isinstance(found, DenseModel):  # a run has its own
+                return found
+            if origin.head_checkpoint is None:  # the head was new: there was no original to compare with
+                return None
+            return _headed(found, HeadConfig(**origin.spec["head"]), origin.head_checkpoint)
     except TosaError:
         return None
 

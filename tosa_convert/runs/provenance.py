@@ -33,7 +33,9 @@ def origin_of(model: nn.Module) -> Origin:
 def as_it_is(model: nn.Module) -> nn.Module:
     """A trained model without its conversion, as an original of its own: what it was made from is another one now."""
     found: Any = original(model)
-    found.tosa_origin = origin_of(model).model_copy(update={"source": None, "checkpoint": None})
+    found.tosa_origin = origin_of(model).model_copy(
+        update={"source": None, "checkpoint": None, "head_checkpoint": None}
+    )
     return found
 
 

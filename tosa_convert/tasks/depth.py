@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, sizes_of
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
 
@@ -41,7 +41,7 @@ class Depth(Task):
     }
     differences = {"depth_error": Error("depth error")}  # noqa: RUF012
     error_is, unit = "Abs Rel to the original's depth", "m"
-    takes_heads = True
+    takes_heads, wants = True, "give depth with nyu:, kitti: or depth:"
     png_scale = 256.0
 
     @classmethod
@@ -69,7 +69,8 @@ class Depth(Task):
         return per_image(errors, output, labels, tuple(self.metrics))
 
     def loss(self, output, labels, settings):
-        return silog_loss(as_maps(output).float(), labels)
+        maps = as_large_as(as_maps(output)[:, None].float(), labels)
+        return silog_loss(maps[:, 0], labels)
 
     def difference(self, output, original):
         return {"depth_error": self.error(output, original)}
@@ -86,8 +87,10 @@ def is_depth_model(model: torch.nn.Module) -> bool:
 
 
 def gives_relative(model: torch.nn.Module) -> bool:
-    """Whether what a model of transformers gives is a disparity up to scale and shift, as most do."""
-    return getattr(model.config, "depth_estimation_type", "relative") == "relative"
+    """Whether what a model of transformers gives is a disparity up to scale and shift: DPT, and Depth-Anything unless
+    its configuration says metric."""
+    kind = getattr(model.config, "depth_estimation_type", None)
+    return kind == "relative" or (kind is None and "DPT" in type(model).__name__)
 
 
 def as_maps(output: torch.Tensor) -> torch.Tensor:
@@ -159,6 +162,6 @@ def check_scale(images: DenseImages) -> None:
     median = torch.stack(medians).median().item()
     if not SMALLEST <= median <= LARGEST:
         raise UsageError(
-            f"the median depth of {images.name} is {median:.3g} m, as of no scene; say with --depth-scale what a metre "
-            "is in the PNG files, such as 1000 or 256"
+            f"the median depth of {images.name} is {median:.3g} m, as of no scene; give depth in metres, or of PNG "
+            "files in depth:ROOT say with --depth-scale what a metre is, such as 1000 or 256"
         )

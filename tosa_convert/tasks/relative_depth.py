@@ -5,9 +5,6 @@ import torch
 
 from tosa_convert.tasks.depth import Depth, Error, as_maps, errors, gives_relative, is_depth_model, per_image
 
-FURTHEST = 1000.0
-"""Metres: an aligned disparity of less than one over this is taken for that."""
-
 
 class RelativeDepth(Depth):
     """Its figures are called aligned: they are not to be set beside those of models that know metres."""
@@ -18,6 +15,7 @@ class RelativeDepth(Depth):
     differences = {"map_error": Error("map error")}  # noqa: RUF012
     error_is, unit = "mean distance of the map as a share of its mean", ""
     learns, takes_heads, png_scale = False, False, None
+    wants = "this model gives a disparity up to scale and shift, which is measured by depth but not trained on it"
 
     @classmethod
     def suits(cls, model):
@@ -36,8 +34,9 @@ class RelativeDepth(Depth):
 
 
 def aligned_errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Disparities up to scale and shift, and metres, (N,) both → the errors of depth after alignment."""
-    return errors(1 / aligned(found, 1 / truth).clamp(min=1 / FURTHEST), truth)
+    """Disparities up to scale and shift, and metres, (N,) both → the errors of depth after alignment, no further than
+    the furthest that is true: an aligned disparity may be 0 or less."""
+    return errors(1 / aligned(found, 1 / truth).clamp(min=1 / truth.max()), truth)
 
 
 def aligned(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,37 @@ import torch.nn.functional as F
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, sizes_of
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
+
+HALF, UNKNOWN = 127.0, 255.0
+LEAST = 0.5
+"""Pixels that a class has to have, as a sum of shares."""
 
 
 class Segmentation(Task):
     """Logits, of one mask, or of several classes of which every pixel is one: of heads of ours, and of models of
-    transformers."""
+    transformers.
 
-    metrics = {"iou": Metric("IoU", percent=True)}  # noqa: RUF012
+    A mask file holds the number of a class for each pixel, 255 where it is not known. Of one mask a pixel is in it if
+    its number is above half of 255, or above 0 where there is none above 1.
+    """
+
+    metrics = {"iou": Metric("IoU", percent=True), "miou": Metric("mIoU per image", percent=True)}  # noqa: RUF012
     differences = {"map_iou": Metric("IoU with original", percent=True)}  # noqa: RUF012
     error_is = "1 − IoU of the two maps, as shares of a pixel"
-    takes_heads = True
+    takes_heads, wants = True, "give masks with masks:"
     png_scale = 1.0
+
+    def __init__(self, channels: int = 1):
+        self.channels = channels
+        main = "iou" if channels == 1 else "miou"
+        self.metrics = {main: type(self).metrics[main]}
+
+    @classmethod
+    def of(cls, model):
+        return cls(model.config.channels if isinstance(model, DenseModel) else model.config.num_labels)
 
     @classmethod
     def suits(cls, model):
@@ -38,25 +55,51 @@ class Segmentation(Task):
     def has_labels(self, images, model):
         return getattr(images, "maps", "") == "masks"
 
+    def known(self, labels):
+        return self.truth(labels).isfinite().flatten(1).any(1)
+
+    def truth(self, labels: torch.Tensor) -> torch.Tensor:
+        """Numbers of files (B, H, W) → classes, NaN where they are not known.
+
+        Raises:
+            UsageError: a class that the model does not have.
+        """
+        if self.channels == 1:
+            most = labels.nan_to_num(0, 0, 0).flatten(1).amax(1)[:, None, None]
+            mask = labels > torch.where(most > 1, HALF, 0.0)
+            return torch.where(labels.isfinite(), mask.float(), torch.nan)
+        truth = torch.where((labels == UNKNOWN) | ~labels.isfinite(), torch.nan, labels)
+        most = truth.nan_to_num(0).max()
+        if most >= self.channels:
+            raise UsageError(
+                f"a mask has class {most:.0f}, and the model has {self.channels} classes, from 0; give a head of as "
+                "many with --num-classes"
+            )
+        return truth
+
     def measure(self, output, labels):
         """IoU of a mask; of several classes the mean over those that an image has, found or true. Of an image without
         any, 1."""
         values = []
-        for logits, truth, (height, width) in zip(output, labels, sizes_of(labels), strict=True):
+        for logits, each, (height, width) in zip(output, self.truth(labels), sizes_of(labels), strict=True):
             sized = F.interpolate(logits[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
-            truth = truth[:height, :width]
-            known = truth.isfinite()
-            seen = overlap(classes_of(sized)[known], truth[known].long(), len(logits)) if known.any() else torch.nan
-            values.append(torch.as_tensor(seen))
-        return {"iou": torch.stack(values)}
+            each = each[:height, :width]
+            known = each.isfinite()
+            nothing = each.new_tensor(torch.nan)
+            values.append(
+                overlap(classes_of(sized)[known], each[known].long(), len(logits)) if known.any() else nothing
+            )
+        return {next(iter(self.metrics)): torch.stack(values)}
 
     def loss(self, output, labels, settings):
-        known = labels.isfinite()
+        truth = self.truth(labels)
+        known = truth.isfinite()
         if not known.any():
             return 0.0 * output.sum()
+        output = as_large_as(output, truth)
         if output.shape[1] == 1:
-            return F.binary_cross_entropy_with_logits(output[:, 0][known], (labels[known] > 0).float())
-        truth = torch.where(known, labels, -1).long()
+            return F.binary_cross_entropy_with_logits(output[:, 0][known], truth[known])
+        truth = torch.where(known, truth, -1).long()
         return F.cross_entropy(output, truth, ignore_index=-1, label_smoothing=settings.smoothing)
 
     def difference(self, output, original):
@@ -73,8 +116,10 @@ class Segmentation(Task):
         """1 − IoU of the two masks as shares of a pixel, (B,), which knows of smaller changes than whole pixels; mean
         over classes."""
         ours, theirs = shares(output).flatten(2), shares(original).flatten(2)
-        together = torch.minimum(ours, theirs).sum(-1) / torch.maximum(ours, theirs).sum(-1).clamp(min=1e-12)
-        return 1 - together.mean(1)
+        both, either = torch.minimum(ours, theirs).sum(-1), torch.maximum(ours, theirs).sum(-1)
+        there = either > LEAST  # of classes that hardly a pixel is of there is nothing to lose
+        lost = torch.where(there, 1 - both / either.clamp(min=LEAST), 0.0)
+        return lost.sum(1) / there.sum(1).clamp(min=1)
 
     def imitation(self, output, original):
         if output.shape[1] == 1:

@@ -46,6 +46,7 @@ class Task:
 
     Attributes:
         metrics: name → metric; the first one decides where one has to.
+        wants: what images with labels are, for messages.
         learns: whether models are trained on its labels, or only measured by them.
         takes_heads: whether a backbone may be put under a new head for it.
         error_is: what :meth:`error` is, for tables.
@@ -56,6 +57,7 @@ class Task:
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     differences: ClassVar[Mapping[str, Metric]] = {}
+    wants: ClassVar[str] = "labels"
     learns: ClassVar[bool] = True
     takes_heads: ClassVar[bool] = False
     error_is: ClassVar[str] = "squared distance of the map as a share of its variance"
@@ -107,6 +109,12 @@ class Task:
     def measure(self, output: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """For each of :attr:`metrics` its value per image, (B,), of the model's main output."""
         return {}
+
+    def known(self, labels: torch.Tensor) -> torch.Tensor:
+        """Which images of a batch have a label, (B,) of bool; of maps those in which anything is known."""
+        if labels.ndim < 3:
+            return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        return labels.isfinite().flatten(1).any(1)
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor, settings: FinetuneSettings) -> torch.Tensor:
         """What fine-tuning on labels makes small: a scalar, of the model's main output."""

@@ -8,13 +8,13 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import DistillSettings
-from tosa_convert.data.images import Images
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
+from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.impact import learn_impact
 
@@ -53,7 +53,7 @@ def distill(
     if model.tosa_config.part(Score).learns_in == "ablation":
         return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
-    images = Images(data, preprocessing_of(model), settings.augment, seed)
+    images = task_of(model).read(data, preprocessing_of(model), settings.augment, seed)
     home = next(model.parameters()).device
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     stage = Stage("distill", SelectorDistillation(model, kl=settings.kl), settings, seed, out, resume)

@@ -187,7 +187,7 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
     weights = {Labels.name(): labels}
     weights |= {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
     if not any(weights.values()):
-        raise UsageError("labels, logits and features all weigh 0: there is nothing to learn from")
+        raise UsageError("labels, logits, features and maps all weigh 0: there is nothing to learn from")
     return weights
 
 

@@ -60,7 +60,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    model = load(source, img_size=recipe.img_size, **_head(recipe)) if runs.is_run(source) else _converted(recipe)
+    model = _of_run(source, recipe) if runs.is_run(source) else _converted(recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
     if not runs.is_run(source) and model.tosa_config.part(Score).learns_in == "ablation":
@@ -278,6 +278,19 @@ def _original(model: nn.Module) -> nn.Module | None:
 def _converted(recipe: Recipe) -> nn.Module:
     how = {"checkpoint": recipe.checkpoint, "img_size": recipe.img_size, "num_classes": recipe.num_classes}
     return convert(load(recipe.model, **how, **_head(recipe)), recipe.convert)
+
+
+def _of_run(source: str, recipe: Recipe) -> nn.Module:
+    """The model of a run, which has its head already.
+
+    Raises:
+        UsageError: the recipe is for another task.
+    """
+    model = load(source, img_size=recipe.img_size)
+    own = getattr(getattr(model, "config", None), "task", None)
+    if recipe.task not in (None, own):
+        raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
+    return model
 
 
 def _head(recipe: Recipe) -> dict:

@@ -5,7 +5,6 @@ That crop is all inside of what the model sees, so that scoring the prediction p
 customary, comes to the same.
 """
 
-from tosa_convert.base.errors import UsageError
 from tosa_convert.data.list_file import ListReader
 
 WIDTH, HEIGHT = 1216, 352
@@ -24,7 +23,7 @@ class Kitti(ListReader):
     def frame(self, size):
         width, height = size
         if width < WIDTH or height < HEIGHT:
-            raise UsageError(f"an image of KITTI is {height}×{width}, smaller than {HEIGHT}×{WIDTH}; use depth:ROOT")
+            raise ValueError(f"the image is {height}×{width}, smaller than {HEIGHT}×{WIDTH}; use depth:ROOT")
         left, top = (width - WIDTH) // 2, height - HEIGHT
         return left, top, left + WIDTH, top + HEIGHT
 

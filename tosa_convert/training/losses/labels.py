@@ -26,13 +26,11 @@ class Labels(Loss):
         if not situation.task.metrics:
             raise UsageError("the model has no head to train with labels; fine-tune with labels: 0")
         if not situation.task.learns:
-            raise UsageError(
-                "this model gives a disparity up to scale and shift, which is measured by depth but not trained on it; "
-                "learn from the original alone (labels: 0)"
-            )
+            raise UsageError(f"{situation.task.wants}; learn from the original alone (labels: 0)")
         if not situation.task.has_labels(situation.images, situation.model):
             raise UsageError(
-                f"{situation.images.name} has no labels; sort it into class folders, or fine-tune with labels: 0"
+                f"{situation.images.name} has no labels that this model can learn from ({situation.task.wants}); or "
+                "fine-tune with labels: 0"
             )
 
     def of(self, found, wanted, labels):
