@@ -15,11 +15,13 @@ from PIL import Image
 from skimage.metrics import mean_squared_error
 from test_dense import depth_model, write_pairs
 
-from tosa_convert import FinetuneSettings, TosaError, UsageError, convert, evaluate, finetune
+from tosa_convert import FinetuneSettings, TosaError, UsageError, convert, evaluate, finetune, load
+from tosa_convert.base.errors import TosaWarning
 from tosa_convert.data.dense import DenseImages, sizes_of
 from tosa_convert.data.images import BEYOND, Augmentation, collate, loader
 from tosa_convert.data.reader import read, with_options
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.planning.comparison import labelled_sample
 from tosa_convert.tasks.depth import Depth, errors, silog_loss
 from tosa_convert.tasks.relative_depth import RelativeDepth, aligned, aligned_errors
 
@@ -290,6 +292,36 @@ def test_what_is_wrong_with_depth_is_said_in_a_line(tmp_path):
     (tmp_path / "half" / "images").mkdir(parents=True)
     with pytest.raises(UsageError, match="no folder depth/"):
         read(f"depth:{tmp_path / 'half'}")
+
+
+def test_depth_of_eight_bits_and_maps_of_another_kind_are_told(tmp_path):
+    write_pairs(tmp_path / "depth", 2)
+    (tmp_path / "depth" / "depth" / "0.npy").unlink()
+    Image.fromarray(np.full((40, 48), 200, np.uint8)).save(tmp_path / "depth" / "depth" / "0.png")
+    found = evaluate(depth_model(), f"depth:{tmp_path / 'depth'}")
+    assert found["broken"] == ["0.png (depth: 8 bits, in place of 16)"]
+    write_pairs(tmp_path / "masks", 2, folder="masks")
+    with pytest.raises(UsageError, match="has masks, and this model gives depth; give depth with nyu:"):
+        evaluate(depth_model(), f"masks:{tmp_path / 'masks'}")
+
+
+def test_depth_beyond_the_reach_of_the_head_is_said(tmp_path):
+    write_pairs(tmp_path, [(np.zeros((40, 48, 3), np.uint8), np.full((40, 48), 25.0, np.float32))])
+    with pytest.warns(TosaWarning, match="100% of the depth of .* is further than the 10 m"):
+        evaluate(depth_model(), f"depth:{tmp_path}")
+
+
+def test_a_model_that_is_its_own_original_has_nothing_to_learn_without_labels(tmp_path):
+    write_pairs(tmp_path, 2)
+    for model, data in ((depth_model(), tmp_path / "images"), (load("quickstart"), f"depth:{tmp_path}")):
+        with pytest.raises(UsageError, match="nothing is left to learn: at ratio 1"):
+            finetune(convert(model, ratio=1.0), data, FinetuneSettings(steps=1), device="cpu")
+
+
+def test_comparing_takes_no_more_images_than_have_maps(tmp_path):
+    write_pairs(tmp_path, 3)
+    samples, _, truths = labelled_sample(depth_model(), f"depth:{tmp_path}", 24)
+    assert len(samples) == len(truths) == 3
 
 
 def test_a_broken_depth_is_left_out_and_named(tmp_path):

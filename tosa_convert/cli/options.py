@@ -25,7 +25,10 @@ class Precision(StrEnum):
 
 
 MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
-IMAGES = "images: a folder, tar:FILE, wds:SHARDS or hfds:NAME; of classes if each has a folder, or a label"
+IMAGES = (
+    "images: a folder, tar:FILE, wds:SHARDS or hfds:NAME, of classes if each has a folder or a label; with maps "
+    "nyu:ROOT, kitti:ROOT, depth:ROOT or masks:ROOT"
+)
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
 Source = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; left out: the newest run", show_default=False)]
 DataOption = Annotated[

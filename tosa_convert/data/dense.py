@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.data.images import BEYOND, UNREADABLE, Augmentation, Images
 from tosa_convert.data.reader import MapReader
 from tosa_convert.models.dense import whole_image
@@ -167,6 +168,18 @@ def _cropped(pair: list[torch.Tensor], size: tuple[int, int], scale: tuple[float
     tall, wide = max(1, round(size[0] * largest)), max(1, round(size[1] * largest))
     top, left = random.randint(0, max(0, height - tall)), random.randint(0, max(0, width - wide))
     return [v2.functional.crop(each, top, left, tall, wide) for each in pair]
+
+
+def has_maps(images: Images, kind: str, wanted: str) -> bool:
+    """Whether images have maps of a kind.
+
+    Raises:
+        UsageError: they have maps of another kind.
+    """
+    found = getattr(images, "maps", "")
+    if found not in ("", kind):
+        raise UsageError(f"{images.name} has {found}, and this model gives {kind}; {wanted}")
+    return found == kind
 
 
 def as_large_as(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -79,5 +79,5 @@ class ListReader(MapReader):
         name = self.pairs[index][1]
         if name is None:
             return None
-        depth = png_of((self.root / name).read_bytes()).astype(np.float32) / self.scale
+        depth = png_of((self.root / name).read_bytes(), deep=True).astype(np.float32) / self.scale
         return np.where((depth > NEAR) & (depth < self.far), depth, np.float32(np.nan))

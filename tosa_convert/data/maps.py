@@ -9,14 +9,20 @@ from PIL import Image
 ENDINGS = (".png", ".npy", ".pfm")
 
 
-def png_of(content: bytes) -> np.ndarray:
+def png_of(content: bytes, deep: bool = False) -> np.ndarray:
     """(H, W) of numbers, of a picture with one channel: a PNG of 8 or 16 bits, or a .pfm file.
 
+    Args:
+        deep: it has to be of more than 8 bits.
+
     Raises:
-        ValueError: it has several channels.
+        ValueError: it has several channels, or too few bits.
     """
     with Image.open(io.BytesIO(content)) as opened:
-        return _flat(np.asarray(opened))
+        found = _flat(np.asarray(opened))
+    if deep and found.dtype.itemsize < 2:
+        raise ValueError("8 bits, in place of 16")
+    return found
 
 
 def _flat(found: np.ndarray) -> np.ndarray:
@@ -25,8 +31,8 @@ def _flat(found: np.ndarray) -> np.ndarray:
     return found
 
 
-def read_map(file: Path) -> np.ndarray:
-    """(H, W) of numbers as they stand in the file.
+def read_map(file: Path, deep: bool = False) -> np.ndarray:
+    """(H, W) of numbers as they stand in the file; ``deep`` as in :func:`png_of`.
 
     Raises:
         OSError, ValueError: it cannot be read, or holds something else.
@@ -36,7 +42,7 @@ def read_map(file: Path) -> np.ndarray:
         if found.ndim == 3 and 1 in found.shape:
             found = found.squeeze()
         return _flat(found)
-    return png_of(file.read_bytes())
+    return png_of(file.read_bytes(), deep)
 
 
 def paired(root: Path, folder: str) -> list[tuple[Path, Path | None]]:

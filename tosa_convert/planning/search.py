@@ -315,7 +315,7 @@ class Search:
             )
         raise UsageError(
             f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
-            f"{least:.2f}; give that or more{self._outside()}"
+            f"{math.ceil(100 * least) / 100:.2f}; give that or more{self._outside()}"
         )
 
     def _outside(self) -> str:

@@ -1,14 +1,15 @@
 """A depth per pixel, in metres: the errors of Eigen et al. (arXiv 1406.2283, section 4) and KITTI's, and their
 scale-invariant loss."""
 
+import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, as_large_as, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, has_maps, sizes_of
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
 
@@ -20,6 +21,7 @@ VARIANCE_FOCUS = 0.85
 SMALLEST, LARGEST = 0.05, 1000.0
 """Metres between which the median depth of images lies, unless their scale is wrong."""
 LOOKED_AT = 8
+MUCH = 0.05
 
 Error = partial(Metric, higher_is_better=False)
 Detail = partial(Error, brief=False)
@@ -60,8 +62,9 @@ class Depth(Task):
         return DenseImages(source, preprocessing, augment, seed)
 
     def has_labels(self, images, model):
-        if getattr(images, "maps", "") != "depth":
+        if not has_maps(images, "depth", self.wants):
             return False
+        warn_of_reach(images, model)
         check_scale(images)
         return True
 
@@ -147,16 +150,28 @@ def silog_loss(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return 10 * (logs.square().mean() - VARIANCE_FOCUS * logs.mean().square()).clamp(min=1e-12).sqrt()
 
 
+def warn_of_reach(images: DenseImages, model: torch.nn.Module) -> None:
+    """Say so if much of the first maps is further than the model's head reaches."""
+    reach = model.config.max_depth if isinstance(model, DenseModel) else None
+    depths = [depth for depth in first_maps(images) if depth.isfinite().any()] if reach else []
+    beyond = [(depth[depth.isfinite()] > reach).float().mean() for depth in depths]
+    share = torch.stack(beyond).mean().item() if beyond else 0.0
+    if share > MUCH:
+        message = f"{share:.0%} of the depth of {images.name} is further than the {reach:g} m that the head reaches"
+        warnings.warn(f"{message}; a head with a larger --max-depth would see it", TosaWarning, stacklevel=2)
+
+
+def first_maps(images: DenseImages) -> list[torch.Tensor]:
+    found = [images.truth(index) for index in range(min(LOOKED_AT, len(images)))]
+    return [depth for depth in found if depth is not None]
+
+
 def check_scale(images: DenseImages) -> None:
     """
     Raises:
         UsageError: the first images are as near, or as far, as no scene is.
     """
-    medians = []
-    for index in range(min(LOOKED_AT, len(images))):
-        depth = images.truth(index)
-        if depth is not None and depth.isfinite().any():
-            medians.append(depth[depth.isfinite()].median())
+    medians = [depth[depth.isfinite()].median() for depth in first_maps(images) if depth.isfinite().any()]
     if not medians:
         return
     median = torch.stack(medians).median().item()

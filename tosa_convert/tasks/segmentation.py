@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, as_large_as, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, has_maps, sizes_of
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
 
@@ -53,7 +53,7 @@ class Segmentation(Task):
         return DenseImages(source, preprocessing, augment, seed)
 
     def has_labels(self, images, model):
-        return getattr(images, "maps", "") == "masks"
+        return has_maps(images, "masks", self.wants)
 
     def known(self, labels):
         return self.truth(labels).isfinite().flatten(1).any(1)

@@ -18,7 +18,7 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.conversion import is_converted, original
+from tosa_convert.selective.conversion import is_converted, is_whole, original
 from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, make_accelerator, train
@@ -186,6 +186,11 @@ def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -
     situation = situation._replace(labels=labels)
     weights = {Labels.name(): labels}
     weights |= {kind.name(): kind.weight(situation) for kind in every_loss() if kind is not Labels}
+    if is_whole(model) and not labels:
+        raise UsageError(
+            f"nothing is left to learn: at ratio 1 the model is its own original, and {images.name} has no labels that "
+            f"it can learn from ({situation.task.wants})"
+        )
     if not any(weights.values()):
         raise UsageError("labels, logits, features and maps all weigh 0: there is nothing to learn from")
     return weights

@@ -12,7 +12,6 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe, read_recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
-from tosa_convert.data.reader import with_options
 from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
@@ -31,6 +30,7 @@ from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
+from tosa_convert.workflows.sources import converted, eval_source, to_finetune, train_source
 
 AFTERWARDS = ("convert.rho", "convert.kept")
 """What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
@@ -40,7 +40,7 @@ EXAMPLES = 32
 
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
     """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
-    model = _converted(recipe)
+    model = converted(recipe)
     check_distillable(model)
     return _train_stage("distill", model, recipe, out, resume, device, progress)
 
@@ -48,7 +48,7 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> dict:
     """Load and convert, for what needs no training; a run in ``out``."""
     if processes.is_main() and not (resume and runs.is_run(out)):
-        model = _converted(recipe)
+        model = converted(recipe)
         runs.prepare(out, resume)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
@@ -60,7 +60,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
 
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    model = _of_run(source, recipe) if runs.is_run(source) else _converted(recipe)
+    model = to_finetune(source, recipe)
     if not is_converted(model):
         convert(model, recipe.convert)
     if not runs.is_run(source) and model.tosa_config.part(Score).learns_in == "ablation":
@@ -249,15 +249,6 @@ def _cost(model: nn.Module, recipe: Recipe) -> dict:
     return flops_on(model, train_source(recipe) if keeps_any_number(model) else None)
 
 
-def train_source(recipe: Recipe) -> str | None:
-    """The training images, with what is given beside them."""
-    return with_options(recipe.data.train, list=recipe.data.list, scale=recipe.data.depth_scale)
-
-
-def eval_source(recipe: Recipe) -> str | None:
-    return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
-
-
 def _reading(settings) -> dict:
     return {"batch_size": settings.batch_size, "workers": settings.workers}
 
@@ -273,29 +264,6 @@ def _original(model: nn.Module) -> nn.Module | None:
     """What a converted model is measured against, if it can be had and its head is the same."""
     before = original_of(model) if is_converted(model) else None
     return before if before is not None and outputs_of(before) == outputs_of(model) else None
-
-
-def _converted(recipe: Recipe) -> nn.Module:
-    how = {"checkpoint": recipe.checkpoint, "img_size": recipe.img_size, "num_classes": recipe.num_classes}
-    return convert(load(recipe.model, **how, **_head(recipe)), recipe.convert)
-
-
-def _of_run(source: str, recipe: Recipe) -> nn.Module:
-    """The model of a run, which has its head already.
-
-    Raises:
-        UsageError: the recipe is for another task.
-    """
-    model = load(source, img_size=recipe.img_size)
-    own = getattr(getattr(model, "config", None), "task", None)
-    if recipe.task not in (None, own):
-        raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
-    return model
-
-
-def _head(recipe: Recipe) -> dict:
-    """The options of a new head."""
-    return {name: getattr(recipe, name) for name in ("task", "head", "head_checkpoint", "max_depth")}
 
 
 def _check_same_job(recipe: Recipe, path: Path) -> None:

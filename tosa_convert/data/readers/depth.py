@@ -28,7 +28,7 @@ class Depth(PairReader):
 
     def map(self, index):
         file = self.pairs[index][1]
-        found = read_map(file).astype(np.float32)
+        found = read_map(file, deep=True).astype(np.float32)
         if file.suffix.lower() == ".png":
             found = found / self.scale
         return np.where(np.isfinite(found) & (found > 0), found, np.float32(np.nan))

@@ -1,0 +1,46 @@
+"""What a recipe works on: its model, its training images and those for evaluation."""
+
+import warnings
+
+from torch import nn
+
+from tosa_convert.base.errors import TosaWarning, UsageError
+from tosa_convert.config.recipe import Recipe
+from tosa_convert.data.reader import with_options
+from tosa_convert.runs import folder as runs
+from tosa_convert.runs.loading import load
+from tosa_convert.selective.conversion import convert
+
+
+def train_source(recipe: Recipe) -> str | None:
+    """The training images, with what is given beside them."""
+    return with_options(recipe.data.train, list=recipe.data.list, scale=recipe.data.depth_scale)
+
+
+def eval_source(recipe: Recipe) -> str | None:
+    """The images for evaluation, with what is given beside them."""
+    return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
+
+
+def converted(recipe: Recipe) -> nn.Module:
+    """A recipe's model, under its head and converted."""
+    how = {"checkpoint": recipe.checkpoint, "img_size": recipe.img_size, "num_classes": recipe.num_classes}
+    head = {name: getattr(recipe, name) for name in ("task", "head", "head_checkpoint", "max_depth")}
+    return convert(load(recipe.model, **how, **head), recipe.convert)
+
+
+def to_finetune(source: str, recipe: Recipe) -> nn.Module:
+    """The model of a run, which has its head already, or the recipe's; converted or not.
+
+    Raises:
+        UsageError: the recipe is for another task than the run.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is new and untrained", TosaWarning)  # which it is here to be
+        if not runs.is_run(source):
+            return converted(recipe)
+        model = load(source, img_size=recipe.img_size)
+    own = getattr(getattr(model, "config", None), "task", None)
+    if recipe.task not in (None, own):
+        raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
+    return model
