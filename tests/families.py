@@ -212,7 +212,6 @@ FAMILIES = {
     "timm sam": _timm_sam,
     "dense timm light": under_head("timm dinov2 registers", "light"),
     "dense hf dpt": under_head("hf Dinov2Model", "dpt", channels=3),
-    "dense dinov3": under_head("hf DINOv3ViTModel", "light"),
     **PROVEN,
 }
 CORE = (

@@ -167,7 +167,7 @@ def test_a_run_of_a_dense_model_opens_again(head, tmp_path, small_crfs):
         assert torch.equal(original(opened)(PIXELS), depth_model(head, "hf Dinov2Model")(PIXELS))
 
 
-@pytest.mark.parametrize("head", heads())
+@pytest.mark.parametrize("head", ["dpt", "newcrfs"])
 def test_a_dense_model_exports_at_any_batch(head, tmp_path, small_crfs):
     model = convert(depth_model(head), score="similarity", bypass="merge", layers={2: 0.6, 4: 0.5})
     write_pairs(tmp_path / "data", 3)
@@ -365,7 +365,6 @@ def test_the_command_line_takes_depth_the_whole_way(tmp_path, capsys):
     cli("finetune", "quickstart", "--task", "depth", "--ratio", 1, *training, "--out", run_folder)
     assert load(run_folder).config.max_depth == 10.0
     assert not hasattr(load(run_folder), "tosa_config")  # it can be planned and converted
-    cli("plan", run_folder, "--budget", 0.95, "--data", data, "--images", 8, "--out", tmp_path / "plan")
     cli("finetune", run_folder, "--method", "tome", "--ratio", 0.95, *training, "--teacher", "--out", tmp_path / "tome")
     capsys.readouterr()
     cli("eval", tmp_path / "tome", "--data", data, "--flip", "--predictions", tmp_path / "maps", "--json")
@@ -378,8 +377,6 @@ def test_the_command_line_takes_depth_the_whole_way(tmp_path, capsys):
     assert 0 < metres.max() <= 10
     cli("export", tmp_path / "tome", "--data", data)
     cli("show", tmp_path / "tome", "--out", tmp_path / "show.png")
-    cli("flops", tmp_path / "tome")
-    cli("report", tmp_path / "tome")
 
 
 def test_the_mean_of_a_map_and_its_mirror_is_symmetric(tmp_path):

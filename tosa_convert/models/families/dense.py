@@ -1,4 +1,7 @@
-"""A backbone under a head of ours: see :mod:`tosa_convert.models.dense`."""
+"""timm, transformers: any of these under a new head.
+
+See :mod:`tosa_convert.models.dense`.
+"""
 
 import functools
 
