@@ -105,8 +105,7 @@ def main() -> None:
             note(f"{method} {budget}", lambda m=method, b=budget: untrained(m, b))
         if budget in TUNED:
             for seed in map(int, given.seeds.split(",")):
-                for plan in (f"plan {budget}", f"plan, segments of 2 {budget}"):
-                    note(f"fine-tuned {plan} seed {seed}", lambda p=plan, s=seed: trained(p, s))
+                note(f"fine-tuned plan {budget} seed {seed}", lambda p=f"plan {budget}", s=seed: trained(p, s))
 
 
 if __name__ == "__main__":
