@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.maps import png_of
+from tosa_convert.data.maps import listed, png_of
 from tosa_convert.data.reader import MapReader
 
 NONE = "None"
 """In place of a depth that there is none of."""
-NAMED = 10
 NEAR = 1e-3
 """Metres from which on a depth counts."""
 
@@ -59,10 +58,9 @@ class ListReader(MapReader):
         ]
         missing = [name for pair in pairs for name in pair if name is not None and not (self.root / name).is_file()]
         if missing:
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise UsageError(
                 f"{file} names {len(missing)} files that are not under {self.root}: "
-                f"{', '.join(missing[:NAMED])}{more}; check the root, or take the lines out"
+                f"{listed(missing)}; check the root, or take the lines out"
             )
         return pairs
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 ENDINGS = (".png", ".npy", ".pfm")
+NAMED = 10
 
 
 def png_of(content: bytes, deep: bool = False) -> np.ndarray:
@@ -43,6 +44,12 @@ def read_map(file: Path, deep: bool = False) -> np.ndarray:
             found = found.squeeze()
         return _flat(found)
     return png_of(file.read_bytes(), deep)
+
+
+def listed(names: list[str]) -> str:
+    """The first ten, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def paired(root: Path, folder: str) -> list[tuple[Path, Path | None]]:

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.maps import paired
+from tosa_convert.data.maps import listed, paired
 from tosa_convert.data.reader import MapReader
-
-NAMED = 10
 
 
 class PairReader(MapReader):
@@ -27,10 +25,9 @@ class PairReader(MapReader):
             raise UsageError(f"{self.root / 'images'} contains no images; put .jpg or .png files there")
         missing = [self._name(image) for image, file in self.pairs if file is None]
         if missing:
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise UsageError(
                 f"{self.root / self.folder} has nothing for {len(missing)} of {len(self.pairs)} images: "
-                f"{', '.join(missing[:NAMED])}{more}; give each image a .png, .npy or .pfm file of its name"
+                f"{listed(missing)}; give each image a .png, .npy or .pfm file of its name"
             )
 
     def _name(self, image: Path) -> str:
