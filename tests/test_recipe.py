@@ -3,6 +3,7 @@ import yaml
 
 from tosa_convert import UsageError
 from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe, recipes_folder
+from tosa_convert.workflows.sources import eval_source, train_source
 
 
 def written(tmp_path, text):
@@ -82,6 +83,13 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path):
 def test_recipes_cannot_name_python_objects(tmp_path):
     with pytest.raises(UsageError, match="not valid YAML"):
         read_recipe(written(tmp_path, "model: !!python/object/apply:os.system ['true']\n"))
+
+
+def test_a_depth_scale_is_of_the_training_images_where_there_are_no_others():
+    recipe = Recipe(model="any", data={"train": "depth:ROOT", "depth_scale": 256.0})
+    assert (train_source(recipe), eval_source(recipe)) == ("depth:ROOT?scale=256.0", None)
+    both = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": "depth:OTHER"})})
+    assert eval_source(both) == "depth:OTHER?scale=256.0"
 
 
 def test_unknown_recipes_name_the_nearest():

@@ -18,7 +18,9 @@ def train_source(recipe: Recipe) -> str | None:
 
 
 def eval_source(recipe: Recipe) -> str | None:
-    """The images for evaluation, with what is given beside them."""
+    """The images for evaluation, with what is given beside them; None where there are none of their own."""
+    if recipe.data.eval is None:
+        return None
     return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
 
 
