@@ -97,9 +97,6 @@ class _Options:
     ]
 
 
-takes_conversion = group("conversion", _Options, lambda given: _values(given))
-
-
 def _values(options: dict) -> dict:
     """The options that were given, as a recipe would hold them."""
     found = plain(options)
@@ -135,3 +132,6 @@ def _query_rows(text: str) -> int | str:
     if text != "all" and not text.isdecimal():
         raise UsageError(f"--rows {text!r} is not a number of query rows; give one number, such as 32, or all")
     return text if text == "all" else int(text)
+
+
+takes_conversion = group("conversion", _Options, _values)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -48,11 +49,6 @@ class DenseImages(Images):
     def labelled(self) -> bool:
         return bool(self.maps)
 
-    def size(self, index: int) -> tuple[int, int]:
-        """Width and height of one image."""
-        with self.reader.open(index) as content, Image.open(content) as opened:
-            return opened.size
-
     def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """What of an image of this (width, height) the model sees: left, top, right, bottom."""
         return self.reader.frame(size) if self.maps else (0, 0, *size)
@@ -65,10 +61,13 @@ class DenseImages(Images):
             return None
         return None if found is None else torch.from_numpy(found)
 
+    def _image(self, index: int) -> Image.Image:
+        with self.reader.open(index) as content, Image.open(content) as opened:
+            return opened.convert(self.preprocessing.mode)
+
     def _read(self, index):
         try:
-            with self.reader.open(index) as content, Image.open(content) as opened:
-                image = opened.convert(self.preprocessing.mode)
+            image = self._image(index)
         except UNREADABLE:
             return None, None, self.reader.filename(index)
         if not self.maps:
@@ -97,12 +96,11 @@ class DenseImages(Images):
         seen = counted[top:bottom, left:right].copy()
         return image.crop((left, top, right, bottom)), torch.from_numpy(seen)
 
-    def seen(self, index: int) -> torch.Tensor | None:
-        """One image as the model takes it; None if it cannot be read."""
+    def seen(self, index: int) -> tuple[torch.Tensor, tuple[int, int]] | None:
+        """One image as the model takes it, and its own width and height; None if it cannot be read."""
         try:
-            with self.reader.open(index) as content, Image.open(content) as opened:
-                image = opened.convert(self.preprocessing.mode)
-            return self.transform(image.crop(self.frame(image.size)))
+            image = self._image(index)
+            return self.transform(image.crop(self.frame(image.size))), image.size
         except UNREADABLE:
             return None
 
@@ -130,15 +128,14 @@ class DenseImages(Images):
         return image, nearest[0].as_subclass(torch.Tensor)
 
     def _degrees(self) -> float:
-        if self.augmentation.degrees is not None:
-            return self.augmentation.degrees
-        return self.reader.degrees if isinstance(self.reader, MapReader) else 0.0
+        asked = self.augmentation.degrees
+        return getattr(self.reader, "degrees", MapReader.degrees) if asked is None else asked
 
     def _recoloured(self, image: torch.Tensor) -> torch.Tensor:
         """Gamma, brightness and the channels' balance, for every second image."""
         if random.random() < 0.5:
             return image
-        bright = self.reader.brightness if isinstance(self.reader, MapReader) else COLOUR
+        bright = getattr(self.reader, "brightness", MapReader.brightness)
         colours = torch.tensor([random.uniform(*COLOUR) for _ in range(len(image))])[:, None, None]
         varied = image.clamp(min=0) ** random.uniform(*GAMMA) * random.uniform(*bright) * colours
         return varied.clamp(0, 1)
@@ -180,6 +177,20 @@ def has_maps(images: Images, kind: str, wanted: str) -> bool:
     if found not in ("", kind):
         raise UsageError(f"{images.name} has {found}, and this model gives {kind}; {wanted}")
     return found == kind
+
+
+def with_channels(maps: torch.Tensor) -> torch.Tensor:
+    """(B, H, W), as some models give them, or (B, K, H, W) → the latter."""
+    return maps[:, None] if maps.ndim == 3 else maps
+
+
+def at_truth(output: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each image of a batch its map (K, H, W), resampled to the size of its truth, the truth (H, W), and where that
+    is known."""
+    for found, truth, (height, width) in zip(with_channels(output), labels, sizes_of(labels), strict=True):
+        sized = F.interpolate(found[None].float(), size=(height, width), mode="bilinear", align_corners=False)
+        truth = truth[:height, :width]
+        yield sized[0], truth, truth.isfinite()
 
 
 def as_large_as(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

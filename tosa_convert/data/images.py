@@ -224,11 +224,18 @@ def _gist(error: Exception) -> str:
 
 
 def sample(
-    source: str | Path | None, preprocessing: Preprocessing, count: int, make: Callable[..., "Images"] = Images
+    source: str | Path | None,
+    preprocessing: Preprocessing,
+    count: int,
+    make: Callable[..., "Images"] = Images,
+    crops: bool = True,
 ) -> tuple[torch.Tensor, "Images", torch.Tensor]:
     """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
     crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
     deep field of stars do not carry over to other images.
+
+    Args:
+        crops: False takes fewer images of a source in place of crops.
 
     Returns:
         (B, C, H, W); the folder; and the labels, −1 where there are none.
@@ -237,6 +244,8 @@ def sample(
         TosaError: none of them can be read.
     """
     images = make(source, preprocessing)
+    if not crops and source is not None:
+        count = min(count, len(images))
     if len(images) >= count and source is not None:
         indices = [place * len(images) // count for place in range(count)]
         items = [images[index] for index in indices]

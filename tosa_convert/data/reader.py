@@ -34,6 +34,7 @@ class Reader(ABC):
         ambiguous: what makes the labels ambiguous, if anything does.
         streams: whether images come in one order only, that of :meth:`draws`.
         numbered: whether labels are numbers without names; the classes are then those up to the largest.
+        takes: what may be given beside the place, such as "list"; the argument of the same name.
     """
 
     example: ClassVar[str]
@@ -41,6 +42,7 @@ class Reader(ABC):
     ambiguous: str = ""
     streams: ClassVar[bool] = False
     numbered: bool = False
+    takes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __init__(self, place: str):
@@ -87,13 +89,11 @@ class MapReader(Reader):
 
     Attributes:
         maps: what they are, such as "depth"; it is that of a task.
-        takes: what may be given beside the place, such as "list"; the argument of the same name.
         degrees: by how much training images are turned at most.
         brightness: least and largest factor of that of training images.
     """
 
     maps: ClassVar[str]
-    takes: ClassVar[tuple[str, ...]] = ()
     degrees: ClassVar[float] = 0.0
     brightness: ClassVar[tuple[float, float]] = (0.9, 1.1)
     classes: ClassVar[list[str]] = []
@@ -147,9 +147,7 @@ SPELT = {"list": "--list", "scale": "--depth-scale"}
 
 
 def _takes(kind: str) -> tuple[str, ...]:
-    if kind not in discovery.names(FOLDER):
-        return ()
-    return getattr(_reader(kind), "takes", ())
+    return _reader(kind).takes if kind in discovery.names(FOLDER) else ()
 
 
 def _reader(kind: str) -> type[Reader]:
@@ -168,12 +166,11 @@ def read(source: str | Path) -> Reader:
     mine = _reader(kind)
     if kind != PLAIN and not place.strip(":"):
         raise UsageError(f"nothing is named behind {kind}:; write {mine.example}")
-    taken = getattr(mine, "takes", ())
-    if not taken:
+    if not mine.takes:
         return mine(str(source) if kind == PLAIN else place)
     root, _, beside = place.partition("?")
     options = dict(parse_qsl(beside))
-    odd = next((name for name in options if name not in taken), None)
+    odd = next((name for name in options if name not in mine.takes), None)
     if odd is not None:
         raise UsageError(f"{kind}: takes no {odd!r}; write {mine.example}")
     return mine(root, **options)

@@ -12,10 +12,10 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.files import atomic, check_writable
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.dense import DenseImages
+from tosa_convert.data.dense import with_channels
 from tosa_convert.models.outputs import predict
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.tasks.task import task_of
+from tosa_convert.tasks.task import Task, task_of
 
 ALL_16_BITS = 65535
 
@@ -59,11 +59,12 @@ def write_predictions(
     written = 0
     with (progress or Progress()).track("predictions", len(images), unit="images") as advance:
         for index in range(len(images)):
-            image = images.seen(index)
-            if image is not None:
+            seen = images.seen(index)
+            if seen is not None:
+                image, size = seen
                 found = predict(model, image[None].to(device), flip)[1]
                 name = _named(images.reader.filename(index), format, taken)
-                _write(_whole(task, found.cpu(), images, index), folder / name, task.png_scale)
+                _write(_whole(task, found.cpu(), size, images.frame(size)), folder / name, task.png_scale)
                 written += 1
             advance()
     return {"folder": str(folder), "files": written}
@@ -78,12 +79,10 @@ def _named(image: str, format: str, taken: set[PurePosixPath]) -> PurePosixPath:
     return name
 
 
-def _whole(task, found: torch.Tensor, images: DenseImages, index: int) -> np.ndarray:
-    """(1, K, h, w) → (H, W) of the whole image, NaN where the model sees nothing of it."""
-    width, height = images.size(index)
-    left, top, right, bottom = images.frame((width, height))
-    found = found[:, None] if found.ndim == 3 else found
-    seen = F.interpolate(found, size=(bottom - top, right - left), mode="bilinear", align_corners=False)
+def _whole(task: Task, found: torch.Tensor, size: tuple[int, int], frame: tuple[int, int, int, int]) -> np.ndarray:
+    """(1, K, h, w) → (H, W) of the whole image of a (width, height), NaN where the model sees nothing of it."""
+    (width, height), (left, top, right, bottom) = size, frame
+    seen = F.interpolate(with_channels(found), size=(bottom - top, right - left), mode="bilinear", align_corners=False)
     whole = np.full((height, width), np.nan, np.float32)
     whole[top:bottom, left:right] = task.values(seen)[0].numpy()
     return whole

@@ -173,9 +173,8 @@ def labelled_sample(
 ) -> tuple[torch.Tensor, Images, torch.Tensor | None]:
     """:func:`tosa_convert.data.images.sample` for a model: the images, their folder, and their labels or None."""
     task = task_of(model)
-    if task.differences and data is not None:  # a crop's map is not what is measured elsewhere
-        count = min(count, len(task.read(data, preprocessing_of(model))))
-    samples, folder, truths = sample(data, preprocessing_of(model), count, task.read)
+    # A crop's map is not what is measured elsewhere.
+    samples, folder, truths = sample(data, preprocessing_of(model), count, task.read, crops=not task.differences)
     return samples, folder, truths if labels and task.has_labels(folder, model) else None
 
 

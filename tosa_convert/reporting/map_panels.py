@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tosa_convert.data.dense import with_channels
 from tosa_convert.models.outputs import predict
 from tosa_convert.tasks.task import Task, task_of
 
@@ -41,7 +42,7 @@ def map_panels(model: nn.Module, before: nn.Module, images: torch.Tensor) -> lis
 
 def _values(task: Task, model: nn.Module, images: torch.Tensor) -> np.ndarray:
     found = predict(model, images)[1]
-    return task.picture(found if found.ndim == 4 else found[:, None]).cpu().numpy()
+    return task.picture(with_channels(found)).cpu().numpy()
 
 
 def _three(task: Task, theirs: np.ndarray, ours: np.ndarray) -> list[Panel]:

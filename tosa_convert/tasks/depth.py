@@ -5,11 +5,9 @@ import warnings
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaWarning, UsageError
-from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, as_large_as, has_maps, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, at_truth, has_maps, with_channels
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
 
@@ -56,7 +54,7 @@ class Depth(Task):
     def head(cls, head, channels, max_depth):
         if channels is not None:
             raise UsageError("a depth has no classes; leave --num-classes out")
-        return HeadConfig(task=cls.name(), head=head, max_depth=MAX_DEPTH if max_depth is None else max_depth)
+        return super().head(head, channels, MAX_DEPTH if max_depth is None else max_depth)
 
     def read(self, source, preprocessing, augment=None, seed=0):
         return DenseImages(source, preprocessing, augment, seed)
@@ -64,23 +62,25 @@ class Depth(Task):
     def has_labels(self, images, model):
         if not has_maps(images, "depth", self.wants):
             return False
-        warn_of_reach(images, model)
-        check_scale(images)
+        first = (images.truth(index) for index in range(min(LOOKED_AT, len(images))))
+        known = [depth[depth.isfinite()] for depth in first if depth is not None and depth.isfinite().any()]
+        if known:
+            warn_of_reach(known, images.name, model)
+            check_scale(known, images.name)
         return True
 
     def measure(self, output, labels):
         return per_image(errors, output, labels, tuple(self.metrics))
 
     def loss(self, output, labels, settings):
-        maps = as_large_as(as_maps(output)[:, None].float(), labels)
-        return silog_loss(maps[:, 0], labels)
+        return silog_loss(as_large_as(with_channels(output).float(), labels)[:, 0], labels)
 
     def difference(self, output, original):
         return {"depth_error": self.error(output, original)}
 
     def error(self, output, original):
         """Abs Rel to the original's depth, (B,)."""
-        ours, theirs = as_maps(output).flatten(1), as_maps(original).flatten(1).clamp(min=NEAR)
+        ours, theirs = output.flatten(1), original.flatten(1).clamp(min=NEAR)
         return ((ours - theirs).abs() / theirs).mean(1)
 
 
@@ -96,11 +96,6 @@ def gives_relative(model: torch.nn.Module) -> bool:
     return kind == "relative" or (kind is None and "DPT" in type(model).__name__)
 
 
-def as_maps(output: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) or (B, H, W) → (B, H, W)."""
-    return output[:, 0] if output.ndim == 4 else output
-
-
 def per_image(measured, output: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Each image's map, resampled to the size of its truth, against what is known there; NaN of an image of which
     nothing is.
@@ -110,14 +105,9 @@ def per_image(measured, output: torch.Tensor, labels: torch.Tensor, names: tuple
         output: (B, 1, h, w) or (B, h, w).
         labels: (B, H, W), NaN where nothing is known, see :mod:`tosa_convert.data.dense`.
     """
-    maps, rows = as_maps(output), []
-    for found, truth, (height, width) in zip(maps, labels, sizes_of(labels), strict=True):
-        truth = truth[:height, :width]
-        found = F.interpolate(found[None, None].float(), size=(height, width), mode="bilinear", align_corners=False)
-        known = truth.isfinite()
-        rows.append(
-            measured(found[0, 0][known], truth[known]) if known.any() else truth.new_full((len(names),), torch.nan)
-        )
+    rows = []
+    for (found,), truth, known in at_truth(output, labels):
+        rows.append(measured(found[known], truth[known]) if known.any() else truth.new_full((len(names),), torch.nan))
     return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
 
 
@@ -150,33 +140,23 @@ def silog_loss(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return 10 * (logs.square().mean() - VARIANCE_FOCUS * logs.mean().square()).clamp(min=1e-12).sqrt()
 
 
-def warn_of_reach(images: DenseImages, model: torch.nn.Module) -> None:
-    """Say so if much of the first maps is further than the model's head reaches."""
+def warn_of_reach(depths: list[torch.Tensor], name: str, model: torch.nn.Module) -> None:
+    """Say so if much of what is known of the first images, metres (N,) each, is further than the head reaches."""
     reach = model.config.max_depth if isinstance(model, DenseModel) else None
-    depths = [depth for depth in first_maps(images) if depth.isfinite().any()] if reach else []
-    beyond = [(depth[depth.isfinite()] > reach).float().mean() for depth in depths]
-    share = torch.stack(beyond).mean().item() if beyond else 0.0
+    share = 0.0 if reach is None else torch.stack([(depth > reach).float().mean() for depth in depths]).mean().item()
     if share > MUCH:
-        message = f"{share:.0%} of the depth of {images.name} is further than the {reach:g} m that the head reaches"
-        warnings.warn(f"{message}; a head with a larger --max-depth would see it", TosaWarning, stacklevel=2)
+        message = f"{share:.0%} of the depth of {name} is further than the {reach:g} m that the head reaches"
+        warnings.warn(f"{message}; a head with a larger --max-depth would see it", TosaWarning, stacklevel=3)
 
 
-def first_maps(images: DenseImages) -> list[torch.Tensor]:
-    found = [images.truth(index) for index in range(min(LOOKED_AT, len(images)))]
-    return [depth for depth in found if depth is not None]
-
-
-def check_scale(images: DenseImages) -> None:
+def check_scale(depths: list[torch.Tensor], name: str) -> None:
     """
     Raises:
         UsageError: the first images are as near, or as far, as no scene is.
     """
-    medians = [depth[depth.isfinite()].median() for depth in first_maps(images) if depth.isfinite().any()]
-    if not medians:
-        return
-    median = torch.stack(medians).median().item()
+    median = torch.stack([depth.median() for depth in depths]).median().item()
     if not SMALLEST <= median <= LARGEST:
         raise UsageError(
-            f"the median depth of {images.name} is {median:.3g} m, as of no scene; give depth in metres, or of PNG "
+            f"the median depth of {name} is {median:.3g} m, as of no scene; give depth in metres, or of PNG "
             "files in depth:ROOT say with --depth-scale what a metre is, such as 1000 or 256"
         )

@@ -3,7 +3,7 @@ least-squares alignment of both to each image's truth, in disparity (MiDaS, arXi
 
 import torch
 
-from tosa_convert.tasks.depth import Depth, Error, as_maps, errors, gives_relative, is_depth_model, per_image
+from tosa_convert.tasks.depth import Depth, Error, errors, gives_relative, is_depth_model, per_image
 
 
 class RelativeDepth(Depth):
@@ -29,7 +29,7 @@ class RelativeDepth(Depth):
 
     def error(self, output, original):
         """Mean distance to the original's map, as a share of its mean, (B,)."""
-        ours, theirs = as_maps(output).flatten(1), as_maps(original).flatten(1)
+        ours, theirs = output.flatten(1), original.flatten(1)
         return (ours - theirs).abs().mean(1) / theirs.abs().mean(1).clamp(min=1e-12)
 
 

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.config.head import HeadConfig
-from tosa_convert.data.dense import DenseImages, as_large_as, has_maps, sizes_of
+from tosa_convert.data.dense import DenseImages, as_large_as, at_truth, has_maps
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.tasks.task import Metric, Task
 
@@ -47,7 +46,7 @@ class Segmentation(Task):
     def head(cls, head, channels, max_depth):
         if max_depth is not None:
             raise UsageError("masks have no depth; leave --max-depth out")
-        return HeadConfig(task=cls.name(), head=head, channels=channels or 1)
+        return super().head(head, channels, max_depth)
 
     def read(self, source, preprocessing, augment=None, seed=0):
         return DenseImages(source, preprocessing, augment, seed)
@@ -81,13 +80,11 @@ class Segmentation(Task):
         """IoU of a mask; of several classes the mean over those that an image has, found or true. Of an image without
         any, 1."""
         values = []
-        for logits, each, (height, width) in zip(output, self.truth(labels), sizes_of(labels), strict=True):
-            sized = F.interpolate(logits[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
-            each = each[:height, :width]
-            known = each.isfinite()
-            nothing = each.new_tensor(torch.nan)
+        for logits, numbers, _ in at_truth(output, labels):
+            truth = self.truth(numbers[None])[0]
+            known, nothing = truth.isfinite(), truth.new_tensor(torch.nan)
             values.append(
-                overlap(classes_of(sized)[known], each[known].long(), len(logits)) if known.any() else nothing
+                overlap(classes_of(logits)[known], truth[known].long(), len(logits)) if known.any() else nothing
             )
         return {next(iter(self.metrics)): torch.stack(values)}
 
