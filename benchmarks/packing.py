@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert import convert
+from tosa_convert.base.timing import Timing, interleave, pinned
 from tosa_convert.data.images import sample
-from tosa_convert.measure.timing import Timing, interleave, pinned
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan

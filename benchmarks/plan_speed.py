@@ -19,9 +19,9 @@ from methods import SCENES, scenes_of
 from tosa_convert import convert, load
 from tosa_convert.data.images import sample
 from tosa_convert.export.onnx import export_onnx
+from tosa_convert.export.runtimes import RUNTIMES
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs import flops
-from tosa_convert.measure.runtimes import RUNTIMES
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.comparison import mean_figures
 from tosa_convert.planning.plan import find_plan

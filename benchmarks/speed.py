@@ -46,7 +46,10 @@ def main() -> None:
     results = {}
     for name, size, batches in GPU if on_gpu else CPU:
         settings = BenchSettings(
-            runtimes=chosen, batch_sizes=batches, precisions=["bf16"] if on_gpu else ["fp32"], rounds=arguments.rounds
+            runtimes=chosen,
+            batch_sizes=batches,
+            precisions=["bfloat16" if on_gpu else "float32"],
+            rounds=arguments.rounds,
         )
         found = bench(line_up(name, size), settings, device=arguments.device, progress=Progress(shown=True))
         results[f"{name} {size} px"] = found["cases"]

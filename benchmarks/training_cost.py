@@ -20,8 +20,8 @@ import record
 import torch
 
 from tosa_convert import convert, load
+from tosa_convert.base.timing import interleave
 from tosa_convert.measure.peak_memory import forget_peak, resident
-from tosa_convert.measure.timing import interleave
 from tosa_convert.models.adapter import run
 from tosa_convert.training.distillation import SelectorDistillation
 

@@ -71,7 +71,7 @@ def test_heavy_libraries_stay_in_their_rooms():
     assert users("onnx") | users("onnxruntime") | users("onnxscript") == {
         "export/onnx",
         "export/verification",
-        "measure/runtimes",
+        "export/runtimes",
     }
     assert users("matplotlib") == {"reporting/plots"}
     assert users("accelerate") <= {"training/engine", "base/distributed"}

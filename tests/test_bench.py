@@ -9,10 +9,10 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import BenchSettings, UsageError, bench, convert, load, original, save
+from tosa_convert.base.timing import Timing, interleave, pinned, processors
 from tosa_convert.cli.main import main
 from tosa_convert.measure import peak_memory
 from tosa_convert.measure.macs import flops
-from tosa_convert.measure.timing import Timing, interleave, pinned, processors
 from tosa_convert.reporting.result_tables import bench_table
 
 QUICK = {"rounds": 2, "memory": False}
@@ -97,9 +97,11 @@ def test_no_gain_is_said_in_plain_words():
 def test_the_table_of_a_benchmark_is_legible_at_80_columns(several, capsys):
     model = {"ms": 102.5, "ms_quartiles": [101.4, 103.2], "memory": 2**30}
     ours = {**model, "speedup": 1.2, "speedup_quartiles": [1.1, 1.3], "ideal": 1.4, "reached": 0.86}
-    case = {"runtime": "compile", "batch_size": 16, "size": [518, 518], "precision": "fp32"}
+    case = {"runtime": "compile", "batch_size": 16, "size": [518, 518], "precision": "float32"}
     case["models"] = {"original": model, "converted": ours, "runs/deit_tiny-20260101-120000": ours}
-    others = [{**case, "runtime": "eager", "batch_size": 1, "precision": "bf16", "size": [224, 224]}] if several else []
+    others = (
+        [{**case, "runtime": "eager", "batch_size": 1, "precision": "bfloat16", "size": [224, 224]}] if several else []
+    )
     settings = BenchSettings().model_dump()
     machine = {"cpu": "a processor with a long name", "torch": "2", "onnxruntime": "1"}
     table = bench_table({"notes": [], "settings": settings, "machine": machine, "reference": "original",
@@ -115,7 +117,7 @@ def test_the_table_of_a_benchmark_is_legible_at_80_columns(several, capsys):
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     save(converted(), tmp_path / "run")
     few, many = (
-        peak_memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "fp32") for batch in (1, 256)
+        peak_memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "float32") for batch in (1, 256)
     )
     weights = sum(value.numel() * 4 for value in load("quickstart").parameters())
     assert weights < few < many
@@ -125,7 +127,7 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     ("settings", "message"),
     [
         ({"runtimes": ["tensorrt"]}, "runtime 'tensorrt' is not known"),
-        ({"precisions": ["bf16"]}, "bf16 is timed on a GPU"),
+        ({"precisions": ["bfloat16"]}, "bfloat16 is timed on a GPU"),
         ({"batch_sizes": [0]}, "1 or more"),
         ({"sizes": [28, 30]}, "30×30 px is not a multiple of the patch size of model, 4×4"),
         ({"threads": 10_000}, "more than the"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import tosa_convert
 from tosa_convert import ConvertConfig, DistillSettings, ExportSettings, FinetuneSettings, Score
-from tosa_convert.export.verification import Check
+from tosa_convert.export.check import Check
 from tosa_convert.measure.macs import Cost
 from tosa_convert.planning.search import Plan
 

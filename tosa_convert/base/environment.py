@@ -10,6 +10,22 @@ import torch
 PACKAGES = ("tosa-convert", "torch", "timm", "transformers", "onnxruntime", "fvcore", "accelerate")
 
 
+INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+"""What processors call their instructions for products of 8-bit numbers."""
+
+
+def instructions() -> list[str]:
+    """What the processor says that it can do, as Linux lists it; nothing elsewhere."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return found.split(":", 1)[1].split()
+
+
+def int8_instructions() -> list[str]:
+    """Those for products of 8-bit numbers that this processor has."""
+    return [name for name in INT8 if name in instructions()]
+
+
 def machine(device: str = "cpu") -> dict:
     """Processor (and GPU, where it computes), cores, Python and package versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -35,7 +35,7 @@ def bench(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="comma-separated: fp32, and bf16 on a GPU", show_default="all on this device"),
+        typer.Option(help="comma-separated: float32, and bfloat16 on a GPU", show_default="all on this device"),
     ] = None,
     threads: Annotated[int, typer.Option(help="threads of torch and ONNX Runtime", callback=at_least(1))] = 1,
     rounds: Annotated[int, typer.Option(help="timed forward passes of each model", callback=at_least(1))] = 20,
@@ -61,7 +61,7 @@ def bench(
     from tosa_convert.workflows import pipeline as stages
 
     source = pick_source(source)
-    kinds = "fp32,bf16" if pick_device(device) == "cuda" else "fp32"
+    kinds = "float32,bfloat16" if pick_device(device) == "cuda" else "float32"
     settings = build(
         BenchSettings,
         {

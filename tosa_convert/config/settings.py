@@ -175,6 +175,15 @@ class ExportSettings(BaseModel):
         images: most images in the check.
         labels: False ignores the names of sub-folders: they are not classes.
         any_size: the file takes images of any size that is cut into whole patches, as the model has to.
+        precision: "float32", "float16", "int8", or "auto", which tries them and keeps what is fastest here of those
+            that are near enough.
+        calibration: of int8, how the ranges of what is multiplied with weights are found beforehand, on images; None
+            finds them in each image as it comes.
+        calibration_images: how many of them.
+        min_agreement: of a classifier in fewer bits, the least share of images with the same top-1 as in float32.
+        min_cosine: of a model that gives tokens or an embedding, their least mean cosine.
+        max_error: of a model that gives maps, their largest error, as a plan has it.
+        threads: with which the speed of a file with fewer bits is measured.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -184,3 +193,16 @@ class ExportSettings(BaseModel):
     images: int = Field(default=512, ge=1)
     labels: bool = True
     any_size: bool = False
+    precision: Literal["float32", "float16", "int8", "auto"] = "float32"
+    calibration: Literal["minmax", "percentile", "entropy"] | None = None
+    calibration_images: int = Field(default=32, ge=8)
+    min_agreement: float = Field(default=0.97, ge=0, le=1)
+    min_cosine: float = Field(default=0.99, ge=0, le=1)
+    max_error: Positive = 0.01
+    threads: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _calibrates(self) -> "ExportSettings":
+        if self.calibration is not None and self.precision not in ("int8", "auto"):
+            raise ValueError(f"calibration is for precision int8, not {self.precision}; leave one of them out")
+        return self

@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import io
-import logging
-import os
+import functools
 import re
-import warnings
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +14,14 @@ from onnxscript import rewriter
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError
-from tosa_convert.base.files import atomic, write_json
+from tosa_convert.base.files import check_writable, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.export.verification import CHOSEN, Check, check_file, other_sizes
+from tosa_convert.export.chain import smaller
+from tosa_convert.export.check import Check
+from tosa_convert.export.files import deliver, remove, save_graph
+from tosa_convert.export.quiet import silence
+from tosa_convert.export.verification import CHOSEN, Verifier, hide_chosen, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
@@ -41,20 +43,22 @@ def export_onnx(
 ) -> Check:
     """Write ``model.onnx`` and ``preprocessing.json``, and check the file in ONNX Runtime.
 
+    In fewer bits the file is made of the float32 one, which is checked, too; the check's ``chain`` has the figures,
+    sizes and speeds of all of them.
+
     What an earlier export left in the folder is replaced only when the new file has been checked.
 
     Args:
-        model: a supported model, converted or not; exported in float32 for any batch size, and for its own image size
-            or, if the settings say so, for any.
+        model: a supported model, converted or not; exported for any batch size, and for its own image size or, if the
+            settings say so, for any.
         folder: where the files go, made if missing.
         data: images for the check; class sub-folders give top-1. None takes the built-in photos.
-        settings: operator set, threshold, number of images.
-        original: the model before its conversion, for its top-1 beside the others.
+        settings: operator set, precision, tolerances, number of images.
+        original: the model before its conversion, for its figures and its speed beside the others.
 
     Raises:
         UsageError: any size is wanted of a model that takes one size.
-        FailedCheckError: the agreement is below the threshold; the file is then called
-            ``model.failed.onnx``.
+        FailedCheckError: the file is not near enough to the torch model; it is then called ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
     model = _plain(model)
@@ -64,17 +68,25 @@ def export_onnx(
     labelled = settings.labels and task.has_labels(images, model)
     if settings.any_size:
         _refuse_one_size(model)
+    progress = progress or Progress()
+    write = functools.partial(write_graph, opset=settings.opset, any_size=settings.any_size)
     sizes = adapter_of(model).any_size() if settings.any_size else contextlib.nullcontext()
-    with sizes, atomic(folder / FILE) as fresh:
-        write_graph(model, fresh, settings.opset, settings.any_size)
-        check = check_file(model, fresh, images, task if labelled else None, settings, original, progress or Progress())
-        if not check.passed:
-            (folder / FILE).unlink(missing_ok=True)
-            os.replace(fresh, folder / FAILED)
-            _write_facts(model, folder, check, settings)
-            raise FailedCheckError(check, folder / FAILED)
-    (folder / FAILED).unlink(missing_ok=True)
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sizes, tempfile.TemporaryDirectory(prefix=".export-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        file = Path(scratch) / "float32.onnx"
+        write(model, file)
+        verifier = Verifier(model, images, task, labelled, settings, original, progress)
+        if settings.precision == "float32":
+            check = verifier.check({"float32": file})["float32"]
+        else:
+            before = None if original is None else functools.partial(write, original)
+            file, check = smaller(file, verifier, images, settings, before, progress)
+        deliver(file, folder / (FILE if check.passed else FAILED))
+    remove(folder / (FAILED if check.passed else FILE))
     _write_facts(model, folder, check, settings)
+    if not check.passed:
+        raise FailedCheckError(check, folder / FAILED)
     return check
 
 
@@ -90,6 +102,16 @@ class FailedCheckError(TosaError):
 
     def __init__(self, check: Check, path: Path):
         self.check = check
+        if check.bounds:
+            near = ", ".join(
+                f"{name} {check.figures[name]:.4f} (asked: {bound})" for name, bound in check.bounds.items()
+            )
+            super().__init__(
+                f"in {check.precision}{' with every mix of operators' if check.precision == 'int8' else ''} the model "
+                f"is too far from float32: {near}; the file is marked as {path}; take another --precision or "
+                "--calibration, or allow more (--min-agreement, --min-cosine, --max-error)"
+            )
+            return
         super().__init__(
             f"ONNX Runtime and torch agree on {check.agreement:.2%} of {check.images} images, below the threshold of "
             f"{check.threshold:.0%}; the file is marked as {path}; try another --opset"
@@ -129,7 +151,7 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     with torch.no_grad():
         names = list(graph(example))
     try:
-        with _silence(), _quick_rules(), torch.no_grad(), adapter.exporting():
+        with silence(), _quick_rules(), torch.no_grad(), adapter.exporting():
             program = torch.onnx.export(
                 graph,
                 (example,),
@@ -145,22 +167,15 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     finally:
         forget(model)  # tracing leaves symbolic tensors behind
     proto = program.model_proto
-    _hide_chosen(proto)
-    onnx.checker.check_model(proto)
-    onnx.save_model(proto, path)
+    hide_chosen(proto)
+    save_graph(proto, path)
+    onnx.checker.check_model(path)
 
 
 def _gist(error: Exception) -> str:
     """What went wrong, of a message that is advice to those who write exporters for the most part."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.rpartition("## Exception summary")[2].split())[:200]
-
-
-def _hide_chosen(proto: onnx.ModelProto) -> None:
-    """The chosen tokens stay in the graph by name, but are no outputs of the delivered file."""
-    kept = [output for output in proto.graph.output if not output.name.startswith(CHOSEN)]
-    del proto.graph.output[:]
-    proto.graph.output.extend(kept)
 
 
 @torch.inference_mode()
@@ -192,6 +207,7 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
         **preprocessing.model_dump(mode="json"),
         "classes": class_names(model),
         "opset": settings.opset,
+        "precision": check.precision,
         "check": check.to_dict(),
     }
     write_json(folder / FACTS, facts)
@@ -212,16 +228,3 @@ def _quick_rules() -> Iterator[None]:
     finally:
         if rules is not None:
             rewriter._DEFAULT_REWRITE_RULES = rules
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter prints its steps and warns about its own internals."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

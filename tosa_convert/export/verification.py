@@ -1,7 +1,8 @@
-"""An ONNX file in ONNX Runtime, beside the torch model that it was made of."""
+"""ONNX files in ONNX Runtime, beside the torch model that they were made of."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.data.images import Images, loader
+from tosa_convert.export.check import Check, bounds, closeness
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import agreement, predict
 from tosa_convert.models.provenance import preprocessing_of
@@ -22,39 +24,7 @@ from tosa_convert.tasks.task import Task
 
 CHOSEN = "chosen_"
 """How the chosen tokens of a layer are called in the graph."""
-
-
-@dataclass
-class Check:
-    """ONNX Runtime against torch on real images.
-
-    Attributes:
-        images: how many images.
-        broken: names of those that could not be read.
-        difference: largest absolute difference of an output.
-        agreement: share of images with the same top-1 (models without a head: of close tokens).
-        selected: per selective layer, share of the chosen tokens that both chose.
-        metrics: with labels, each of the task's (such as "top1") of "original", "torch" and "onnx".
-        sizes: the image sizes (H, W) that were checked.
-        threshold: the agreement that was asked for.
-    """
-
-    images: int = 0
-    broken: list[str] = field(default_factory=list)
-    difference: float = 0.0
-    agreement: float = 0.0
-    selected: dict[int, float] = field(default_factory=dict)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    threshold: float = 0.99
-
-    @property
-    def passed(self) -> bool:
-        return self.images > 0 and self.agreement >= self.threshold and math.isfinite(self.difference)
-
-    def to_dict(self) -> dict:
-        plain = asdict(self)
-        return {**plain, **plain.pop("metrics"), "passed": self.passed}
+TORCH, ORIGINAL = "torch", "original"
 
 
 def other_sizes(model: nn.Module) -> list[tuple[int, int]]:
@@ -67,71 +37,164 @@ def other_sizes(model: nn.Module) -> list[tuple[int, int]]:
     return [(height + 2 * down, width + across), (height - fewer, width)]
 
 
-def check_file(
-    model: nn.Module,
-    path: Path,
-    images: Images,
-    task: Task | None,
-    settings: ExportSettings,
-    original: nn.Module | None,
-    progress: Progress,
-) -> Check:
-    """Run the file and the model it was made of on the same images.
+@dataclass
+class Tally:
+    """Sums over images of what is said of one model; ``metrics`` over those with labels."""
+
+    figures: dict[str, float]
+    metrics: dict[str, float]
+
+
+class Verifier:
+    """Runs files and the models that they were made of on the same images.
 
     Args:
-        task: what is measured with their labels; None where there are none.
+        task: what the model is for.
+        labelled: whether its metrics are measured with the images' labels.
+        original: the model before its conversion, to compare with.
     """
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    graph, chosen_names = _with_chosen(path)
-    inspected = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]) if chosen_names else None
-    check, agreed, labelled = Check(threshold=settings.threshold), 0.0, 0
-    shared = dict.fromkeys(chosen_names, 0.0)
-    # Spread over the folder, so that every class is seen.
-    images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
-    at_once = 1 if keeps_any_number(model) else 8
-    batches = loader(images, batch_size=at_once)
-    with progress.track("check in ONNX Runtime", len(batches), unit="images", per_step=at_once) as advance:
-        for batch in batches:
-            check.broken += batch["broken"]
-            if len(batch["images"]):
-                feed = {"images": batch["images"].numpy()}
-                with torch.inference_mode():
-                    wanted = run(model, batch["images"])
-                positions = {f"{CHOSEN}{layer}": choice.attended for layer, choice in last_choices(model).items()}
-                found = _outputs(session, batch["images"])
-                check.images += len(batch["images"])
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        task: Task,
+        labelled: bool,
+        settings: ExportSettings,
+        original: nn.Module | None,
+        progress: Progress,
+    ):
+        self.model, self.task, self.labelled, self.original = model, task, labelled, original
+        self.settings, self.progress = settings, progress
+        # Spread over the folder, so that every class is seen.
+        self.images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
+        self.at_once = 1 if keeps_any_number(model) else 8
+
+    def check(self, files: dict[str, Path]) -> dict[str, Check]:
+        """Of each file by its precision, float32 first; its chain holds its figures and, in front of them, those of the
+        torch models, against the original or, where there is none, the model itself."""
+        opened = {name: _File(path) for name, path in files.items()}
+        checks = {name: Check(name, threshold=self.settings.threshold) for name in files}
+        sums = {name: Tally({}, {}) for name in (ORIGINAL, TORCH, *files)}
+        images, labelled, broken = 0, 0, []
+        batches = loader(self.images, batch_size=self.at_once)
+        with self.progress.track(
+            "check in ONNX Runtime", len(batches), unit="images", per_step=self.at_once
+        ) as advance:
+            for batch in batches:
+                broken += batch["broken"]
+                if len(batch["images"]):
+                    images += len(batch["images"])
+                    labelled += self._batch(batch, opened, checks, sums)
+                advance()
+        if not images:
+            raise TosaError("not one image could be read, so the ONNX file is unchecked; give images with --data")
+        for name, check in checks.items():
+            check.images, check.broken = images, broken
+            check.sizes = [preprocessing_of(self.model).size]
+            for figures in (check.figures, check.selected):
+                figures.update({key: total / images for key, total in figures.items()})
+            check.agreement /= images
+            for metric in sums[TORCH].metrics:
+                outputs = {TORCH: sums[TORCH], "onnx": sums[name], ORIGINAL: sums[ORIGINAL]}
+                each = {key: tally.metrics.get(metric) for key, tally in outputs.items()}
+                check.metrics[metric] = {k: value / max(1, labelled) for k, value in each.items() if value is not None}
+            if name != "float32":
+                check.bounds = bounds(list(check.figures), self.settings)
+            if self.settings.any_size:
+                self._check_other_sizes(opened[name].session, check)
+            check.chain = [
+                {
+                    "name": key,
+                    **{figure: total / images for figure, total in tally.figures.items()},
+                    **{metric: total / max(1, labelled) for metric, total in tally.metrics.items()},
+                }
+                for key, tally in sums.items()
+                if key in (ORIGINAL, TORCH, "float32", name) and (tally.figures or tally.metrics)
+            ]
+        return checks
+
+    def _batch(self, batch: dict, opened: dict[str, "_File"], checks: dict[str, Check], sums: dict[str, Tally]) -> int:
+        """Add what a batch of images says; gives how many of them have a label."""
+        images = batch["images"]
+        with torch.inference_mode():
+            wanted = run(self.model, images)
+        kind, main = next(iter(wanted.items()))
+        positions = {layer: choice.attended.numpy() for layer, choice in last_choices(self.model).items()}
+        found = {name: file.run(images) for name, file in opened.items()}
+        for name, (outputs, chosen) in found.items():
+            check = checks[name]
+            check.difference = max([check.difference, *map(_largest, outputs, wanted.values())])
+            check.agreement += agreement(kind, outputs[0], main).sum().item()
+            _add(check.figures, closeness(self.model, self.task, kind, outputs[0], main))
+            for layer, places in chosen.items():
+                shared = _shared_tokens(places, positions[layer], len(images))
+                check.selected[layer] = check.selected.get(layer, 0.0) + shared
+        mains = {TORCH: main, **{name: outputs[0] for name, (outputs, _) in found.items()}}
+        if self.original is not None and (self.labelled or len(opened) > 1):
+            mains[ORIGINAL] = predict(self.original, images)[1]
+        before = mains.get(ORIGINAL, main)
+        known = self.task.known(batch["labels"]) if self.labelled else None
+        for name, value in mains.items():
+            _add(sums[name].figures, closeness(self.model, self.task, kind, value, before))
+            if known is not None:
+                measured = self.task.measure(value, batch["labels"])
+                _add(sums[name].metrics, {metric: values[known] for metric, values in measured.items()})
+        return 0 if known is None else int(known.sum())
+
+    def examples(self, count: int) -> Iterator[torch.Tensor]:
+        """Up to ``count`` images that are checked, spread over them, one by one: (1, C, H, W)."""
+        for place in range(0, len(self.images), -(-len(self.images) // count)):
+            image = self.images[place][0]
+            if image is not None:
+                yield image[None]
+
+    @torch.inference_mode()
+    def _check_other_sizes(self, session: onnxruntime.InferenceSession, check: Check) -> None:
+        """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
+        for size in other_sizes(self.model):
+            images = Images(None, preprocessing_of(self.model).at(size))
+            agreed, sums = [], {}
+            for index in range(len(images)):
+                image = images[index][0][None]
+                wanted = run(self.model, image)
+                found = run_session(session, image)
                 check.difference = max([check.difference, *map(_largest, found, wanted.values())])
                 kind, main = next(iter(wanted.items()))
-                agreed += agreement(kind, found[0], main).sum().item()
-                if task is not None:
-                    outputs = {"torch": main, "onnx": found[0]}
-                    if original is not None:
-                        outputs["original"] = predict(original, batch["images"])[1]
-                    known = task.known(batch["labels"])
-                    labelled += int(known.sum())
-                    for name, value in outputs.items():
-                        for metric, values in task.measure(value, batch["labels"]).items():
-                            sums = check.metrics.setdefault(metric, {})
-                            sums[name] = sums.get(name, 0.0) + values[known].sum().item()
-                if inspected:
-                    for name, value in zip(chosen_names, inspected.run(chosen_names, feed), strict=True):
-                        shared[name] += _shared_tokens(value, positions[name].numpy(), len(batch["images"]))
-            advance()
-    if not check.images:
-        raise TosaError("not one image could be read, so the ONNX file is unchecked; give images with --data")
-    check.agreement = agreed / check.images
-    check.sizes = [preprocessing_of(model).size]
-    if settings.any_size:
-        _check_other_sizes(model, session, check)
-    check.selected = {int(name.removeprefix(CHOSEN)): total / check.images for name, total in shared.items()}
-    check.metrics = {
-        metric: {name: total / max(1, labelled) for name, total in sums.items()}
-        for metric, sums in check.metrics.items()
-    }
-    return check
+                agreed.append(agreement(kind, found[0], main).mean().item())
+                _add(sums, closeness(self.model, self.task, kind, found[0], main))
+            check.agreement = min(check.agreement, sum(agreed) / len(agreed))
+            for name, total in sums.items():
+                worse = max if name == "error" else min
+                check.figures[name] = worse(check.figures[name], total / len(images))
+            check.sizes.append(size)
 
 
-def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> list[torch.Tensor]:
+class _File:
+    """An ONNX file, with the tokens that it chooses."""
+
+    def __init__(self, path: Path):
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        graph = with_chosen(path)
+        self.names = [output.name for output in graph.graph.output if output.name.startswith(CHOSEN)]
+        self.inspected = None
+        if self.names:
+            beside = path.with_name(f"{path.stem}.inspected.onnx")  # where it finds weights beside the graph, too
+            onnx.save_model(graph, beside)
+            self.inspected = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
+            beside.unlink()
+
+    def run(self, images: torch.Tensor) -> tuple[list[torch.Tensor], dict[int, np.ndarray]]:
+        """All outputs, and the chosen tokens of each selective layer."""
+        outputs = run_session(self.session, images)
+        if self.inspected is None:
+            return outputs, {}
+        chosen = self.inspected.run(self.names, {"images": images.numpy()})
+        return outputs, {int(n.removeprefix(CHOSEN)): places for n, places in zip(self.names, chosen, strict=True)}
+
+
+def run_session(session: onnxruntime.InferenceSession, images: torch.Tensor) -> list[torch.Tensor]:
+    """What a file gives of (B, C, H, W)."""
     try:
         return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
     except Exception as error:
@@ -142,30 +205,26 @@ def _outputs(session: onnxruntime.InferenceSession, images: torch.Tensor) -> lis
         ) from error
 
 
-@torch.inference_mode()
-def _check_other_sizes(model: nn.Module, session: onnxruntime.InferenceSession, check: Check) -> None:
-    """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
-    for size in other_sizes(model):
-        images = Images(None, preprocessing_of(model).at(size))
-        agreed = []
-        for index in range(len(images)):
-            image = images[index][0][None]
-            wanted = run(model, image)
-            found = _outputs(session, image)
-            check.difference = max([check.difference, *map(_largest, found, wanted.values())])
-            kind, main = next(iter(wanted.items()))
-            agreed.append(agreement(kind, found[0], main).mean().item())
-        check.agreement = min(check.agreement, sum(agreed) / len(agreed))
-        check.sizes.append(size)
+def with_chosen(path: Path) -> onnx.ModelProto:
+    """A file's graph with the chosen tokens as outputs again; weights beside it are not read."""
+    proto = onnx.load(path, load_external_data=False)
+    outputs = {output.name for output in proto.graph.output}
+    for name in (name for node in proto.graph.node for name in node.output if name.startswith(CHOSEN)):
+        if name not in outputs:
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    return proto
 
 
-def _with_chosen(path: Path) -> tuple[bytes, list[str]]:
-    """The file's graph with the chosen tokens as outputs again, for the check."""
-    proto = onnx.load(path)
-    names = [name for node in proto.graph.node for name in node.output if name.startswith(CHOSEN)]
-    for name in names:
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-    return proto.SerializeToString(), names
+def hide_chosen(proto: onnx.ModelProto) -> None:
+    """The chosen tokens stay in the graph by name, but are no outputs of the delivered file."""
+    kept = [output for output in proto.graph.output if not output.name.startswith(CHOSEN)]
+    del proto.graph.output[:]
+    proto.graph.output.extend(kept)
+
+
+def _add(sums: dict[str, float], values: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.sum().item()
 
 
 def _largest(found: torch.Tensor, wanted: torch.Tensor) -> float:

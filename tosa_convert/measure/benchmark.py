@@ -14,12 +14,12 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.base.timing import Timing, interleave, pinned, processors, quartiles
 from tosa_convert.data.images import sample
+from tosa_convert.export import runtimes
 from tosa_convert.export.onnx import write_graph
 from tosa_convert.measure import peak_memory as memory
-from tosa_convert.measure import runtimes
 from tosa_convert.measure.macs import flops
-from tosa_convert.measure.timing import Timing, interleave, pinned, processors, quartiles
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
@@ -34,7 +34,7 @@ class BenchSettings(BaseModel):
         runtimes: of "eager", "compile" (torch.compile) and "onnx" (ONNX Runtime).
         batch_sizes: images per forward pass.
         sizes: image sides in pixels; None is the model's own size.
-        precisions: "fp32", and on a GPU "bf16".
+        precisions: "float32", and on a GPU "bfloat16".
         threads: of torch and of ONNX Runtime; the process is pinned to as many processors.
         rounds: timed forward passes of each model.
         memory: also measure peak memory, each model in its own process.
@@ -46,7 +46,7 @@ class BenchSettings(BaseModel):
     runtimes: list[str] = list(runtimes.RUNTIMES)
     batch_sizes: list[int] = [1]
     sizes: list[int] | None = None
-    precisions: list[str] = ["fp32"]
+    precisions: list[str] = ["float32"]
     threads: int = Field(default=1, ge=1)
     rounds: int = Field(default=20, ge=1)
     memory: bool = True
@@ -104,7 +104,7 @@ def bench(
     kinds = [
         _Case(runtime, batch, precision, device)
         for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
-        if runtime != "onnx" or precision == "fp32"
+        if runtime != "onnx" or precision == "float32"
     ]
     sizes = _sizes(models, settings)
     if settings.sizes is None:
@@ -185,8 +185,8 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
         for value in given:
             if value not in known:
                 raise UsageError(f"{name} {value!r} is not known; choose from {', '.join(known)}")
-    if "bf16" in settings.precisions and device == "cpu":
-        raise UsageError("bf16 is timed on a GPU; leave it out on the CPU")
+    if "bfloat16" in settings.precisions and device == "cpu":
+        raise UsageError("bfloat16 is timed on a GPU; leave it out on the CPU")
     if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
         raise UsageError("batch sizes and image sizes have to be 1 or more")
     available = processors()

@@ -48,7 +48,7 @@ def forget_peak() -> None:
 
 def _job(model: str, runtime: str, shape: list[int], threads: int, device: str, precision: str) -> int:
     from tosa_convert import load
-    from tosa_convert.measure.runtimes import TYPES, onnx_runner, torch_runner
+    from tosa_convert.export.runtimes import TYPES, onnx_runner, torch_runner
 
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):  # it is a library too, of the models that need it

@@ -10,7 +10,7 @@ from torch import nn
 
 from tosa_convert.models.adapter import adapter_of
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUNTIMES = ("eager", "compile", "onnx")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

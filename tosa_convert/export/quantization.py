@@ -1,0 +1,133 @@
+"""Files with fewer bits, made of a float32 one by ONNX Runtime's own tools."""
+
+import functools
+import inspect
+import platform
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_dynamic
+from onnxruntime.quantization import quantize_static as _quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+from tosa_convert.base.environment import int8_instructions
+from tosa_convert.export.files import is_large, save_graph
+from tosa_convert.export.quiet import silence
+from tosa_convert.export.verification import hide_chosen, with_chosen
+
+PRODUCTS = ("MatMul", "Gemm")
+"""Of their kind those with weights are quantised: products of tokens with tokens, and what chooses and moves tokens,
+stay in float."""
+METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+PRECISE = ("LayerNormalization", "SkipLayerNormalization", "Softmax", "ReduceL2", "ReduceMean", "ReduceSum", "Log")
+"""What stays in float32 in a float16 file: norms, softmax, and the sums within them and within distances."""
+
+
+class Int8:
+    """INT8 files of one float32 file, with any of its operators left in float.
+
+    Weights are quantised per channel. What they are multiplied with is quantised by its range in each image, or with
+    ``calibration`` by a range that is known beforehand.
+
+    Args:
+        source: the float32 file.
+        scratch: a folder for what is needed on the way.
+        calibration: None, or one of :data:`METHODS`.
+        images: (N, C, H, W) to calibrate on.
+    """
+
+    def __init__(self, source: Path, scratch: Path, calibration: str | None = None, images: np.ndarray | None = None):
+        self.prepared, self.calibration, self.images = scratch / "prepared.onnx", calibration, images
+        self.ranges = scratch / f"ranges.{calibration}.json"
+        shown = source.with_name("shown.onnx")  # where it finds weights beside the graph, too
+        onnx.save_model(with_chosen(source), shown)  # as outputs they keep their names
+        with silence():
+            quant_pre_process(
+                shown,
+                self.prepared,
+                skip_symbolic_shape=True,  # it fails on graphs that choose tokens; the exporter knows the shapes
+                save_as_external_data=is_large(source),
+            )
+        self.operators = _with_weights(self.prepared, (*PRODUCTS, *(("Conv",) if calibration else ())))
+        """Names of what can be quantised, in the order in which it runs."""
+
+    def write(self, target: Path, left: Collection[str] = ()) -> None:
+        """The file, with the operators in ``left`` in float."""
+        shared = {
+            "nodes_to_quantize": [name for name in self.operators if name not in left],
+            "per_channel": True,
+            "reduce_range": _saturates(),
+            "weight_type": QuantType.QInt8,
+            "use_external_data_format": is_large(self.prepared),
+        }
+        with silence():
+            if self.calibration is None:
+                quantize_dynamic(self.prepared, target, op_types_to_quantize=list(PRODUCTS), **shared)
+            else:
+                quantize_static(
+                    self.prepared,
+                    target,
+                    _Reader(self.prepared, self.images),
+                    op_types_to_quantize=[*PRODUCTS, "Conv"],
+                    calibrate_method=METHODS[self.calibration],
+                    calibration_cache_path=self.ranges,
+                    **shared,
+                )
+        _without_chosen(target)
+
+
+@functools.wraps(_quantize_static)
+def quantize_static(*args, calibration_cache_path: Path, **kwargs) -> None:
+    """An onnxruntime that cannot keep what it calibrated does so again for each file."""
+    if "calibration_cache_path" in inspect.signature(_quantize_static).parameters:
+        kwargs["calibration_cache_path"] = calibration_cache_path
+    _quantize_static(*args, **kwargs)
+
+
+class _Reader(CalibrationDataReader):
+    """Images one by one, as ONNX Runtime's calibration takes them."""
+
+    def __init__(self, file: Path, images: np.ndarray):
+        name = onnx.load(file, load_external_data=False).graph.input[0].name
+        self.feeds = iter([{name: image[None]} for image in images])
+
+    def get_next(self) -> dict | None:
+        return next(self.feeds, None)
+
+
+def _saturates() -> bool:
+    """Whether sums of 8-bit products overflow here: x86 without VNNI adds pairs of them in 16 bits, so that weights
+    need a bit of room."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not int8_instructions()
+
+
+def _with_weights(file: Path, kinds: tuple[str, ...]) -> list[str]:
+    graph = onnx.load(file, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in kinds and node.input[1] in weights]
+
+
+def to_float16(source: Path, target: Path) -> None:
+    """The file in float16, with inputs and outputs, norms and softmax in float32."""
+    model = with_chosen(source)
+    load_external_data_for_model(model, str(source.parent))
+    with silence():
+        half = convert_float_to_float16(
+            model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *PRECISE], disable_shape_infer=True
+        )
+    hide_chosen(half)
+    save_graph(half, target)
+
+
+def _without_chosen(file: Path) -> None:
+    graph = onnx.load(file, load_external_data=False)
+    hide_chosen(graph)
+    onnx.save_model(graph, file)
