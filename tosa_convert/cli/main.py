@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
+from tosa_convert.cli.export import export
 from tosa_convert.cli.inspection import features, flops, models, report, show_patches
 from tosa_convert.cli.options import (
     Checkpoint,
@@ -33,10 +34,7 @@ from tosa_convert.cli.options import (
     NumClasses,
     Seed,
     Source,
-    is_run,
-    out_folder,
     pick_source,
-    stem,
 )
 from tosa_convert.cli.output import bar, print_json, say, show
 from tosa_convert.cli.parsing import at_least, plain
@@ -56,7 +54,7 @@ app.command()(bench)
 app.command()(plan)
 app.command()(compare)
 app.command(name="show")(show_patches)
-for command in (distill, finetune, run, flops, features, report, models):
+for command in (distill, finetune, run, export, flops, features, report, models):
     app.command()(command)
 
 
@@ -129,48 +127,6 @@ def evaluate(
         device=device,
     )
     show(results, "eval_table", as_json)
-
-
-@app.command()
-@takes_head
-@takes_maps
-def export(
-    source: Source = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="write ONNX (the only format so far)")] = True,
-    data: DataOption = None,
-    map_options: dict | None = None,
-    new_head: dict | None = None,
-    checkpoint: Checkpoint = None,
-    num_classes: NumClasses = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the files", show_default="the run")] = None,
-    img_size: ImgSize = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
-    threshold: Annotated[float, typer.Option(help="lowest agreement with torch at which the export passes")] = 0.99,
-    images: Annotated[int, typer.Option(help="most images in the check", callback=at_least(1))] = 512,
-    any_size: Annotated[bool, typer.Option("--any-size", help="accept images of any size, if the model does")] = False,
-    labels: Labels = True,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the export and its check run on the CPU either way")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write ONNX, and check it in ONNX Runtime against torch on real images."""
-    from tosa_convert.base.distributed import pick_device
-    from tosa_convert.config.settings import ExportSettings
-    from tosa_convert.config.validation import build
-    from tosa_convert.workflows import pipeline as stages
-
-    pick_device(device)
-    source = pick_source(source)
-    new_head |= plain({"checkpoint": checkpoint, "num_classes": num_classes})
-    typed = {"opset": opset, "threshold": threshold, "images": images, "labels": labels, "any_size": any_size}
-    settings = build(ExportSettings, typed)
-    if out is None and not is_run(source):
-        out = out_folder(None, f"{stem(source)}-onnx", False)
-    found = source_with(data, map_options)
-    how = {"out": out, "img_size": img_size, "head": new_head}
-    results = stages.export_stage(source, settings, found, **how, progress=bar(as_json))
-    show(results, "export_table", as_json)
 
 
 @app.command()

@@ -28,14 +28,15 @@ def say_data(plan) -> None:
 
 def show(results: dict, table: str, as_json: bool, *arguments) -> None:
     from tosa_convert.base import distributed as processes
-    from tosa_convert.reporting import plan_tables, result_tables
+    from tosa_convert.reporting import export_tables, plan_tables, result_tables
 
     if not processes.is_main():
         return
     if as_json:
         print_json(results)
     else:
-        make = next(getattr(module, table) for module in (result_tables, plan_tables) if hasattr(module, table))
+        modules = (result_tables, export_tables, plan_tables)
+        make = next(getattr(module, table) for module in modules if hasattr(module, table))
         make(results, *arguments).print(Console())
 
 

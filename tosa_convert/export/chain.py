@@ -48,8 +48,18 @@ def smaller(
     auto = settings.precision == "auto"
     names = ["float16", "int8", "int8 static"] if auto else [settings.precision]
     files = {"float32": float32, **{name: float32.with_name(f"{name.replace(' ', '-')}.onnx") for name in names}}
-    makers = {name: _maker(name, float32, verifier, images, settings, progress) for name in names}
-    left = {name: make(files[name], EXAMPLES) for name, make in makers.items()}
+    makers, left, tried = {}, {}, {}
+    for name in names:
+        try:
+            makers[name] = _maker(name, float32, verifier, images, settings, progress)
+            left[name] = makers[name](files[name], EXAMPLES)
+            onnx_runner(files[name], list(verifier.examples(1)), settings.threads, "cpu")()
+        except Exception as error:
+            if not auto:
+                raise
+            tried[name] = f"cannot be had: {' '.join(str(error).split())[:120]}"
+            files.pop(name)
+            makers.pop(name, None)
     checks = verifier.check(files)
     if not checks["float32"].passed:
         return float32, checks["float32"]
@@ -65,7 +75,7 @@ def smaller(
     chosen = settings.precision
     if auto:
         chosen = min((name for name in files if checks[name].passed), key=lambda name: timings[name].median)
-        checks[chosen].tried = {name: _said(check, timings, name) for name, check in checks.items()}
+        checks[chosen].tried = {name: _said(check, timings, name) for name, check in checks.items()} | tried
     return files[chosen], checks[chosen]
 
 

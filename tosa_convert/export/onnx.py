@@ -14,7 +14,7 @@ from onnxscript import rewriter
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError
-from tosa_convert.base.files import check_writable, write_json
+from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.chain import smaller
@@ -88,6 +88,13 @@ def export_onnx(
     if not check.passed:
         raise FailedCheckError(check, folder / FAILED)
     return check
+
+
+def exported(folder: Path) -> dict[str, Path]:
+    """The checked file that an export left in a folder, by its precision; nothing if there is none."""
+    if not (folder / FILE).exists() or not (folder / FACTS).exists():
+        return {}
+    return {read_json(folder / FACTS).get("precision", "float32"): folder / FILE}
 
 
 def _plain(model: nn.Module) -> nn.Module:

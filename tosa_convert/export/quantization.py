@@ -27,8 +27,12 @@ METHODS = {
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
-PRECISE = ("LayerNormalization", "SkipLayerNormalization", "Softmax", "ReduceL2", "ReduceMean", "ReduceSum", "Log")
-"""What stays in float32 in a float16 file: norms, softmax, and the sums within them and within distances."""
+PRECISE = (
+    *("LayerNormalization", "SkipLayerNormalization", "Softmax", "ReduceL2", "ReduceMean", "ReduceSum", "Log"),
+    *("ScatterND", "ScatterElements"),
+)
+"""What stays in float32 in a float16 file: norms, softmax, the sums within them and within distances; and sums over
+merged tokens, which ONNX Runtime has no float16 for on a CPU, where the file is checked."""
 
 
 class Int8:

@@ -12,6 +12,9 @@ from tosa_convert.models.adapter import adapter_of
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUNTIMES = ("eager", "compile", "onnx")
+PRECISIONS = {"eager": tuple(TYPES), "compile": tuple(TYPES), "onnx": ("float32", "int8")}
+"""What each of them runs in."""
+EVERY_PRECISION = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 

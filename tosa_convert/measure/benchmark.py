@@ -17,7 +17,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, interleave, pinned, processors, quartiles
 from tosa_convert.data.images import sample
 from tosa_convert.export import runtimes
-from tosa_convert.export.onnx import write_graph
+from tosa_convert.export.graph_files import GraphFiles
 from tosa_convert.measure import peak_memory as memory
 from tosa_convert.measure.macs import flops
 from tosa_convert.models.adapter import adapter_of
@@ -34,7 +34,7 @@ class BenchSettings(BaseModel):
         runtimes: of "eager", "compile" (torch.compile) and "onnx" (ONNX Runtime).
         batch_sizes: images per forward pass.
         sizes: image sides in pixels; None is the model's own size.
-        precisions: "float32", and on a GPU "bfloat16".
+        precisions: "float32", "int8" (in ONNX Runtime, ranges found in each image), and on a GPU "bfloat16" (in torch).
         threads: of torch and of ONNX Runtime; the process is pinned to as many processors.
         rounds: timed forward passes of each model.
         memory: also measure peak memory, each model in its own process.
@@ -71,7 +71,7 @@ def bench(
     models: dict[str, nn.Module],
     settings: BenchSettings | None = None,
     *,
-    files: dict[str, Path] | None = None,
+    files: dict[str, dict[str, Path]] | None = None,
     data: str | Path | None = None,
     images: int = 24,
     device: str | None = None,
@@ -83,7 +83,7 @@ def bench(
         models: name → model; the first is the reference, usually the original. They are moved to the
             device, set to the image sizes and precisions, and left there.
         settings: what is timed.
-        files: name → ONNX file of the model at its own image size, timed in place of a fresh export.
+        files: name → precision → ONNX file of the model at its own image size, timed in place of a fresh export.
         data: a folder of images to run on, in turn; None is random noise, and the built-in photos if one of the models
             keeps as many tokens as an image needs.
         images: how many of them.
@@ -104,7 +104,7 @@ def bench(
     kinds = [
         _Case(runtime, batch, precision, device)
         for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
-        if runtime != "onnx" or precision == "float32"
+        if precision in runtimes.PRECISIONS[runtime]
     ]
     sizes = _sizes(models, settings)
     if settings.sizes is None:
@@ -123,9 +123,11 @@ def bench(
             pixels = {name: None if anything else _pixels(model, data, images) for name, model in models.items()}
             macs = {name: _macs(model, pixels[name]) for name, model in models.items()}
             with tempfile.TemporaryDirectory() as scratch:
-                graphs = {name: Path(scratch) / f"{index}.onnx" for index, name in enumerate(models)}
-                if settings.sizes is None:
-                    graphs |= files or {}
+                given = (files or {}) if settings.sizes is None else {}
+                graphs = {
+                    name: GraphFiles(model, Path(scratch) / str(index), settings.opset, given.get(name))
+                    for index, (name, model) in enumerate(models.items())
+                }
                 for case in kinds:
                     try:
                         _check_alone(models, case)
@@ -180,7 +182,7 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
         raise UsageError("there is no model to time")
     for name, given, known in (
         ("runtime", settings.runtimes, runtimes.RUNTIMES),
-        ("precision", settings.precisions, tuple(runtimes.TYPES)),
+        ("precision", settings.precisions, runtimes.EVERY_PRECISION),
     ):
         for value in given:
             if value not in known:
@@ -219,7 +221,7 @@ def _run(
     size: tuple[int, int],
     pixels: dict[str, torch.Tensor | None],
     settings: BenchSettings,
-    files: dict[str, Path],
+    files: dict[str, GraphFiles],
     advance: Callable,
     notes: list[str],
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
@@ -231,9 +233,8 @@ def _run(
     with pinned(settings.threads):
         for name, model in models.items():
             if case.runtime == "onnx":
-                if not files[name].exists():
-                    write_graph(model.cpu().float().eval(), files[name], settings.opset)
-                contestants[name] = runtimes.onnx_runner(files[name], batches[name], settings.threads, case.device)
+                file = files[name].at(case.precision)
+                contestants[name] = runtimes.onnx_runner(file, batches[name], settings.threads, case.device)
             else:
                 model.to(case.device, kind).eval()
                 inputs = [images.to(case.device, kind) for images in batches[name]]
@@ -271,8 +272,8 @@ def _batches(shape: tuple[int, ...], pixels: torch.Tensor | None) -> list[torch.
     return whole
 
 
-def _peak(case: _Case, model: nn.Module, file: Path, shape: tuple[int, ...], threads: int) -> int | None:
-    place = file if case.runtime == "onnx" else file.with_name(f"run-{file.stem}")
+def _peak(case: _Case, model: nn.Module, files: GraphFiles, shape: tuple[int, ...], threads: int) -> int | None:
+    place = files.at(case.precision) if case.runtime == "onnx" else files.folder / "run"
     if case.runtime == "eager" and not place.exists():
         runs.save(model, place)
     return memory.measure(place, case.runtime, shape, threads, case.device, case.precision)

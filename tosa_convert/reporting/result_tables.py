@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from tosa_convert.base.files import read_json, write_text
+from tosa_convert.reporting.export_tables import export_table
+from tosa_convert.reporting.figures import broken_notes, figure
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
@@ -150,22 +152,6 @@ def eval_table(results: dict) -> Table:
     return Table(title, ["", *titles], rows, notes)
 
 
-def export_table(results: dict) -> Table:
-    rows = [
-        ["images checked", str(results["images"])],
-        ["largest difference", f"{results['difference']:.2e}"],
-        ["agreement with torch", percent(results["agreement"], 2)],
-        *(
-            [f"{metric.title}, {name}", figure(key, value, 2)]
-            for key, metric in every_metric().items()
-            for name, value in results.get(key, {}).items()
-        ),
-        *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
-        ["check", "passed" if results["passed"] else "FAILED"],
-    ]
-    return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
-
-
 def bench_table(results: dict) -> Table:
     """Milliseconds, measured and ideal speed-up, and peak memory, per case and model."""
     rows, notes = [], [*results["notes"]]
@@ -218,20 +204,6 @@ def _conditions(case: dict) -> dict[str, str]:
         "px": str(case["size"][0]),
         "type": case["precision"],
     }
-
-
-def figure(name: str, value: float, digits: int = 1) -> str:
-    """A value of something that is measured of a model, as a share or with four decimals."""
-    metric = every_metric().get(name)
-    return percent(value, digits) if name == "agreement" or (metric and metric.percent) else f"{value:.4f}"
-
-
-def broken_notes(names: list[str]) -> list[str]:
-    """Which images could not be read; up to five are named."""
-    if not names:
-        return []
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} broken images skipped: {', '.join(names[:5])}{more}"]
 
 
 def examine_table(results: dict) -> Table:

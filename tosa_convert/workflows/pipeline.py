@@ -12,7 +12,7 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe, read_recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
-from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx
+from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
@@ -214,7 +214,7 @@ def bench_stage(
     check_writable(folder)
     results = {"source": source, "convert": model.tosa_config.model_dump()}
     places = {"converted": source, **{name: name for name in against}}
-    files = {name: Path(place) / FILE for name, place in places.items() if (Path(place) / FILE).exists()}
+    files = {name: found for name, place in places.items() if (found := exported(Path(place)))}
     results |= bench(models, settings, files=files, data=data, images=images, device=device, progress=progress)
     if results["cases"]:
         speedup_plot(results, folder / "bench.png")

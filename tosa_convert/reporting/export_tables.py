@@ -1,0 +1,71 @@
+"""The table of an export: the file against torch, and of fewer bits the chain of models that it comes from."""
+
+from tosa_convert.reporting.figures import broken_notes, figure
+from tosa_convert.reporting.table import Table, milliseconds, percent
+from tosa_convert.tasks.task import every_metric
+
+NAMES = {"original": "original, float32", "torch": "this model in torch"}
+
+
+def export_table(results: dict) -> Table:
+    if results.get("chain") and results["precision"] != "float32":
+        return _chain_table(results)
+    rows = [
+        ["images checked", str(results["images"])],
+        ["largest difference", f"{results['difference']:.2e}"],
+        ["agreement with torch", percent(results["agreement"], 2)],
+        *(
+            [f"{metric.title}, {name}", figure(key, value, 2)]
+            for key, metric in every_metric().items()
+            for name, value in results.get(key, {}).items()
+        ),
+        *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
+        ["check", "passed" if results["passed"] else "FAILED"],
+    ]
+    return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
+
+
+def _chain_table(results: dict) -> Table:
+    """The models from the original in float32 to a file with fewer bits."""
+    links = results["chain"]
+    known = [key for key in ("ms", "speedup", "bytes") if any(key in link for link in links)]
+    figures = [key for key in links[0] if key != "name" and key not in known and _brief(key)]
+    written = {"ms": milliseconds, "speedup": "{:.2f}×".format, "bytes": lambda size: f"{size / 1e6:.1f}"}
+    titles = {"ms": "ms", "speedup": "speed-up", "bytes": "MB"}
+
+    def cell(link: dict, key: str) -> str:
+        if key not in link:
+            return ""
+        return written[key](link[key]) if key in written else figure(key, link[key], 2 if key == "agreement" else 1)
+
+    rows = [[NAMES.get(link["name"], link["name"]), *(cell(link, key) for key in (*figures, *known))] for link in links]
+    near = ", ".join(
+        f"{name} {results['figures'][name]:.4f} ({'at most' if name == 'error' else 'at least'} {bound:g})"
+        for name, bound in results["bounds"].items()
+    )
+    notes = [f"near enough to float32: {near}"] if results["passed"] else [f"NOT near enough to float32: {near}"]
+    selected = list(dict(sorted(results["selected"].items(), key=lambda item: int(item[0]))).values())
+    if selected:
+        notes.append(
+            f"the same tokens as in torch: {percent(min(selected))} in the worst of {len(selected)} layers, "
+            f"{percent(sum(selected) / len(selected))} in the mean"
+        )
+    if results["left"]:
+        notes.append(f"left in float: {len(results['left'])} operators, {', '.join(results['left'][:4])} …")
+    notes += [f"tried {name}: {said}" for name, said in results["tried"].items()]
+    before = links[0]["name"] == "original"
+    notes.append(f"{results['images']} images; figures against {'the original' if before else 'the model in torch'}")
+    return Table(
+        f"{results['file']}, {results['precision']}",
+        ["", *(_title(key) if key not in titles else titles[key] for key in (*figures, *known))],
+        rows,
+        notes + broken_notes(results["broken"]),
+    )
+
+
+def _brief(key: str) -> bool:
+    return key not in every_metric() or every_metric()[key].brief
+
+
+def _title(key: str) -> str:
+    return every_metric()[key].title if key in every_metric() else key

@@ -1,0 +1,18 @@
+"""How measured values and remarks on images are written in tables."""
+
+from tosa_convert.reporting.table import percent
+from tosa_convert.tasks.task import every_metric
+
+
+def figure(name: str, value: float, digits: int = 1) -> str:
+    """A value of something that is measured of a model, as a share or with four decimals."""
+    metric = every_metric().get(name)
+    return percent(value, digits) if name == "agreement" or (metric and metric.percent) else f"{value:.4f}"
+
+
+def broken_notes(names: list[str]) -> list[str]:
+    """Which images could not be read; up to five are named."""
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{len(names)} broken images skipped: {', '.join(names[:5])}{more}"]
