@@ -17,7 +17,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.bypasses.merge import Merge
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.planning.allocation import Allocation, bent_ramp, nudged
-from tosa_convert.planning.cost_model import price
+from tosa_convert.planning.cost_model import Conditions, price
 from tosa_convert.selective.conversion import make_config, set_ratios
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
@@ -207,7 +207,7 @@ def small():
 
 def test_choosing_has_a_price(small):
     probe, share_of = convert(copy.deepcopy(small), **MERGE), MacsShare(small)
-    prices = price(probe, share_of, "macs", "eager", Progress())
+    prices = price(probe, share_of, "macs", Conditions(), Progress())
     assert prices.at(0.5, follows=True) > prices.at(0.5) > 0
     for span in (1, 2, 4):
         allocation = Allocation(dict.fromkeys(range(1, 5), 0.5), span)

@@ -10,7 +10,7 @@ import tosa_convert
 from tosa_convert import ConvertConfig, DistillSettings, ExportSettings, FinetuneSettings, Score
 from tosa_convert.export.check import Check
 from tosa_convert.measure.macs import Cost
-from tosa_convert.planning.search import Plan
+from tosa_convert.planning.outcome import Plan
 
 
 class Mine(Score):

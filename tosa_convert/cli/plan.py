@@ -25,6 +25,7 @@ from tosa_convert.cli.parsing import at_least, names, numbers
 By = StrEnum("By", ["macs", "latency"])
 Keep = StrEnum("Keep", ["patches", "pooled", "logits", "map"])
 Runtime = StrEnum("Runtime", ["eager", "onnx"])
+Precision = StrEnum("Precision", ["float32", "int8"])
 SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
 Sample = Annotated[
     str | None,
@@ -53,7 +54,18 @@ def plan(
         ),
     ] = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(help="in place of a budget: milliseconds per forward pass, measured here", show_default=False),
+    ] = None,
     runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,
+    precision: Annotated[
+        Precision, typer.Option(help="number format of the latency measurement and of the recipe's export")
+    ] = Precision.float32,
+    threads: Annotated[int, typer.Option(help="threads of the latency measurement", callback=at_least(1))] = 1,
+    batch_size: Annotated[
+        int, typer.Option(help="images per forward pass of the latency measurement", callback=at_least(1))
+    ] = 1,
     segment: Annotated[
         int | None,
         typer.Option(
@@ -95,6 +107,10 @@ def plan(
         keep=keep.value if keep else None,
         by=by.value,
         runtime=runtime.value,
+        precision=precision.value,
+        threads=threads,
+        batch_size=batch_size,
+        target_ms=target_ms,
         segment=segment,
         adaptive=adaptive,
         max_macs=max_macs,

@@ -226,7 +226,6 @@ def _run(
     notes: list[str],
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
     """The timings and peaks of one case. A peak that cannot be measured leaves a note; the timings stay."""
-    kind = runtimes.TYPES[case.precision]
     shapes = {name: (case.batch_size, preprocessing_of(model).channels, *size) for name, model in models.items()}
     batches = {name: _batches(shape, pixels[name]) for name, shape in shapes.items()}
     contestants = {}
@@ -236,6 +235,7 @@ def _run(
                 file = files[name].at(case.precision)
                 contestants[name] = runtimes.onnx_runner(file, batches[name], settings.threads, case.device)
             else:
+                kind = runtimes.TYPES[case.precision]
                 model.to(case.device, kind).eval()
                 inputs = [images.to(case.device, kind) for images in batches[name]]
                 contestants[name] = runtimes.torch_runner(model, inputs, compiled=case.runtime == "compile")

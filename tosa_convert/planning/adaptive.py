@@ -17,7 +17,8 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
-from tosa_convert.planning.search import Plan, Search, Spread
+from tosa_convert.planning.outcome import Plan, Spread
+from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import ahead
 from tosa_convert.selective.conversion import convert, light_copy, original
 from tosa_convert.selective.selection import Selection, choosing_blocks, keeps_any_number, selective_blocks

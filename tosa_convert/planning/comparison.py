@@ -19,7 +19,7 @@ from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import EMBEDDING, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.budget import Fitted, config_of, fitted
-from tosa_convert.planning.cost_model import time_models
+from tosa_convert.planning.cost_model import Conditions, time_models
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.selective.conversion import convert, is_converted, light_copy
 from tosa_convert.selective.selection import keeps_any_number
@@ -94,7 +94,7 @@ def compare(
     times = {}
     if runtime is not None:
         labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
-        times = time_models({"original": model, **labelled_models}, runtime, progress)
+        times = time_models({"original": model, **labelled_models}, Conditions(runtime), progress)
     rows = []
     for name, budget in converted:
         row = {"method": name, "budget": budget, "macs": shares[name, budget], **seen[name, budget]}

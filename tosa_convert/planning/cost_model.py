@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.base.timing import processors
+from tosa_convert.export.runtimes import PRECISIONS
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.bypass import Bypass
@@ -59,12 +62,49 @@ class Prices:
         return 1 - sum(self.at(ratio, layer in follow) for layer, ratio in ratios.items())
 
 
-def price(probe: nn.Module, share_of: MacsShare, by: str, runtime: str, progress: Progress) -> Prices:
+@dataclass(frozen=True)
+class Conditions:
+    """Under which a latency is measured: those under which the model will run.
+
+    Attributes:
+        runtime: "eager", "compile" or "onnx".
+        precision: "float32", or in ONNX Runtime "int8".
+        threads: of the runtime.
+        batch_size: images per forward pass.
+    """
+
+    runtime: str = "eager"
+    precision: str = "float32"
+    threads: int = 1
+    batch_size: int = 1
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: the runtime does not run in this precision, or there are fewer processors.
+        """
+        known = PRECISIONS.get(self.runtime)
+        if known is None:
+            raise UsageError(f"runtime {self.runtime!r} is not known; choose from {', '.join(PRECISIONS)}")
+        if self.precision not in known:
+            raise UsageError(
+                f"runtime {self.runtime} is not timed in {self.precision}, only in {' and '.join(known)}; "
+                f"{'use runtime onnx' if self.precision == 'int8' else 'choose one of these'}"
+            )
+        if self.threads > processors():
+            raise UsageError(f"{self.threads} threads are more than the {processors()} processors here")
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.runtime}, {self.precision}, batch {self.batch_size}, {threads}"
+
+
+def price(probe: nn.Module, share_of: MacsShare, by: str, conditions: Conditions, progress: Progress) -> Prices:
     """Prices of a layer of ``probe``, whose layers are all selective; its ratios are changed.
 
     Each ratio is set in all layers at once; what that saves is shared out among them.
     """
-    layers, shares = probe.tosa_config.layers, functools.partial(_shares, probe, share_of, by, runtime, progress)
+    layers, shares = probe.tosa_config.layers, functools.partial(_shares, probe, share_of, by, conditions, progress)
     if len(layers) > 1 and probe.tosa_config.part(Bypass).groups:
         chosen = RATIOS if by == "macs" else CHOOSING
         found = shares([*((ratio, True) for ratio in RATIOS), *((ratio, False) for ratio in chosen)])
@@ -91,7 +131,9 @@ def _line(saved: list[float]) -> tuple[float, ...]:
     return (*saved[::-1], saved[0] - slope * (0.999 - RATIOS[0]), 0.0)
 
 
-def _shares(probe, share_of: MacsShare, by: str, runtime: str, progress: Progress, wanted: list[tuple[float, bool]]):
+def _shares(
+    probe, share_of: MacsShare, by: str, conditions: Conditions, progress: Progress, wanted: list[tuple[float, bool]]
+):
     """The share of the original's cost for each (ratio, whether one choice serves all layers)."""
     layers = probe.tosa_config.layers
 
@@ -101,7 +143,7 @@ def _shares(probe, share_of: MacsShare, by: str, runtime: str, progress: Progres
 
     if by == "latency":
         models = {str(each): with_ratio(copy.deepcopy(probe), *each) for each in wanted}
-        timed = time_models({"original": original(probe), **models}, runtime, progress)
+        timed = time_models({"original": original(probe), **models}, conditions, progress)
         return [timed[str(each)] / timed["original"] for each in wanted]
     shares = []
     with progress.track("count MACs", len(wanted)) as advance:
@@ -111,8 +153,17 @@ def _shares(probe, share_of: MacsShare, by: str, runtime: str, progress: Progres
     return shares
 
 
-def time_models(models: dict[str, nn.Module], runtime: str, progress: Progress) -> dict[str, float]:
-    """Milliseconds of each model, batch 1, one thread, in turn."""
-    settings = BenchSettings(runtimes=[runtime], rounds=15, memory=False)
+def time_models(
+    models: dict[str, nn.Module], conditions: Conditions, progress: Progress, rounds: int = 15
+) -> dict[str, float]:
+    """Milliseconds per forward pass of each model, in turn."""
+    settings = BenchSettings(
+        runtimes=[conditions.runtime],
+        precisions=[conditions.precision],
+        threads=conditions.threads,
+        batch_sizes=[conditions.batch_size],
+        rounds=rounds,
+        memory=False,
+    )
     case = bench(models, settings, progress=progress)["cases"][0]
     return {name: found["ms"] for name, found in case["models"].items()}

@@ -10,8 +10,11 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.measure.similarity import Keep
 from tosa_convert.planning.adaptive import adapted
+from tosa_convert.planning.cost_model import Conditions
+from tosa_convert.planning.latency import share_for, within_latency
+from tosa_convert.planning.outcome import Plan
 from tosa_convert.planning.rivals import against_published
-from tosa_convert.planning.search import Plan, Search
+from tosa_convert.planning.search import Search
 from tosa_convert.planning.settling import settle_on_parts
 from tosa_convert.selective.conversion import is_converted
 
@@ -33,7 +36,8 @@ def find_plan(
     labels: torch.Tensor | None = None,
     keep: str | None = None,
     by: str = "macs",
-    runtime: str = "eager",
+    conditions: Conditions | None = None,
+    target_ms: float | None = None,
     segment: int | None = None,
     adaptive: bool = False,
     max_macs: float | None = None,
@@ -50,19 +54,31 @@ def find_plan(
         labels: (B,) of the images, for ``target_drop``.
         keep: what is to stay as it is: "logits" of a classifier, "patches" (patch tokens and class token), "pooled"
             features or the embedding, or a dense head's "map". None is logits for classifiers and patches otherwise.
-        by: "macs" or "latency", measured here, batch 1, one thread.
-        runtime: "eager" or "onnx", for the latency.
+        by: "macs" or "latency", measured here; the plan itself is measured, too, and corrected until it is within
+            5 % of the budget.
+        conditions: under which the latency is measured; None: torch eager, float32, batch 1, one thread.
+        target_ms: in place of a budget: milliseconds per forward pass; by latency.
         segment: how many layers in a row share one choice; None is 1 for a budget of MACs, and searched for a latency.
         adaptive: let each image keep as many tokens as it needs; the budget is then the mean over the images.
         max_macs: share of the original's multiply–adds that no image may exceed, with ``adaptive``.
 
     Raises:
-        UsageError: a model that is converted already, or a budget or drop that cannot be reached.
+        UsageError: a model that is converted already, a budget or drop that cannot be reached, or a latency at which
+            the model would be no faster than it is.
     """
     if is_converted(model):
         raise UsageError("this model is converted already; start from the original, such as original(model)")
-    if budget is not None and target_drop is not None:
-        raise UsageError("a budget and a target drop are both given; keep one of them")
+    limits = {"a budget": budget, "a target drop": target_drop, "a target in ms": target_ms}
+    given = [name for name, value in limits.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are both given; keep one of them")
+    if target_ms is not None and target_ms <= 0:
+        raise UsageError(f"target {target_ms:g} ms is out of range; give milliseconds per forward pass such as 25")
+    by = "latency" if target_ms is not None else by
+    conditions = conditions or Conditions()
+    conditions.check()
+    if by == "latency" and adaptive:
+        raise UsageError("an adaptive plan has a budget of MACs; leave adaptive or the latency out")
     budget = BUDGET if budget is None else budget
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
@@ -84,8 +100,12 @@ def find_plan(
     try:
         kept = None if keep is None else Keep(keep)
         search = Search(model.eval(), images, labels, kept, segment, batch_size, progress or Progress())
+        if target_ms is not None:
+            budget = share_for(search, target_ms, conditions)
         settle_on_parts(search, budget)
-        search.price(by, runtime)
+        search.price(by, conditions)
+        if by == "latency" and target_drop is None:
+            return within_latency(search, budget, conditions, target_ms)
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
         if adaptive:
             return adapted(search, found, max_macs)

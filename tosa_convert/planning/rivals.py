@@ -12,7 +12,8 @@ from tosa_convert.methods.method import published
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.planning.budget import Fitted, fitted
-from tosa_convert.planning.search import Plan, Search
+from tosa_convert.planning.outcome import Plan
+from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import ahead
 from tosa_convert.selective.conversion import convert, light_copy
 

@@ -11,7 +11,6 @@ more than twice the standard error of the difference.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -37,7 +36,8 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.planning.allocation import FINE, Allocation, Shape, bent_ramp, fit, nudged
-from tosa_convert.planning.cost_model import Prices, price
+from tosa_convert.planning.cost_model import Conditions, Prices, price
+from tosa_convert.planning.outcome import Plan
 from tosa_convert.planning.resuming import Given, catching, resumed
 from tosa_convert.planning.shapes import PLAIN, Shapes, starts
 from tosa_convert.planning.trial import Trial, ahead
@@ -54,48 +54,6 @@ MUCH = 0.2
 """Share of the multiply–adds outside of the layers that is worth a word."""
 COUNTS = 8
 """How often the multiply–adds are counted to meet a budget."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Shares of the original's multiply–adds that single images take: their mean, standard deviation, least and most;
-    and the most that any image can take."""
-
-    mean: float
-    deviation: float
-    least: float
-    most: float
-    bound: float
-
-
-@dataclass
-class Plan:
-    """What :func:`find_plan` found.
-
-    Attributes:
-        config: for :func:`tosa_convert.convert`.
-        by, keep, budget: what was asked for.
-        drop: its drop on the images, see :meth:`Search.drop`.
-        cost: predicted share of the original's cost.
-        measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error`; a mean weighted by one
-            over the root of each image's level of error.
-        rivals: name → the same of the plain ramp at this budget, and of the best published method.
-        parts: "score × bypass" → error of a ramp, of the pairs that were tried.
-        images: how many images.
-        spread: how the multiply–adds differ from image to image, where each keeps as many tokens as it needs.
-    """
-
-    config: ConvertConfig
-    by: str
-    keep: str
-    budget: float
-    drop: float
-    cost: float
-    measured: float
-    rivals: dict[str, float]
-    parts: dict[str, float]
-    images: int
-    spread: Spread | None = None
 
 
 class Search:
@@ -140,11 +98,11 @@ class Search:
         self.probe = convert(light_copy(self.model), **parts, ratio=0.5)
         self.layers = self.probe.tosa_config.layers
 
-    def price(self, by: str, runtime: str) -> None:
+    def price(self, by: str, conditions: Conditions) -> None:
         """Take what a layer saves; where that is time, choosing is a good part of it, and layers may share it."""
         several = by == "latency" and self.segment is None and self.probe.tosa_config.part(Bypass).groups
         self.spans = SPANS if several else (self.segment or 1,)
-        self.prices: Prices = price(self.probe, self.share_of, by, runtime, self.progress)
+        self.prices: Prices = price(self.probe, self.share_of, by, conditions, self.progress)
 
     def measure(self, allocation: Allocation) -> float:
         """Mean error over the images."""

@@ -14,7 +14,7 @@ from tosa_convert.config.settings import ExportSettings
 from tosa_convert.measure.macs import flops
 from tosa_convert.planning.adaptive import FEWEST
 from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
-from tosa_convert.planning.cost_model import time_models
+from tosa_convert.planning.cost_model import Conditions
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.reporting.plan_tables import compare_table
 from tosa_convert.reporting.table import percent
@@ -35,6 +35,10 @@ def plan_stage(
     keep: str | None,
     by: str,
     runtime: str,
+    precision: str = "float32",
+    threads: int = 1,
+    batch_size: int = 1,
+    target_ms: float | None = None,
     segment: int | None = None,
     adaptive: bool = False,
     max_macs: float | None = None,
@@ -63,7 +67,8 @@ def plan_stage(
     options = {
         "keep": keep,
         "by": by,
-        "runtime": runtime,
+        "conditions": Conditions(runtime, precision, threads, batch_size),
+        "target_ms": target_ms,
         "segment": segment,
         "adaptive": adaptive,
         "max_macs": max_macs,
@@ -74,10 +79,6 @@ def plan_stage(
     plan = find_plan(model, pixels, budget, **options)
     converted = convert(copy.deepcopy(model), plan.config)
     cost = flops(converted, images=pixels if adaptive else None, progress=progress)
-    latency = None
-    if by == "latency":
-        times = time_models({"original": model, "plan": converted}, runtime, progress or Progress())
-        latency = times["plan"] / times["original"]
     recipe = Recipe(
         model=source,
         checkpoint=checkpoint and str(checkpoint),
@@ -86,16 +87,16 @@ def plan_stage(
         **head,
         data=Data(train=data),  # what the export is checked on
         convert=plan.config,
-        export=ExportSettings(images=images),
+        export=ExportSettings(images=images, precision=precision, threads=threads),
     )
     results = {
         "source": source,
         "data": folder.name,
         "convert": plan.config.model_dump(),
-        "plan": {name: value for name, value in asdict(plan).items() if name != "config"},
+        "plan": {name: value for name, value in asdict(plan).items() if name not in ("config", "timed")},
         "error_is": task_of(model).error_is if plan.keep == "map" else None,
         "macs": cost.macs / cost.original,
-        "latency": latency,
+        "latency": plan.timed and {**asdict(plan.timed), "share": plan.timed.share, "met": plan.timed.met},
         **mean_figures(model, {"plan": converted}, pixels, truths)["plan"],
         "recipe": str(out / "plan.yaml"),
         "plot": str(out / "plan.png"),
