@@ -20,13 +20,14 @@ from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning import cost_model, latency
 from tosa_convert.planning.allocation import FINE, Allocation, bent_ramp, fit
 from tosa_convert.planning.budget import at_budget
-from tosa_convert.planning.cost_model import Prices
+from tosa_convert.planning.cost_model import Conditions, Prices
 from tosa_convert.planning.resuming import catching, resumed
 from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import Trial, ahead
-from tosa_convert.selective.conversion import set_ratios
+from tosa_convert.selective.conversion import is_converted, set_ratios
 
 LINE = Prices("macs", (0.2, 1.0), (0.08, 0.0))
 
@@ -174,10 +175,65 @@ def test_a_plan_by_latency_is_of_times_measured_here(small):
     assert not message or "no gain in latency" in message or "out of reach: by latency" in message
 
 
+def timed_as(monkeypatch, overhead: float, slow: float = 0.0):
+    """Times as a machine would have them on which a model takes 40 ms, a converted one as much as its share of the
+    multiply–adds and, when a plan is measured as a whole, ``overhead`` more."""
+
+    def times(models, conditions, progress, rounds=15):
+        found = {}
+        for name, model in models.items():
+            cost = flops(model)
+            whole = overhead if name == "plan" else 0.0
+            found[name] = 40 * (cost.macs / cost.original + (slow + whole if is_converted(model) else 0.0))
+        return found
+
+    monkeypatch.setattr(latency, "time_models", times)
+    monkeypatch.setattr(cost_model, "time_models", times)
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.05, -0.04])
+def test_a_plan_for_a_latency_is_corrected_until_it_holds(small, monkeypatch, overhead):
+    timed_as(monkeypatch, overhead)
+    found = find_plan(*small, target_ms=34, segment=1)
+    assert found.by == "latency"
+    assert found.timed.met
+    assert found.timed.plan == pytest.approx(34, rel=0.05)
+    assert found.timed.original == 40
+    cost = flops(convert(copy.deepcopy(small[0]), found.config))
+    assert found.timed.plan == pytest.approx(40 * (cost.macs / cost.original + overhead))
+
+
+@pytest.mark.parametrize(
+    ("target", "overhead", "message"),
+    [(45, 0, "nothing to convert"), (2, 0, "out of reach"), (38, 2.0, "no gain at this size")],
+)
+def test_a_latency_that_cannot_be_had_is_refused(small, monkeypatch, target, overhead, message):
+    timed_as(monkeypatch, overhead)
+    with pytest.raises(UsageError, match=message):
+        find_plan(*small, target_ms=target, segment=1)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (Conditions("tensorrt"), "choose from eager, compile, onnx"),
+        (Conditions("eager", "int8"), "use runtime onnx"),
+        (Conditions("onnx", "bfloat16"), "only in float32 and int8"),
+        (Conditions("onnx", threads=10_000), "more than the"),
+    ],
+)
+def test_a_latency_under_impossible_conditions_is_refused(small, conditions, message):
+    with pytest.raises(UsageError, match=message):
+        find_plan(*small, by="latency", conditions=conditions)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": 0}, "out of range"),
+        ({"budget": 0.8, "target_ms": 20}, "keep one of them"),
+        ({"target_ms": -3}, "out of range"),
+        ({"target_ms": 20, "adaptive": True}, "budget of MACs"),
         ({"budget": 1.2}, "out of range"),
         ({"budget": 0.05}, "out of reach"),
         ({"budget": 0.8, "target_drop": 0.1}, "keep one of them"),

@@ -26,6 +26,8 @@ EXAMPLES = 32
 """Images on which operators are chosen."""
 SECONDS, ROUNDS = 12.0, (5, 40)
 """How long files are timed, and in how many rounds at least and at most."""
+BEFORE = "original.onnx"
+"""The float32 file of the model before its conversion."""
 STATIC = "minmax"
 """How ranges are calibrated where precision auto tries it and no other way is asked for."""
 
@@ -35,15 +37,14 @@ def smaller(
     verifier: Verifier,
     images: Images,
     settings: ExportSettings,
-    write_original: Callable[[Path], None] | None,
     progress: Progress,
 ) -> tuple[Path, Check]:
     """The file in the precision that the settings ask for, checked and timed with those that it comes from.
 
     Args:
-        float32: the file of the converted model; others are written beside it.
+        float32: the file of the converted model; others are written beside it. Where :data:`BEFORE` lies there, the
+            float32 file of the model before its conversion, it is timed beside them.
         images: to calibrate on.
-        write_original: writes the float32 file of the model before its conversion, to be timed beside the others.
     """
     auto = settings.precision == "auto"
     names = ["float16", "int8", "int8 static"] if auto else [settings.precision]
@@ -69,7 +70,7 @@ def smaller(
             left[name] = make(files[name], len(verifier.images))
             checks[name] = verifier.check({"float32": float32, name: files[name]})[name]
         checks[name].left = left[name] or []
-    timings = _timed(files, verifier, write_original, float32.parent, settings, progress)
+    timings = _timed(files, verifier, float32.with_name(BEFORE), settings, progress)
     for name, check in checks.items():
         _note_speed(check, files, timings, name)
     chosen = settings.precision
@@ -126,15 +127,12 @@ def _to_calibrate(images: Images, verifier: Verifier, settings: ExportSettings) 
 def _timed(
     files: dict[str, Path],
     verifier: Verifier,
-    write_original: Callable[[Path], None] | None,
-    scratch: Path,
+    before: Path,
     settings: ExportSettings,
     progress: Progress,
 ) -> dict[str, Timing]:
     """Each file's time for one image, in turn; by its precision, "original" that of the model before conversion."""
-    if write_original is not None:
-        before = scratch / "original.onnx"
-        write_original(before)
+    if before.exists():
         files = {ORIGINAL: before, **files}
     if settings.threads > processors():
         raise UsageError(f"{settings.threads} threads are more than the {processors()} processors here")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 LIMIT = 2**31 - 2**20
@@ -30,8 +31,11 @@ def is_large(path: Path) -> bool:
 
 
 def weights_beside(path: Path) -> list[Path]:
-    """The files of weights that a graph names."""
-    graph = onnx.load(path, load_external_data=False)
+    """The files of weights that a graph names; none where the file holds something else."""
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return []
     return sorted({path.with_name(ExternalDataInfo(tensor).location) for tensor in _outside(graph)})
 
 

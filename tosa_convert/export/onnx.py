@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.export.chain import smaller
+from tosa_convert.export.chain import BEFORE, smaller
 from tosa_convert.export.check import Check
 from tosa_convert.export.files import deliver, remove, save_graph
 from tosa_convert.export.quiet import silence
@@ -69,19 +68,19 @@ def export_onnx(
     if settings.any_size:
         _refuse_one_size(model)
     progress = progress or Progress()
-    write = functools.partial(write_graph, opset=settings.opset, any_size=settings.any_size)
     sizes = adapter_of(model).any_size() if settings.any_size else contextlib.nullcontext()
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with sizes, tempfile.TemporaryDirectory(prefix=".export-", dir=folder, ignore_cleanup_errors=True) as scratch:
         file = Path(scratch) / "float32.onnx"
-        write(model, file)
+        write_graph(model, file, settings.opset, settings.any_size)
         verifier = Verifier(model, images, task, labelled, settings, original, progress)
         if settings.precision == "float32":
             check = verifier.check({"float32": file})["float32"]
         else:
-            before = None if original is None else functools.partial(write, original)
-            file, check = smaller(file, verifier, images, settings, before, progress)
+            if original is not None:
+                write_graph(original, Path(scratch) / BEFORE, settings.opset, settings.any_size)
+            file, check = smaller(file, verifier, images, settings, progress)
         deliver(file, folder / (FILE if check.passed else FAILED))
     remove(folder / (FAILED if check.passed else FILE))
     _write_facts(model, folder, check, settings)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.planning.allocation import FINE, Allocation
 from tosa_convert.planning.cost_model import Conditions, time_models
 from tosa_convert.planning.outcome import Plan, Timed
 from tosa_convert.planning.search import Search
@@ -36,13 +35,9 @@ def within_latency(search: Search, budget: float, conditions: Conditions, target
     Raises:
         UsageError: no plan comes down to it, or none is faster than the original.
     """
-    least = _least(search)
-    if budget < least:
-        asked = f"{target_ms:g} ms, {budget:.2f} of the original's latency," if target_ms else f"a budget of {budget:g}"
-        raise UsageError(
-            f"{asked} is out of reach ({conditions}): with the fewest tokens in every layer it comes down to about "
-            f"{least:.2f}; give more, or a smaller model or --img-size"
-        )
+    least = search.least()
+    if budget < least or least >= 1:
+        search.refuse(budget, target_ms and f"{target_ms:g} ms, {budget:.2f} of the original's ({conditions}),")
     found: list[Plan] = []
     asked = budget
     for _ in range(TRIES):
@@ -62,12 +57,6 @@ def within_latency(search: Search, budget: float, conditions: Conditions, target
             "this size; try a larger --img-size, or another runtime"
         )
     return replace(best, budget=budget)
-
-
-def _least(search: Search) -> float:
-    """The share of the original's latency that the fewest tokens in all layers are predicted to take."""
-    lowest = [Allocation(dict.fromkeys(search.layers, FINE[-1]), span) for span in search.spans]
-    return max(0.0, min(search.prices.total(each.ratios, each.segments) for each in lowest))
 
 
 def _measured(search: Search, plan: Plan, conditions: Conditions, budget: float, target_ms: float | None) -> Plan:

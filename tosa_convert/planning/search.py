@@ -186,7 +186,7 @@ class Search:
     def solve(self, budget: float) -> Plan:
         """The best ratios found within the budget."""
         shapes = Shapes(self.layers, self.starts, self.spans)
-        candidates = self._fitted(shapes.first(), budget) or self._refuse(budget)
+        candidates = self._fitted(shapes.first(), budget) or self.refuse(budget)
         plain = candidates.get(PLAIN) or next(iter(candidates.values()))
         trial = Trial(self._weighted, len(self.batches), self.progress)
         for part, errors in enumerate(self._weigh(plain)):
@@ -263,16 +263,28 @@ class Search:
         found = {name: fit(shape, self.prices, budget) for name, shape in shapes.items()}
         return {name: allocation for name, allocation in found.items() if allocation}
 
-    def _refuse(self, budget: float) -> NoReturn:
+    def least(self) -> float:
+        """The share of the original's cost that the fewest tokens in all layers are predicted to take."""
         lowest = Allocation(dict.fromkeys(self.layers, FINE[-1]), self.spans[-1])
-        least = self.prices.total(lowest.ratios, lowest.segments)
+        return self.prices.total(lowest.ratios, lowest.segments)
+
+    def refuse(self, budget: float, asked: str = "") -> NoReturn:
+        """
+        Args:
+            asked: the budget in the words of the user.
+
+        Raises:
+            UsageError: no plan comes down to the budget.
+        """
+        least = self.least()
         if least >= 1:
             raise UsageError(
                 f"there is no gain in {self.prices.by} at this size: token selection takes longer than it saves; "
                 "try a larger --img-size, or --runtime onnx"
             )
+        asked, bypass = asked or f"budget {budget}", self.probe.tosa_config.bypass
         raise UsageError(
-            f"budget {budget} is out of reach: by {self.prices.by} {self.probe.tosa_config.bypass} comes down to "
+            f"{asked} is out of reach: by {self.prices.by} {bypass} comes down to "
             f"{math.ceil(100 * least) / 100:.2f}; give that or more{self._outside()}"
         )
 

@@ -1,0 +1,247 @@
+"""Files with fewer bits: made of the float32 one, checked alike, and as near to it as was asked for."""
+
+import json
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import lively
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx
+from tosa_convert.base import environment
+from tosa_convert.cli.main import main
+from tosa_convert.export import files, gate, quantization
+from tosa_convert.export.check import margin
+from tosa_convert.export.onnx import FailedCheckError
+from tosa_convert.models.adapter import run
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
+PLAN = {"score": "similarity", "bypass": "merge", "layers": {2: 0.6, 3: 0.6}, "segment": [2]}
+FEW = {"min_cosine": 0.9, "images": 8}
+
+
+@pytest.fixture
+def backbone():
+    """A converted model that gives tokens."""
+    return convert(plain(), **PLAN)
+
+
+def plain() -> VisionTransformer:
+    torch.manual_seed(0)
+    return lively(VisionTransformer(**TINY, global_pool=""))
+
+
+def outputs(file, images: torch.Tensor) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(str(file)).run(None, {"images": images.numpy()})
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_int8_is_smaller_near_and_says_what_it_comes_from(backbone, photos, tmp_path):
+    original = plain()
+    check = export_onnx(backbone, tmp_path / "out", photos, ExportSettings(precision="int8", **FEW), original=original)
+    assert check.passed
+    assert check.precision == "int8"
+    assert [link["name"] for link in check.chain] == ["original", "torch", "float32", "int8"]
+    links = {link["name"]: link for link in check.chain}
+    assert links["int8"]["bytes"] < links["float32"]["bytes"]
+    assert links["original"]["patch"] == pytest.approx(1)
+    assert links["float32"]["patch"] == pytest.approx(links["torch"]["patch"], abs=1e-4)
+    assert abs(links["int8"]["patch"] - links["torch"]["patch"]) < 0.1
+    assert set(check.selected) == {2, 3}
+    file = tmp_path / "out" / "model.onnx"
+    kinds = {node.op_type for node in onnx.load(file).graph.node}
+    assert "DynamicQuantizeMatMul" in kinds or "MatMulInteger" in kinds
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "preprocessing.json"]
+    assert json.loads((tmp_path / "out/preprocessing.json").read_text())["precision"] == "int8"
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        wanted = next(iter(run(backbone, images).values())).detach()
+        found = torch.from_numpy(outputs(file, images)[0])
+        assert torch.cosine_similarity(found, wanted, dim=-1).mean() > 0.9
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_a_file_in_float16_takes_and_gives_float32(backbone, photos, tmp_path):
+    settings = ExportSettings(precision="float16", images=8, min_cosine=0.999)
+    check = export_onnx(backbone, tmp_path / "out", photos, settings)
+    file = tmp_path / "out" / "model.onnx"
+    session = onnxruntime.InferenceSession(str(file))
+    assert {port.type for port in (*session.get_inputs(), *session.get_outputs())} == {"tensor(float)"}
+    links = {link["name"]: link for link in check.chain}
+    assert links["float16"]["bytes"] < 0.7 * links["float32"]["bytes"]
+    graph = onnx.load(file).graph
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    assert half
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    assert norms
+    assert not any(set(node.input) & half for node in norms)
+
+
+@pytest.mark.usefixtures("shared_exports")
+@pytest.mark.parametrize("calibration", ["minmax", "percentile", pytest.param("entropy", marks=pytest.mark.long)])
+def test_ranges_can_be_found_beforehand(calibration, backbone, photos, tmp_path):
+    settings = ExportSettings(precision="int8", calibration=calibration, calibration_images=8, images=8, min_cosine=0.5)
+    assert export_onnx(backbone, tmp_path / "out", photos, settings).passed
+    kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_auto_keeps_the_fastest_of_what_is_near_enough(backbone, photos, tmp_path):
+    check = export_onnx(backbone, tmp_path / "out", photos, ExportSettings(precision="auto", **FEW))
+    assert set(check.tried) == {"float32", "float16", "int8", "int8 static"}
+    assert check.passed
+    assert check.tried[check.precision].startswith("passed")
+
+
+def with_an_outlier() -> VisionTransformer:
+    """In its third block one hidden unit is far larger than the others, and no weight reads it: where the MLP's second
+    product is quantised, nothing is left of the others."""
+    model = plain()
+    with torch.no_grad():
+        model.blocks[2].mlp.fc1.bias[0] = 1e4
+        model.blocks[2].mlp.fc2.weight[:, 0] = 0
+    return model
+
+
+def test_what_hurts_stays_in_float_and_nothing_else(photos, tmp_path):
+    check = export_onnx(
+        with_an_outlier(), tmp_path / "out", photos, ExportSettings(precision="int8", min_cosine=0.99, images=8)
+    )
+    assert check.passed
+    assert len(check.left) == 1
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    assert [node.name for node in products] == check.left
+    assert list(weights[products[0].input[1]]) == [256, 64]
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_a_tolerance_that_no_mix_meets_fails_and_is_marked(backbone, photos, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
+    with pytest.raises(FailedCheckError, match="every mix of operators"):
+        export_onnx(backbone, tmp_path, photos, ExportSettings(precision="int8", min_cosine=1.0, images=8))
+    assert not (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "model.failed.onnx").exists()
+    assert json.loads((tmp_path / "preprocessing.json").read_text())["status"] == "failed"
+
+
+class Counted:
+    """Stands for the files: each operator left in float takes its harm away."""
+
+    def __init__(self, harms: list[float]):
+        self.operators = [str(index) for index in range(len(harms))]
+        self.harms, self.left = dict(zip(self.operators, harms, strict=True)), []
+
+    def write(self, file, left=()):
+        self.left = list(left)
+
+    def margin(self, file) -> float:
+        return 1.0 - sum(harm for name, harm in self.harms.items() if name not in self.left)
+
+
+@given(st.lists(st.floats(0, 2, allow_nan=False), min_size=1, max_size=24), st.integers(1, 6))
+def test_the_gate_meets_the_tolerance_or_says_that_no_mix_does(harms, layers):
+    model = Counted(harms)
+    left = gate.within_tolerance(model, None, model, layers, gate.Progress())
+    if left is None:
+        assert model.left == []
+        return
+    assert model.left == left
+    assert model.margin(None) >= -1e-9
+    for name in left:  # not one of them could be quantised, too, with the others as they are
+        harmless = [other for other in left if model.harms[other] < model.harms[name]]
+        assert not harmless or model.margin(None) - model.harms[name] < 0 or len(left) > 1
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1))
+def test_a_margin_is_that_of_the_worst_figure(cosine, error):
+    bounds = {"patch": 0.5, "error": 0.1}
+    assert margin({"patch": cosine, "error": error}, bounds) == min(cosine - 0.5, 0.1 - error)
+    assert margin({"patch": math.nan, "error": error}, bounds) < 0
+
+
+def one_colour(folder, count: int):
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.usefixtures("shared_exports")
+@pytest.mark.parametrize(("count", "message"), [(2, "too few to calibrate on"), (12, "each of one colour")])
+def test_calibration_needs_images_that_differ(count, message, backbone, tmp_path):
+    folder = one_colour(tmp_path / "plain", count)
+    with pytest.raises(UsageError, match=message):
+        export_onnx(
+            backbone, tmp_path / "out", folder, ExportSettings(precision="int8", calibration="minmax", images=8)
+        )
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(backbone, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LIMIT", 2**16)
+    images, folder = torch.randn(2, 3, 32, 32), tmp_path / "out"
+    wanted = next(iter(run(backbone, images).values())).detach().numpy()
+    before = None
+    for settings in (ExportSettings(images=8), ExportSettings(precision="int8", **FEW)):
+        export_onnx(backbone, folder, photos, settings)
+        weights, *others = sorted(path.name for path in folder.iterdir())
+        assert weights.startswith("model-")
+        assert weights != before
+        assert others == ["model.onnx", "preprocessing.json"]
+        found = outputs(folder / "model.onnx", images)[0]
+        assert np.allclose(found, wanted, atol=1e-4 if before is None else 1)
+        before = weights
+
+
+def test_a_processor_without_the_instructions_leaves_weights_a_bit_of_room(monkeypatch):
+    monkeypatch.setattr(quantization.platform, "machine", lambda: "x86_64")
+    for flags, saturates in ((["avx2"], True), (["avx2", "avx_vnni"], False)):
+        monkeypatch.setattr(environment, "instructions", lambda flags=flags: flags)
+        assert quantization._saturates() is saturates
+
+
+def test_settings_that_go_ill_together_are_refused(capsys):
+    with pytest.raises(ValueError, match="calibration is for precision int8"):
+        ExportSettings(calibration="entropy")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "quickstart", "--precision", "float16", "--calibration", "minmax"])
+    assert stop.value.code == 2
+    assert "calibration is for precision int8, not float16" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_the_command_shows_the_chain(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "quickstart", "--precision", "int8", "--out", str(tmp_path / "out"), "--images", "8"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "this model in torch" in shown
+    assert "near enough to float32: agreement" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if "/" not in line)
+
+
+def test_maps_are_held_to_the_error_of_their_task(photos, tmp_path):
+    from test_dense import depth_model
+
+    check = export_onnx(depth_model(), tmp_path / "out", photos, ExportSettings(precision="int8", max_error=0.5))
+    assert check.bounds == {"error": 0.5}
+    with pytest.raises(TosaError, match="error"):
+        export_onnx(depth_model(), tmp_path / "out", photos, ExportSettings(precision="int8", max_error=1e-9))
+
+
+@pytest.mark.long
+def test_a_model_that_keeps_as_many_tokens_as_an_image_needs(photos, tmp_path):
+    model = convert(lively(FAMILIES["timm vit"]()), score="similarity", bypass="merge", threshold=0.5, layers=[2, 3])
+    check = export_onnx(model, tmp_path / "out", photos, ExportSettings(precision="int8", min_agreement=0.1, images=8))
+    assert check.passed
