@@ -6,6 +6,11 @@ from pathlib import Path
 from tosa_convert.base.environment import machine
 
 
+def read(path: Path) -> dict:
+    """What was recorded before; nothing if nothing was."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write(path: Path, results: dict, device: str = "cpu") -> None:
     """Results with the machine they were taken on, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

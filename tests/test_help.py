@@ -24,6 +24,7 @@ DESCRIBED = {
         "noise; built-in photos where it has to be images",
         "built-in photos, where it has to be images",
     ],
+    "--calibration": ["found in each image"],
     "--image": ["built-in photos"],
     "--images": ["built-in photos"],
     "--out": ["runs/…", "the run", "report.html in the run"],
