@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
 from tosa_convert.export import onnx as onnx_export
-from tosa_convert.export.onnx import _Graph, write_graph
+from tosa_convert.export.graph import _Graph, write_graph
+from tosa_convert.export.ports import Ports
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.families.timm_eva import TimmEva
@@ -220,7 +221,8 @@ def test_what_a_selective_layer_adds_to_the_graph(tmp_path):
 def test_one_graph_serves_every_image_size():
     """K and the query rows follow from the size the graph runs at, not from the one it was traced at."""
     vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3, dynamic_img_size=True)
-    graph = _Graph(convert(lively(vit), layers=[2, 4], ratio=0.5, rows=8)).eval()
+    model = convert(lively(vit), layers=[2, 4], ratio=0.5, rows=8)
+    graph = _Graph(model, Ports(preprocessing_of(model))).eval()
     batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
     with torch.no_grad():
         program = torch.onnx.export(

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import YolosConfig, YolosForObjectDetection
 
 from tosa_convert import UsageError, convert, evaluate, find_plan
-from tosa_convert.export.onnx import write_graph
+from tosa_convert.export.graph import write_graph
 from tosa_convert.measure.similarity import Keep, default_keep, error, losses, observe
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of, retrieval_agreement

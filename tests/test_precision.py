@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx
+from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
 from tosa_convert.base import environment
 from tosa_convert.cli.main import main
 from tosa_convert.export import files, gate, quantization
 from tosa_convert.export.check import margin
 from tosa_convert.export.onnx import FailedCheckError
+from tosa_convert.export.ports import Ports
 from tosa_convert.models.adapter import run
+from tosa_convert.models.preprocessing import Preprocessing
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
 PLAN = {"score": "similarity", "bypass": "merge", "layers": {2: 0.6, 3: 0.6}, "segment": [2]}
@@ -168,6 +170,39 @@ def test_a_margin_is_that_of_the_worst_figure(cosine, error):
     bounds = {"patch": 0.5, "error": 0.1}
     assert margin({"patch": cosine, "error": error}, bounds) == min(cosine - 0.5, 0.1 - error)
     assert margin({"patch": math.nan, "error": error}, bounds) < 0
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.long)])
+def test_a_file_can_take_pixels_and_give_probabilities(precision, labelled, tmp_path):
+    model = convert(load("quickstart"), layers=[2], ratio=0.5)
+    settings = ExportSettings(raw_input=True, precision=precision, min_agreement=0.5)
+    check = export_onnx(model, tmp_path / "out", labelled, settings)
+    assert check.passed
+    if precision == "float32":
+        assert check.difference < 1e-5
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    (port,) = session.get_inputs()
+    assert (port.name, port.type, port.shape[1:]) == ("images", "tensor(uint8)", [28, 28, 1])
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"images": pixels}), strict=True))["probabilities"]
+    assert np.allclose(found.sum(-1), 1, atol=1e-5)
+    facts = json.loads((tmp_path / "out/preprocessing.json").read_text())
+    assert facts["input"]["shape"] == ["batch", 28, 28, 1]
+    normed = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - facts["mean"][0]) / facts["std"][0]
+    with torch.no_grad():
+        wanted = run(model, normed)["logits"].softmax(-1).numpy()
+    assert np.allclose(found, wanted, atol=1e-5 if precision == "float32" else 0.2)
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 3]))
+def test_pixels_survive_the_way_in_and_out(batch, channels):
+    preprocessing = Preprocessing(size=(4, 6), channels=channels, mean=(0.3,) * channels, std=(0.2,) * channels)
+    pixels = torch.randint(0, 256, (batch, 4, 6, channels), dtype=torch.uint8)
+    raw, plain = Ports(preprocessing, raw=True), Ports(preprocessing)
+    assert torch.equal(raw.encoded(raw.entering(pixels)), pixels)
+    images = torch.randn(batch, channels, 4, 6)
+    assert plain.entering(plain.encoded(images)) is images
 
 
 def one_colour(folder, count: int):

@@ -43,6 +43,10 @@ def export(
     threshold: Annotated[float, typer.Option(help="lowest agreement with torch at which the export passes")] = 0.99,
     images: Annotated[int, typer.Option(help="most images in the check", callback=at_least(1))] = 512,
     any_size: Annotated[bool, typer.Option("--any-size", help="accept images of any size, if the model does")] = False,
+    raw_input: Annotated[
+        bool,
+        typer.Option("--raw-input", help="take pixels (uint8, HWC), resized to the model's size; give probabilities"),
+    ] = False,
     precision: Annotated[
         Precision, typer.Option(help="number format; auto tries all, and keeps the fastest here that is near enough")
     ] = Precision.float32,
@@ -89,6 +93,7 @@ def export(
             "images": images,
             "labels": labels,
             "any_size": any_size,
+            "raw_input": raw_input,
             "precision": precision.value,
             "calibration": calibration and calibration.value,
             "calibration_images": calibration_images,

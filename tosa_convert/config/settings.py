@@ -175,6 +175,8 @@ class ExportSettings(BaseModel):
         images: most images in the check.
         labels: False ignores the names of sub-folders: they are not classes.
         any_size: the file takes images of any size that is cut into whole patches, as the model has to.
+        raw_input: the file takes pixels, (B, H, W, C) uint8 of the model's size, and a classifier's gives
+            probabilities.
         precision: "float32", "float16", "int8", or "auto", which tries them and keeps what is fastest here of those
             that are near enough.
         calibration: of int8, how the ranges of what is multiplied with weights are found beforehand, on images; None
@@ -193,6 +195,7 @@ class ExportSettings(BaseModel):
     images: int = Field(default=512, ge=1)
     labels: bool = True
     any_size: bool = False
+    raw_input: bool = False
     precision: Literal["float32", "float16", "int8", "auto"] = "float32"
     calibration: Literal["minmax", "percentile", "entropy"] | None = None
     calibration_images: int = Field(default=32, ge=8)

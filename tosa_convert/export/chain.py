@@ -54,7 +54,7 @@ def smaller(
         try:
             makers[name] = _maker(name, float32, verifier, images, settings, progress)
             left[name] = makers[name](files[name], EXAMPLES)
-            onnx_runner(files[name], list(verifier.examples(1)), settings.threads, "cpu")()
+            onnx_runner(files[name], _inputs(verifier, 1), settings.threads, "cpu")()
         except Exception as error:
             if not auto:
                 raise
@@ -104,7 +104,7 @@ def _maker(
 
 
 def _to_calibrate(images: Images, verifier: Verifier, settings: ExportSettings) -> np.ndarray:
-    """(N, C, H, W): of the images those that are not checked, if there are enough of them."""
+    """As the file takes them: of the images those that are not checked, if there are enough of them."""
     checked = set(verifier.images.indices)
     others = [place for place in range(len(images)) if place not in checked]
     places = others if len(others) >= settings.calibration_images else range(len(images))
@@ -115,13 +115,18 @@ def _to_calibrate(images: Images, verifier: Verifier, settings: ExportSettings) 
             f"{images.name} holds {len(found)} images that can be read, too few to calibrate on; give 4 or more, "
             "better 32, of the kind that the model will see, or leave --calibration out"
         )
-    stacked = torch.stack(found).numpy()
-    if np.ptp(stacked, axis=(2, 3)).max() == 0:
+    stacked = torch.stack(found)
+    if np.ptp(stacked.numpy(), axis=(2, 3)).max() == 0:
         raise UsageError(
             f"the images of {images.name} are each of one colour, so there are no ranges to calibrate; give images of "
             "the kind that the model will see, or leave --calibration out"
         )
-    return stacked
+    return verifier.ports.encoded(stacked).numpy()
+
+
+def _inputs(verifier: Verifier, count: int) -> list[torch.Tensor]:
+    """Up to ``count`` images as the files take them, one by one."""
+    return [verifier.ports.encoded(image) for image in verifier.examples(count)]
 
 
 def _timed(
@@ -137,7 +142,7 @@ def _timed(
     if settings.threads > processors():
         raise UsageError(f"{settings.threads} threads are more than the {processors()} processors here")
     device = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
-    batches = list(verifier.examples(8))
+    batches = _inputs(verifier, 8)
     with pinned(settings.threads):
         runners = {name: onnx_runner(file, batches, settings.threads, device) for name, file in files.items()}
         for runner in runners.values():

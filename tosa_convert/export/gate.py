@@ -10,9 +10,11 @@ from torch import nn
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.check import bounds, closeness, margin
+from tosa_convert.export.ports import Ports
 from tosa_convert.export.quantization import Int8
 from tosa_convert.export.verification import run_session
 from tosa_convert.models.adapter import run
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.tasks.task import Task
 
 
@@ -20,17 +22,19 @@ class Judge:
     """How near a file is to the model that it was made of, on a few images."""
 
     def __init__(self, model: nn.Module, task: Task, images: Iterable[torch.Tensor], settings: ExportSettings):
-        self.model, self.task, self.settings, self.images = model, task, settings, list(images)
+        self.model, self.task, self.settings, images = model, task, settings, list(images)
+        ports = Ports(preprocessing_of(model), settings.raw_input)
+        self.feeds = [ports.feed(image) for image in images]
         with torch.inference_mode():
-            self.wanted = [next(iter(run(model, image).items())) for image in self.images]
+            self.wanted = [next(iter(run(model, image).items())) for image in images]
 
     def margin(self, file: Path) -> float:
         """By how much it is within the tolerance; below 0 if it is not."""
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         sums: dict[str, float] = {}
-        for image, (kind, main) in zip(self.images, self.wanted, strict=True):
-            for name, value in closeness(self.model, self.task, kind, run_session(session, image)[0], main).items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(self.images)
+        for feed, (kind, main) in zip(self.feeds, self.wanted, strict=True):
+            for name, value in closeness(self.model, self.task, kind, run_session(session, feed)[0], main).items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(self.feeds)
         return margin(sums, bounds(list(sums), self.settings))
 
 

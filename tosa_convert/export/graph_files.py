@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tosa_convert.export.onnx import write_graph
+from tosa_convert.export.graph import write_graph
 from tosa_convert.export.quantization import Int8
 
 

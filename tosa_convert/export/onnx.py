@@ -2,14 +2,10 @@
 
 import contextlib
 import copy
-import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
 import torch
-from onnxscript import rewriter
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError
@@ -18,17 +14,17 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.chain import BEFORE, smaller
 from tosa_convert.export.check import Check
-from tosa_convert.export.files import deliver, remove, save_graph
-from tosa_convert.export.quiet import silence
-from tosa_convert.export.verification import CHOSEN, Verifier, hide_chosen, other_sizes
+from tosa_convert.export.files import deliver, remove
+from tosa_convert.export.graph import write_graph
+from tosa_convert.export.ports import SIDES, Ports
+from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
-from tosa_convert.selective.selection import forget, keeps_any_number, last_choices
+from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
 
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
-SIDES = ("height", "width")
 
 
 def export_onnx(
@@ -69,17 +65,18 @@ def export_onnx(
         _refuse_one_size(model)
     progress = progress or Progress()
     sizes = adapter_of(model).any_size() if settings.any_size else contextlib.nullcontext()
+    how = settings.opset, settings.any_size, settings.raw_input
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with sizes, tempfile.TemporaryDirectory(prefix=".export-", dir=folder, ignore_cleanup_errors=True) as scratch:
         file = Path(scratch) / "float32.onnx"
-        write_graph(model, file, settings.opset, settings.any_size)
+        write_graph(model, file, *how)
         verifier = Verifier(model, images, task, labelled, settings, original, progress)
         if settings.precision == "float32":
             check = verifier.check({"float32": file})["float32"]
         else:
             if original is not None:
-                write_graph(original, Path(scratch) / BEFORE, settings.opset, settings.any_size)
+                write_graph(original, Path(scratch) / BEFORE, *how)
             file, check = smaller(file, verifier, images, settings, progress)
         deliver(file, folder / (FILE if check.passed else FAILED))
     remove(folder / (FAILED if check.passed else FILE))
@@ -125,65 +122,6 @@ class FailedCheckError(TosaError):
         )
 
 
-class _Graph(nn.Module):
-    """The model as tensor → named tensors, with the chosen tokens of each selective layer after its outputs."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = run(self.model, images)
-        chosen = {f"{CHOSEN}{layer}": choice.attended for layer, choice in last_choices(self.model).items()}
-        return {**found, **chosen}
-
-
-def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False) -> None:
-    """The ONNX file of a float32 model on the CPU, unchecked; any batch size, or one image at a time where each keeps
-    as many tokens as it needs; the model's own image size or any."""
-    preprocessing, adapter = preprocessing_of(model), adapter_of(model)
-    # Where images keep different numbers of tokens they make no batch with one row each.
-    alone = keeps_any_number(model)
-    size, shape = preprocessing.size, {} if alone else {0: torch.export.Dim("batch")}
-    if any_size:
-        size = other_sizes(model)[0]  # of no model's own, or its position embedding would be taken as it is
-        sides = [
-            torch.export.Dim(name, min=2, max=4096 // patch) for name, patch in zip(SIDES, adapter.patch, strict=True)
-        ]
-        sides = sides[:1] * 2 if adapter.square else sides
-        shape |= {axis: patch * side for axis, patch, side in zip((2, 3), adapter.patch, sides, strict=True)}
-    example = torch.randn(1 if alone else 2, preprocessing.channels, *size)
-    graph = _Graph(model)
-    with torch.no_grad():
-        names = list(graph(example))
-    try:
-        with silence(), _quick_rules(), torch.no_grad(), adapter.exporting():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                input_names=["images"],
-                output_names=names,
-                dynamic_shapes={"images": shape},
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:
-        raise TosaError(f"torch.onnx could not export the model: {_gist(error)}") from error
-    finally:
-        forget(model)  # tracing leaves symbolic tensors behind
-    proto = program.model_proto
-    hide_chosen(proto)
-    save_graph(proto, path)
-    onnx.checker.check_model(path)
-
-
-def _gist(error: Exception) -> str:
-    """What went wrong, of a message that is advice to those who write exporters for the most part."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    return " ".join(text.rpartition("## Exception summary")[2].split())[:200]
-
-
 @torch.inference_mode()
 def _refuse_one_size(model: nn.Module) -> None:
     preprocessing = preprocessing_of(model)
@@ -199,16 +137,17 @@ def _refuse_one_size(model: nn.Module) -> None:
 
 def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportSettings) -> None:
     preprocessing: Preprocessing = preprocessing_of(model)
-    sides = SIDES if settings.any_size else preprocessing.size
+    ports, sides = Ports(preprocessing, settings.raw_input), SIDES if settings.any_size else preprocessing.size
     facts = {
         "file": FILE if check.passed else FAILED,
         "status": "passed" if check.passed else "failed",
         "input": {
             "name": "images",
-            "shape": [1 if keeps_any_number(model) else "batch", preprocessing.channels, *sides],
-            "type": "float32",
+            "shape": ports.shape(1 if keeps_any_number(model) else "batch", sides),
+            "type": "uint8" if ports.raw else "float32",
             "colour": preprocessing.mode,
-            "scaled_to": [0, 1],
+            "scaled_to": [0, 255] if ports.raw else [0, 1],
+            "normalised": not ports.raw,
         },
         **preprocessing.model_dump(mode="json"),
         "classes": class_names(model),
@@ -217,20 +156,3 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
         "check": check.to_dict(),
     }
     write_json(folder / FACTS, facts)
-
-
-@contextlib.contextmanager
-def _quick_rules() -> Iterator[None]:
-    """The exporter's optimiser without its rule "slices that make up a split".
-
-    The rule compares each slice with every node of the graph, which takes nine tenths of an export, and finds nothing
-    in a graph that gathers tokens. An onnxscript that keeps its rules elsewhere exports as well, only slower.
-    """
-    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
-    if rules is not None:
-        rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
-    try:
-        yield
-    finally:
-        if rules is not None:
-            rewriter._DEFAULT_REWRITE_RULES = rules

@@ -45,7 +45,7 @@ class Int8:
         source: the float32 file.
         scratch: a folder for what is needed on the way.
         calibration: None, or one of :data:`METHODS`.
-        images: (N, C, H, W) to calibrate on.
+        images: a batch to calibrate on, as the file takes it.
     """
 
     def __init__(self, source: Path, scratch: Path, calibration: str | None = None, images: np.ndarray | None = None):

@@ -16,6 +16,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.data.images import Images, loader
 from tosa_convert.export.check import Check, bounds, closeness
+from tosa_convert.export.ports import Ports
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import agreement, predict
 from tosa_convert.models.provenance import preprocessing_of
@@ -66,6 +67,7 @@ class Verifier:
     ):
         self.model, self.task, self.labelled, self.original = model, task, labelled, original
         self.settings, self.progress = settings, progress
+        self.ports = Ports(preprocessing_of(model), settings.raw_input)
         # Spread over the folder, so that every class is seen.
         self.images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
         self.at_once = 1 if keeps_any_number(model) else 8
@@ -120,8 +122,9 @@ class Verifier:
         with torch.inference_mode():
             wanted = run(self.model, images)
         kind, main = next(iter(wanted.items()))
+        wanted, feed = self.ports.leaving(wanted), self.ports.feed(images)
         positions = {layer: choice.attended.numpy() for layer, choice in last_choices(self.model).items()}
-        found = {name: file.run(images) for name, file in opened.items()}
+        found = {name: file.run(feed) for name, file in opened.items()}
         for name, (outputs, chosen) in found.items():
             check = checks[name]
             check.difference = max([check.difference, *map(_largest, outputs, wanted.values())])
@@ -158,9 +161,9 @@ class Verifier:
             for index in range(len(images)):
                 image = images[index][0][None]
                 wanted = run(self.model, image)
-                found = run_session(session, image)
-                check.difference = max([check.difference, *map(_largest, found, wanted.values())])
                 kind, main = next(iter(wanted.items()))
+                found = run_session(session, self.ports.feed(image))
+                check.difference = max([check.difference, *map(_largest, found, self.ports.leaving(wanted).values())])
                 agreed.append(agreement(kind, found[0], main).mean().item())
                 _add(sums, closeness(self.model, self.task, kind, found[0], main))
             check.agreement = min(check.agreement, sum(agreed) / len(agreed))
@@ -184,23 +187,23 @@ class _File:
             self.inspected = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
             beside.unlink()
 
-    def run(self, images: torch.Tensor) -> tuple[list[torch.Tensor], dict[int, np.ndarray]]:
+    def run(self, feed: dict[str, np.ndarray]) -> tuple[list[torch.Tensor], dict[int, np.ndarray]]:
         """All outputs, and the chosen tokens of each selective layer."""
-        outputs = run_session(self.session, images)
+        outputs = run_session(self.session, feed)
         if self.inspected is None:
             return outputs, {}
-        chosen = self.inspected.run(self.names, {"images": images.numpy()})
+        chosen = self.inspected.run(self.names, feed)
         return outputs, {int(n.removeprefix(CHOSEN)): places for n, places in zip(self.names, chosen, strict=True)}
 
 
-def run_session(session: onnxruntime.InferenceSession, images: torch.Tensor) -> list[torch.Tensor]:
-    """What a file gives of (B, C, H, W)."""
+def run_session(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[torch.Tensor]:
+    """All that a file gives."""
     try:
-        return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
     except Exception as error:
-        height, width = images.shape[-2:]
+        shape = " × ".join(map(str, feed["images"].shape))
         raise TosaError(
-            f"ONNX Runtime cannot run the file at {height}×{width}: {' '.join(str(error).split())[:150]}; if it was "
+            f"ONNX Runtime cannot run the file on {shape}: {' '.join(str(error).split())[:150]}; if it was "
             "exported with --any-size, this model does not support that; leave it out"
         ) from error
 
