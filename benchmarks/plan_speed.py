@@ -19,7 +19,6 @@ from methods import SCENES, scenes_of
 from tosa_convert import convert, load
 from tosa_convert.data.images import sample
 from tosa_convert.export.onnx import export_onnx
-from tosa_convert.export.runtimes import RUNTIMES
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs import flops
 from tosa_convert.models.provenance import preprocessing_of
@@ -28,6 +27,7 @@ from tosa_convert.planning.plan import find_plan
 
 SEGMENTS = (1, 2, 3, 4)
 BUDGET = 0.7
+RUNTIMES = ("eager", "compile", "onnx")
 
 
 def main() -> None:

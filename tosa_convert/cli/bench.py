@@ -27,7 +27,9 @@ def bench(
     against: Annotated[
         list[str] | None, typer.Option(help="another model or run to time; may be repeated", show_default=False)
     ] = None,
-    runtime: Annotated[str, typer.Option(help="comma-separated: eager, compile, onnx")] = "eager,compile,onnx",
+    runtime: Annotated[
+        str, typer.Option(help="comma-separated: eager, compile, onnx, openvino")
+    ] = "eager,compile,onnx",
     batch_size: Annotated[str, typer.Option(help="images per forward pass, comma-separated, such as 1,8")] = "1",
     img_size: Annotated[
         str | None,
@@ -35,7 +37,10 @@ def bench(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="comma-separated: float32, and bfloat16 on a GPU", show_default="all on this device"),
+        typer.Option(
+            help="comma-separated: float32, int8 (of ONNX files), and bfloat16 on a GPU",
+            show_default="all on this device",
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(help="threads of torch and ONNX Runtime", callback=at_least(1))] = 1,
     rounds: Annotated[int, typer.Option(help="timed forward passes of each model", callback=at_least(1))] = 20,

@@ -24,6 +24,7 @@ from tosa_convert.cli.output import bar, show
 from tosa_convert.cli.parsing import at_least, plain
 
 Precision = StrEnum("Precision", ["float32", "float16", "int8", "auto"])
+Also = StrEnum("Also", ["openvino"])
 Calibration = StrEnum("Calibration", ["minmax", "percentile", "entropy"])
 
 
@@ -67,6 +68,9 @@ def export(
     threads: Annotated[
         int, typer.Option(help="in fewer bits: threads of the speed measurement", callback=at_least(1))
     ] = 1,
+    also: Annotated[
+        Also | None, typer.Option(help="another runtime to check and time the file in", show_default=False)
+    ] = None,
     labels: Labels = True,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; the export and its check run on the CPU either way")
@@ -101,6 +105,7 @@ def export(
             "min_cosine": min_cosine,
             "max_error": max_error,
             "threads": threads,
+            "also": also and also.value,
         },
     )
     if out is None and not is_run(source):

@@ -24,7 +24,7 @@ from tosa_convert.cli.parsing import at_least, names, numbers
 
 By = StrEnum("By", ["macs", "latency"])
 Keep = StrEnum("Keep", ["patches", "pooled", "logits", "map"])
-Runtime = StrEnum("Runtime", ["eager", "onnx"])
+Runtime = StrEnum("Runtime", ["eager", "compile", "onnx", "openvino"])
 Precision = StrEnum("Precision", ["float32", "int8"])
 SourceModel = Annotated[str, typer.Argument(help="timm name (or its beginning), hf:ORG/NAME, or a folder")]
 Sample = Annotated[

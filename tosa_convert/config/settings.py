@@ -186,6 +186,7 @@ class ExportSettings(BaseModel):
         min_cosine: of a model that gives tokens or an embedding, their least mean cosine.
         max_error: of a model that gives maps, their largest error, as a plan has it.
         threads: with which the speed of a file with fewer bits is measured.
+        also: another runtime in which the file has to be as near to the torch model.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -203,6 +204,7 @@ class ExportSettings(BaseModel):
     min_cosine: float = Field(default=0.99, ge=0, le=1)
     max_error: Positive = 0.01
     threads: int = Field(default=1, ge=1)
+    also: Literal["openvino"] | None = None
 
     @model_validator(mode="after")
     def _calibrates(self) -> "ExportSettings":

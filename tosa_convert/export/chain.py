@@ -14,11 +14,12 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, interleave, pinned, processors
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.data.images import Images
-from tosa_convert.export.check import Check
+from tosa_convert.export import openvino
+from tosa_convert.export.check import Check, bounds
 from tosa_convert.export.files import size_of
 from tosa_convert.export.gate import Judge, within_tolerance
 from tosa_convert.export.quantization import Int8, to_float16
-from tosa_convert.export.runtimes import onnx_runner
+from tosa_convert.export.runtimes import ON_FILES, file_runner, onnx_runner
 from tosa_convert.export.verification import ORIGINAL, Verifier
 from tosa_convert.models.adapter import adapter_of
 
@@ -154,6 +155,26 @@ def _timed(
         rounds = min(most, max(least, int(SECONDS / (time.perf_counter() - started))))
         with progress.track("time the files", rounds + 1) as advance:
             return interleave(runners, rounds, warmup=1, advance=advance)
+
+
+def elsewhere(file: Path, verifier: Verifier, settings: ExportSettings) -> dict:
+    """A file in OpenVINO: how near it is to the torch model there, and its time beside that in ONNX Runtime."""
+    examples = list(verifier.examples(EXAMPLES))
+    judge = Judge(verifier.model, verifier.task, examples, settings)
+    run = openvino.compiled(file, settings.threads)
+    figures = judge.figures(lambda feed: [torch.from_numpy(value) for value in run(feed)])
+    batches = _inputs(verifier, 8)
+    with pinned(settings.threads):
+        given = file, batches, settings.threads, "cpu"
+        timings = interleave({name: file_runner(name, *given) for name in ON_FILES}, ROUNDS[0] * 2)
+    return {
+        "runtime": "openvino",
+        "images": len(examples),
+        "figures": figures,
+        "bounds": bounds(list(figures), settings),
+        "ms": 1e3 * timings["openvino"].median,
+        "ms_onnx": 1e3 * timings["onnx"].median,
+    }
 
 
 def _note_speed(check: Check, files: dict[str, Path], timings: dict[str, Timing], name: str) -> None:

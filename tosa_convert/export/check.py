@@ -34,6 +34,8 @@ class Check:
         left: operators of an INT8 file that stayed in float.
         chain: of a file with fewer bits, the models from the original to it, see :mod:`tosa_convert.export.chain`.
         tried: of precision auto, what became of each that was tried.
+        elsewhere: of the other runtime that was asked for, "runtime", "images", "figures", "bounds", and the
+            milliseconds "ms" and, in ONNX Runtime, "ms_onnx" for one image, in turn.
     """
 
     precision: str = "float32"
@@ -50,10 +52,12 @@ class Check:
     left: list[str] = field(default_factory=list)
     chain: list[dict] = field(default_factory=list)
     tried: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         near = margin(self.figures, self.bounds) >= 0 if self.bounds else self.agreement >= self.threshold
+        near &= not self.elsewhere or margin(self.elsewhere["figures"], self.elsewhere["bounds"]) >= 0
         return self.images > 0 and near and math.isfinite(self.difference)
 
     def to_dict(self) -> dict:

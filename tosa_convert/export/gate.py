@@ -1,5 +1,6 @@
 """Which operators stay in float, so that an INT8 file is as near to its model as it has to be."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tosa_convert.export.check import bounds, closeness, margin
 from tosa_convert.export.ports import Ports
 from tosa_convert.export.quantization import Int8
 from tosa_convert.export.verification import run_session
-from tosa_convert.models.adapter import run
+from tosa_convert.models.adapter import run as run_model
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.tasks.task import Task
 
@@ -26,16 +27,21 @@ class Judge:
         ports = Ports(preprocessing_of(model), settings.raw_input)
         self.feeds = [ports.feed(image) for image in images]
         with torch.inference_mode():
-            self.wanted = [next(iter(run(model, image).items())) for image in images]
+            self.wanted = [next(iter(run_model(model, image).items())) for image in images]
 
     def margin(self, file: Path) -> float:
         """By how much it is within the tolerance; below 0 if it is not."""
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        figures = self.figures(functools.partial(run_session, session))
+        return margin(figures, bounds(list(figures), self.settings))
+
+    def figures(self, run: Callable[[dict], list[torch.Tensor]]) -> dict[str, float]:
+        """How near what ``run`` gives is to the model, means over the images."""
         sums: dict[str, float] = {}
         for feed, (kind, main) in zip(self.feeds, self.wanted, strict=True):
-            for name, value in closeness(self.model, self.task, kind, run_session(session, feed)[0], main).items():
+            for name, value in closeness(self.model, self.task, kind, run(feed)[0], main).items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(self.feeds)
-        return margin(sums, bounds(list(sums), self.settings))
+        return sums
 
 
 def within_tolerance(int8: Int8, file: Path, judge: Judge, layers: int, progress: Progress) -> list[str] | None:

@@ -12,11 +12,12 @@ from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.export.chain import BEFORE, smaller
-from tosa_convert.export.check import Check
+from tosa_convert.export.chain import BEFORE, elsewhere, smaller
+from tosa_convert.export.check import Check, margin
 from tosa_convert.export.files import deliver, remove
 from tosa_convert.export.graph import write_graph
 from tosa_convert.export.ports import SIDES, Ports
+from tosa_convert.export.runtimes import missing
 from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
@@ -56,6 +57,8 @@ def export_onnx(
         FailedCheckError: the file is not near enough to the torch model; it is then called ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
+    if settings.also and (why := missing(settings.also, "cpu")):
+        raise UsageError(why)
     model = _plain(model)
     original = _plain(original) if original is not None else None
     task = task_of(model)
@@ -78,6 +81,8 @@ def export_onnx(
             if original is not None:
                 write_graph(original, Path(scratch) / BEFORE, *how)
             file, check = smaller(file, verifier, images, settings, progress)
+        if settings.also:
+            check.elsewhere = elsewhere(file, verifier, settings)
         deliver(file, folder / (FILE if check.passed else FAILED))
     remove(folder / (FAILED if check.passed else FILE))
     _write_facts(model, folder, check, settings)
@@ -105,6 +110,13 @@ class FailedCheckError(TosaError):
 
     def __init__(self, check: Check, path: Path):
         self.check = check
+        if check.elsewhere and margin(check.elsewhere["figures"], check.elsewhere["bounds"]) < 0:
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in check.elsewhere["figures"].items())
+            super().__init__(
+                f"in {check.elsewhere['runtime']} the file is too far from the model ({figures}), whatever it is in ONNX "
+                f"Runtime; the file is marked as {path}; take another --precision or --calibration"
+            )
+            return
         if check.bounds:
             near = ", ".join(
                 f"{name} {check.figures[name]:.4f} (asked: {bound})" for name, bound in check.bounds.items()

@@ -1,4 +1,4 @@
-"""A model as something that runs: torch eager, torch.compile, ONNX Runtime."""
+"""A model as something that runs: torch eager, torch.compile, ONNX Runtime, OpenVINO."""
 
 import itertools
 from collections.abc import Callable
@@ -8,11 +8,16 @@ import onnxruntime
 import torch
 from torch import nn
 
+from tosa_convert.export import openvino
 from tosa_convert.models.adapter import adapter_of
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-RUNTIMES = ("eager", "compile", "onnx")
-PRECISIONS = {"eager": tuple(TYPES), "compile": tuple(TYPES), "onnx": ("float32", "int8")}
+ON_FILES = ("onnx", "openvino")
+"""Those that run ONNX files."""
+PRECISIONS = {
+    **dict.fromkeys(("eager", "compile"), tuple(TYPES)),
+    **dict.fromkeys(ON_FILES, ("float32", "int8")),
+}
 """What each of them runs in."""
 EVERY_PRECISION = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -22,6 +27,10 @@ def missing(runtime: str, device: str) -> str | None:
     """Why a runtime cannot be used on a device; None if it can."""
     if runtime == "onnx" and PROVIDERS[device] not in onnxruntime.get_available_providers():
         return f"this onnxruntime has no {PROVIDERS[device]}"
+    if runtime == "openvino" and not openvino.is_installed():
+        return openvino.LACKING
+    if runtime == "openvino" and device != "cpu":
+        return "it runs on the CPU here; add --device cpu"
     return None
 
 
@@ -38,6 +47,15 @@ def torch_runner(model: nn.Module, batches: list[torch.Tensor], compiled: bool) 
             torch.cuda.synchronize()
 
     return runner
+
+
+def file_runner(runtime: str, file: Path, batches: list[torch.Tensor], threads: int, device: str) -> Callable[[], None]:
+    """One run of an ONNX file in "onnx" or "openvino" on the next of these batches."""
+    if runtime == "onnx":
+        return onnx_runner(file, batches, threads, device)
+    run = openvino.compiled(file, threads)
+    feeds = itertools.cycle([{"images": images.cpu().numpy()} for images in batches])
+    return lambda: run(next(feeds))
 
 
 def onnx_runner(file: Path, batches: list[torch.Tensor], threads: int, device: str) -> Callable[[], None]:

@@ -70,7 +70,8 @@ class Verifier:
         self.ports = Ports(preprocessing_of(model), settings.raw_input)
         # Spread over the folder, so that every class is seen.
         self.images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
-        self.at_once = 1 if keeps_any_number(model) else 8
+        # In INT8 an image's ranges depend on those beside it: it is judged by itself.
+        self.at_once = 1 if keeps_any_number(model) or settings.precision != "float32" else 8
 
     def check(self, files: dict[str, Path]) -> dict[str, Check]:
         """Of each file by its precision, float32 first; its chain holds its figures and, in front of them, those of the

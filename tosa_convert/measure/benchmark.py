@@ -31,7 +31,7 @@ class BenchSettings(BaseModel):
     """What is timed.
 
     Attributes:
-        runtimes: of "eager", "compile" (torch.compile) and "onnx" (ONNX Runtime).
+        runtimes: of "eager", "compile" (torch.compile), "onnx" (ONNX Runtime) and "openvino".
         batch_sizes: images per forward pass.
         sizes: image sides in pixels; None is the model's own size.
         precisions: "float32", "int8" (in ONNX Runtime, ranges found in each image), and on a GPU "bfloat16" (in torch).
@@ -43,7 +43,7 @@ class BenchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    runtimes: list[str] = list(runtimes.RUNTIMES)
+    runtimes: list[str] = ["eager", "compile", "onnx"]
     batch_sizes: list[int] = [1]
     sizes: list[int] | None = None
     precisions: list[str] = ["float32"]
@@ -162,10 +162,10 @@ class _NoBatchError(Exception):
 
 
 def _check_alone(models: dict[str, nn.Module], case: _Case) -> None:
-    if case.runtime == "onnx" and case.batch_size > 1 and any(map(keeps_any_number, models.values())):
+    if case.runtime in runtimes.ON_FILES and case.batch_size > 1 and any(map(keeps_any_number, models.values())):
         raise _NoBatchError(
-            f"onnx at batch {case.batch_size} is left out: the file takes one image at a time, since each keeps as "
-            "many tokens as it needs"
+            f"{case.runtime} at batch {case.batch_size} is left out: the file takes one image at a time, since each "
+            "keeps as many tokens as it needs"
         )
 
 
@@ -181,7 +181,7 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
     if not models:
         raise UsageError("there is no model to time")
     for name, given, known in (
-        ("runtime", settings.runtimes, runtimes.RUNTIMES),
+        ("runtime", settings.runtimes, tuple(runtimes.PRECISIONS)),
         ("precision", settings.precisions, runtimes.EVERY_PRECISION),
     ):
         for value in given:
@@ -231,9 +231,9 @@ def _run(
     contestants = {}
     with pinned(settings.threads):
         for name, model in models.items():
-            if case.runtime == "onnx":
-                file = files[name].at(case.precision)
-                contestants[name] = runtimes.onnx_runner(file, batches[name], settings.threads, case.device)
+            if case.runtime in runtimes.ON_FILES:
+                given = files[name].at(case.precision), batches[name], settings.threads, case.device
+                contestants[name] = runtimes.file_runner(case.runtime, *given)
             else:
                 kind = runtimes.TYPES[case.precision]
                 model.to(case.device, kind).eval()
@@ -248,7 +248,7 @@ def _run(
     if length > 1:
         timings = {name: timing.by_pass(length) for name, timing in timings.items()}
     peaks = dict.fromkeys(models)
-    if settings.memory and case.runtime != "compile":  # the compiler's own memory would outweigh the model's
+    if settings.memory and case.runtime in ("eager", "onnx"):  # compilers' own memory would outweigh the model's
         for name, model in models.items():
             if keeps_any_number(model):
                 notes.append(f"{name}: no peak memory, since the number of tokens differs from image to image")

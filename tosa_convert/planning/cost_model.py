@@ -10,7 +10,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import processors
-from tosa_convert.export.runtimes import PRECISIONS
+from tosa_convert.export.runtimes import PRECISIONS, missing
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.bypass import Bypass
@@ -67,8 +67,8 @@ class Conditions:
     """Under which a latency is measured: those under which the model will run.
 
     Attributes:
-        runtime: "eager", "compile" or "onnx".
-        precision: "float32", or in ONNX Runtime "int8".
+        runtime: "eager", "compile", "onnx" or "openvino".
+        precision: "float32", or of ONNX files "int8".
         threads: of the runtime.
         batch_size: images per forward pass.
     """
@@ -91,6 +91,8 @@ class Conditions:
                 f"runtime {self.runtime} is not timed in {self.precision}, only in {' and '.join(known)}; "
                 f"{'use runtime onnx' if self.precision == 'int8' else 'choose one of these'}"
             )
+        if why := missing(self.runtime, "cpu"):
+            raise UsageError(why)
         if self.threads > processors():
             raise UsageError(f"{self.threads} threads are more than the {processors()} processors here")
 

@@ -22,7 +22,18 @@ def export_table(results: dict) -> Table:
         *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
         ["check", "passed" if results["passed"] else "FAILED"],
     ]
-    return Table(results["file"], ["in ONNX Runtime", "value"], rows, broken_notes(results["broken"]))
+    notes = [*_elsewhere(results), *broken_notes(results["broken"])]
+    return Table(results["file"], ["in ONNX Runtime", "value"], rows, notes)
+
+
+def _elsewhere(results: dict) -> list[str]:
+    """What was found in another runtime, if one was asked for."""
+    found = results.get("elsewhere")
+    if not found:
+        return []
+    near = ", ".join(f"{name} {value:.4f}" for name, value in found["figures"].items())
+    times = f"{milliseconds(found['ms'])} ms, ONNX Runtime {milliseconds(found['ms_onnx'])} ms"
+    return [f"in {found['runtime']}, {found['images']} images: {near} against the model in torch; {times}"]
 
 
 def _chain_table(results: dict) -> Table:
@@ -59,7 +70,7 @@ def _chain_table(results: dict) -> Table:
         f"{results['file']}, {results['precision']}",
         ["", *(_title(key) if key not in titles else titles[key] for key in (*figures, *known))],
         rows,
-        notes + broken_notes(results["broken"]),
+        notes + _elsewhere(results) + broken_notes(results["broken"]),
     )
 
 
