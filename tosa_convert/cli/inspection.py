@@ -136,6 +136,13 @@ def flops(
     show(cost, "flops_table", as_json, source)
 
 
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can do: threads, instructions, runtimes, exporters, weights. Add it to bug reports."""
+    from tosa_convert.workflows.doctor import examine_machine
+
+    show(examine_machine(bar(as_json)), "doctor_table", as_json)
+
+
 def models(
     pattern: Annotated[
         str | None,
@@ -174,4 +181,4 @@ def models(
         print_json(found["Models"] if pattern else {name.lower(): rows for name, rows in found.items()})
         return
     for name, (columns, rows) in tables.items():
-        Table(name, columns, [list(row) for row in rows], []).print(Console(), left=True)
+        Table(name, columns, [list(row) for row in rows], [], left=True).print(Console())

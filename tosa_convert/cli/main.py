@@ -23,7 +23,7 @@ from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.export import export
-from tosa_convert.cli.inspection import features, flops, models, report, show_patches
+from tosa_convert.cli.inspection import doctor, features, flops, models, report, show_patches
 from tosa_convert.cli.options import (
     Checkpoint,
     DataOption,
@@ -39,6 +39,7 @@ from tosa_convert.cli.options import (
 from tosa_convert.cli.output import bar, print_json, say, show
 from tosa_convert.cli.parsing import at_least, plain
 from tosa_convert.cli.plan import compare, plan
+from tosa_convert.cli.push import push
 from tosa_convert.cli.recipes import recipes_app
 from tosa_convert.cli.training import distill, finetune, run
 
@@ -54,7 +55,7 @@ app.command()(bench)
 app.command()(plan)
 app.command()(compare)
 app.command(name="show")(show_patches)
-for command in (distill, finetune, run, export, flops, features, report, models):
+for command in (distill, finetune, run, export, flops, features, report, models, doctor, push):
     app.command()(command)
 
 

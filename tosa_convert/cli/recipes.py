@@ -25,7 +25,7 @@ def recipes_ls(as_json: Json = False) -> None:
     if as_json:
         print_json(dict(rows))
     else:
-        Table("Recipes", ["name", "what"], rows, []).print(Console(), left=True)
+        Table("Recipes", ["name", "what"], rows, [], left=True).print(Console())
 
 
 @recipes_app.command("cp")

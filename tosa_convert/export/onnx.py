@@ -113,8 +113,8 @@ class FailedCheckError(TosaError):
         if check.elsewhere and margin(check.elsewhere["figures"], check.elsewhere["bounds"]) < 0:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in check.elsewhere["figures"].items())
             super().__init__(
-                f"in {check.elsewhere['runtime']} the file is too far from the model ({figures}), whatever it is in ONNX "
-                f"Runtime; the file is marked as {path}; take another --precision or --calibration"
+                f"in {check.elsewhere['runtime']} the file is too far from the model: {figures}; the file is marked as "
+                f"{path}; take another --precision or --calibration"
             )
             return
         if check.bounds:

@@ -65,9 +65,11 @@ class Int8:
         """Names of what can be quantised, in the order in which it runs."""
 
     def write(self, target: Path, left: Collection[str] = ()) -> None:
-        """The file, with the operators in ``left`` in float."""
+        """The file, with the operators in ``left``, not all of them, in float."""
+        chosen = [name for name in self.operators if name not in left]
         shared = {
-            "nodes_to_quantize": [name for name in self.operators if name not in left],
+            # A product with a bias is split into two on the way, and the product gets this name.
+            "nodes_to_quantize": [name for each in chosen for name in (each, f"{each}_MatMul")],
             "per_channel": True,
             "reduce_range": _saturates(),
             "weight_type": QuantType.QInt8,

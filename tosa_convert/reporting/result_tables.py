@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tosa_convert.base.files import read_json, write_text
+from tosa_convert.base.files import read_json
 from tosa_convert.reporting.export_tables import export_table
 from tosa_convert.reporting.figures import broken_notes, figure
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
@@ -237,6 +237,13 @@ def features_table(results: dict) -> Table:
     return Table(results["file"], ["", "shape"], rows, broken_notes(results["broken"]))
 
 
+def doctor_table(results: dict) -> Table:
+    """What a machine can do."""
+    rows = [[name, found["value"]] for name, found in results.items()]
+    notes = [f"{name}: {found['advice']}" for name, found in results.items() if found["advice"]]
+    return Table("This machine", ["", "found"], rows, notes, left=True)
+
+
 def report_table(results: dict) -> Table:
     return Table("Report", ["", "file"], [[results["run"], results["file"]]], [])
 
@@ -254,12 +261,3 @@ def tables_of(run: Path) -> list[Table]:
     if (run / "bench.json").exists():
         tables.append(bench_table(read_json(run / "bench.json")))
     return tables
-
-
-def write_report(run: Path) -> None:
-    """``report.md`` of a run."""
-    config = read_json(run / "config.json")
-    head = (
-        f"# {run.name}\n\nMade by tosa-convert {config['tosa_convert']}, {config['created']}; recipe in recipe.yaml.\n"
-    )
-    write_text(run / "report.md", "\n".join([head, *(table.markdown() for table in tables_of(run))]))

@@ -18,15 +18,16 @@ SHORT = 12
 
 @dataclass
 class Table:
-    """A titled table of texts, with notes below it."""
+    """A titled table of texts, with notes below it; ``left`` where these are words rather than numbers."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     notes: list[str]
+    left: bool = False
 
-    def print(self, console: Console, left: bool = False) -> None:
-        """On the terminal, numbers to the right, texts (``left``) to the left. Lines break between words; where that
+    def print(self, console: Console) -> None:
+        """On the terminal, numbers to the right, words to the left. Lines break between words; where that
         is not enough for the width, each row becomes a paragraph."""
         console.print(Text(self.title, "bold"), soft_wrap=True)
         widths = self._widths(console.width)
@@ -34,14 +35,14 @@ class Table:
             for row in self.rows:
                 console.print(Text(self._paragraph(row, console.width)), soft_wrap=True)
         else:
-            self._print_grid(console, widths, left)
+            self._print_grid(console, widths)
         for note in self.notes:
             console.print(Text(_filled(note, console.width), "dim"), soft_wrap=True)
 
-    def _print_grid(self, console: Console, widths: list[int], left: bool) -> None:
+    def _print_grid(self, console: Console, widths: list[int]) -> None:
         grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for index, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
-            grid.add_column(column, justify="right" if index and not left else "left", width=width)
+            grid.add_column(column, justify="right" if index and not self.left else "left", width=width)
         for row in self.rows:
             grid.add_row(*map(Text, row))  # as text, since names may look like markup
         console.print(grid)

@@ -43,8 +43,8 @@ def load(
     """A model in eval mode from whatever names it.
 
     Args:
-        source: a timm name or its beginning ("deit_tiny"), "timm:NAME", "hf:ORG/NAME", a folder
-            (transformers, timm, or a run of this tool), or "quickstart", the model in the package.
+        source: a timm name or its beginning ("deit_tiny"), "timm:NAME", "hf:ORG/NAME" (of transformers, or a run that
+            was pushed), a folder (transformers, timm, or a run), or "quickstart", the model in the package.
         checkpoint: weights for a timm name, .safetensors or .pth (read with ``weights_only``).
         img_size: pixels, one number or (height, width); None keeps the model's own.
         num_classes: outputs of the head; None keeps the model's or the checkpoint's own, 0 removes it.
@@ -63,7 +63,7 @@ def load(
     wanted = head_wanted(task, head, head_checkpoint, max_depth, num_classes)
     if wanted is not None:
         return _under_head(source, wanted, head_checkpoint, checkpoint, img_size, pretrained)
-    folder = _folder(source)
+    folder = _folder(source) or _run_on_the_hub(source)
     if checkpoint is not None and (folder or source.startswith("hf:")):
         raise UsageError("--checkpoint goes with a timm name, for example: deit_tiny --checkpoint weights.safetensors")
     if folder and (runs.is_run(folder) or not (folder / "config.json").exists()):
@@ -210,6 +210,14 @@ def _folder(source: str) -> Path | None:
     if source.startswith((".", "/", "~")):
         raise UsageError(f"there is no folder {source}")
     return None
+
+
+def _run_on_the_hub(source: str) -> Path | None:
+    if not source.startswith("hf:"):
+        return None
+    from tosa_convert.runs.hub import run_of  # it opens connections
+
+    return run_of(source.removeprefix("hf:"))
 
 
 def _note_origin(model: Any, source: str, checkpoint: str | Path | None, num_classes: int | None) -> None:

@@ -19,7 +19,7 @@ from tosa_convert.measure.evaluation import evaluate, is_control, random_control
 from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
-from tosa_convert.reporting.result_tables import write_report
+from tosa_convert.reporting.run_texts import write_report
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, original_of
 from tosa_convert.runs.metrics_log import append_metrics

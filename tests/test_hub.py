@@ -1,0 +1,109 @@
+"""Runs that are put on the hub and opened from there, by processes of their own, since the hub's library reads where it
+is once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub import TOKEN, served
+
+from tosa_convert import load
+from tosa_convert.cli.main import main
+from tosa_convert.models.adapter import run
+
+OPEN = """
+import sys, torch, tosa_convert
+from tosa_convert.models.adapter import run
+model = tosa_convert.load(sys.argv[1])
+print(model.tosa_config.layers, run(model, torch.ones(1, 1, 28, 28))["logits"].sum().item())
+"""
+
+
+@pytest.fixture
+def hub():
+    with served() as found:
+        yield found
+
+
+def process(hub, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    known |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    known |= {"HF_TOKEN": token} if token else {}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=known, check=False)
+
+
+def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
+    push = ("-m", "tosa_convert", "push", str(quick_run), "someone/fast-vit")
+    done = process(hub, tmp_path / "here", *push)
+    assert done.returncode == 0, done.stderr
+    assert "pushed to" in done.stderr
+    assert hub.private["someone/fast-vit"] is True
+    files = hub.repositories["someone/fast-vit"]
+    assert {"README.md", "config.json", "model.safetensors", "recipe.yaml"} <= set(files)
+    assert files["model.safetensors"] == (quick_run / "model.safetensors").read_bytes()
+    assert not any(name.startswith(("metrics", "checkpoint")) for name in files)
+    opened = process(hub, tmp_path / "there", "-c", OPEN, "hf:someone/fast-vit")
+    assert opened.returncode == 0, opened.stderr
+    model = load(quick_run)
+    total = run(model, torch.ones(1, 1, 28, 28))["logits"].sum().item()
+    layers, _, found = opened.stdout.strip().rpartition(" ")
+    assert layers == str(model.tosa_config.layers)
+    assert float(found) == pytest.approx(total, abs=1e-4)
+
+    again = process(hub, tmp_path / "here", *push)
+    assert again.returncode == 2
+    assert "holds README.md, config.json" in again.stderr
+    assert "--yes" in again.stderr
+    assert process(hub, tmp_path / "here", *push, "--yes").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (None, "someone/vit", "hf auth login"),
+        ("wrong", "someone/vit", "hf auth login"),
+        (TOKEN, "a b/c/d", "give ORG/NAME"),
+    ],
+)
+def test_a_push_that_cannot_be_says_why_in_one_line(hub, token, name, message, quick_run, tmp_path):
+    done = process(hub, tmp_path, "-m", "tosa_convert", "push", str(quick_run), name, token=token)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not hub.repositories
+
+
+def test_a_hub_out_of_reach_is_said(hub, quick_run, tmp_path):
+    hub.address = "http://127.0.0.1:9"
+    done = process(hub, tmp_path, "-m", "tosa_convert", "push", str(quick_run), "someone/vit")
+    assert done.returncode == 1
+    assert "the hub cannot be reached" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_only_a_run_is_pushed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["push", str(tmp_path), "someone/vit"])
+    assert stop.value.code == 2
+    assert "is not a finished run" in capsys.readouterr().err
+
+
+def test_a_card_says_what_a_run_is_and_a_text_of_ones_own_stays(quick_run, capsys):
+    from tosa_convert.reporting.run_texts import write_card
+
+    text = (quick_run / "README.md").read_text()
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head)["library_name"] == "tosa-convert"
+    assert "token-selective (score attention, bypass identity)" in body
+    assert "## distill" in body
+    config = json.loads((quick_run / "config.json").read_text())
+    assert config["tosa_convert"] in body
+    (quick_run / "README.md").write_text("mine")
+    write_card(quick_run)
+    assert (quick_run / "README.md").read_text() == "mine"
+    (quick_run / "README.md").write_text(text)

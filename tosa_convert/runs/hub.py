@@ -1,0 +1,113 @@
+"""Runs on the Hugging Face hub."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from safetensors import safe_open
+
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.files import read_json, write_json
+from tosa_convert.runs import folder as runs
+
+SHIPPED = (
+    "README.md",
+    "model.safetensors",
+    "recipe.yaml",
+    "model.onnx",
+    "model-*.onnx.data",
+    "preprocessing.json",
+    "*.png",
+)
+"""What of a run goes to the hub beside its config.json; logs, checkpoints and reports stay."""
+OPENED = ("config.json", "model.safetensors")
+"""What it takes to open one from there."""
+
+
+def run_of(name: str) -> Path | None:
+    """The local copy of a run on the hub, ORG/NAME, fetched if need be; None if there is no run of that name."""
+    try:
+        config = Path(hf_hub_download(name, "config.json"))
+        if not runs.is_run(config.parent):
+            return None
+        return Path(snapshot_download(name, allow_patterns=list(OPENED)))
+    except Exception:  # no such name, no network: whoever looks for a model there will say so
+        return None
+
+
+def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[[list[str]], bool]) -> str:
+    """Put a finished run on the hub; gives its address there.
+
+    What its config says of folders of this machine stays here.
+
+    Args:
+        name: ORG/NAME.
+        private: whether only its owners see it, where it is made anew.
+        may_overwrite: asked with the names of files that are there already and would be replaced.
+
+    Raises:
+        UsageError: not a run, a name that the hub does not take, no token, or files that may not be replaced.
+        TosaError: the hub cannot be reached, or refuses.
+    """
+    if not runs.is_run(run):
+        raise UsageError(f"{run} is not a finished run; name the folder of one")
+    _check_weights(run)
+    api = HfApi()
+    try:
+        place = api.create_repo(name, private=private, exist_ok=True)
+        there = set(api.list_repo_files(place.repo_id))
+        ours = {"config.json", *(path.name for pattern in SHIPPED for path in run.glob(pattern))}
+        replaced = sorted(there & ours)
+        if replaced and not may_overwrite(replaced):
+            raise UsageError(
+                f"{name} holds {', '.join(replaced)} already; add --yes to replace them, or give another name"
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            write_json(Path(scratch) / "config.json", _without_places(read_json(run / "config.json")))
+            for file in sorted(ours - {"config.json"}):
+                (Path(scratch) / file).symlink_to((run / file).resolve())
+            message = f"tosa-convert run {run.name}"
+            api.upload_folder(repo_id=place.repo_id, folder_path=scratch, commit_message=message)
+    except HFValidationError as error:
+        raise UsageError(f"the hub takes no name {name!r}; give ORG/NAME: {_gist(error)}") from None
+    except LocalTokenNotFoundError:
+        raise UsageError("there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise UsageError(
+                f"the hub lets nobody write to {name} with this token ({status}); log in with `hf auth login`, set "
+                "HF_TOKEN to one that may write, or give another name"
+            ) from None
+        raise TosaError(f"the hub refused: {_gist(error)}; nothing was changed, or run the command again") from None
+    except TosaError:
+        raise
+    except Exception as error:  # of whatever library the hub's own one talks through
+        raise TosaError(f"the hub cannot be reached: {_gist(error)}; run the command again with a network") from None
+    return str(place)
+
+
+def _check_weights(run: Path) -> None:
+    try:
+        with safe_open(run / "model.safetensors", "pt") as opened:
+            opened.keys()
+    except Exception as error:
+        raise TosaError(f"the weights of {run} cannot be read ({_gist(error)}); run its recipe again") from None
+
+
+def _without_places(config: dict) -> dict:
+    """A run's config without the folders and files of this machine that its model was loaded from."""
+    origin = dict(config["origin"])
+    source = origin.get("source")
+    if source is not None and Path(source).exists():
+        origin["source"] = None
+    origin |= {name: None for name in ("checkpoint", "head_checkpoint") if origin.get(name)}
+    if origin["checkpoint"] is None and config["origin"].get("checkpoint"):
+        origin["source"] = None  # its weights came from a file
+    return {**config, "origin": origin}
+
+
+def _gist(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
