@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 
 from tosa_convert.base.errors import UsageError
@@ -19,7 +18,7 @@ from tosa_convert.export.check import Check, bounds
 from tosa_convert.export.files import size_of
 from tosa_convert.export.gate import Judge, within_tolerance
 from tosa_convert.export.quantization import Int8, to_float16
-from tosa_convert.export.runtimes import ON_FILES, file_runner, onnx_runner
+from tosa_convert.export.runtimes import ON_FILES, file_runner, onnx_runner, providers
 from tosa_convert.export.verification import ORIGINAL, Verifier
 from tosa_convert.models.adapter import adapter_of
 
@@ -142,7 +141,7 @@ def _timed(
         files = {ORIGINAL: before, **files}
     if settings.threads > processors():
         raise UsageError(f"{settings.threads} threads are more than the {processors()} processors here")
-    device = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    device = "cuda" if "CUDAExecutionProvider" in providers() else "cpu"
     batches = _inputs(verifier, 8)
     with pinned(settings.threads):
         runners = {name: onnx_runner(file, batches, settings.threads, device) for name, file in files.items()}

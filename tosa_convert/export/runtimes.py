@@ -23,9 +23,14 @@ EVERY_PRECISION = tuple(dict.fromkeys(name for names in PRECISIONS.values() for 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+def providers() -> list[str]:
+    """What ONNX Runtime runs on here."""
+    return onnxruntime.get_available_providers()
+
+
 def missing(runtime: str, device: str) -> str | None:
     """Why a runtime cannot be used on a device; None if it can."""
-    if runtime == "onnx" and PROVIDERS[device] not in onnxruntime.get_available_providers():
+    if runtime == "onnx" and PROVIDERS[device] not in providers():
         return f"this onnxruntime has no {PROVIDERS[device]}"
     if runtime == "openvino" and not openvino.is_installed():
         return openvino.LACKING

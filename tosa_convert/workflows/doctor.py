@@ -9,13 +9,12 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from tosa_convert.base.environment import instructions, int8_instructions, machine
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import processors
-from tosa_convert.export.runtimes import PRECISIONS, missing
+from tosa_convert.export.runtimes import PRECISIONS, missing, providers
 from tosa_convert.export.self_test import try_export
 
 HUB = "https://huggingface.co"
@@ -80,7 +79,7 @@ def _memory() -> tuple[str, str]:
 def _gpu() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "none that torch sees", ""
-    slow = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    slow = "CUDAExecutionProvider" not in providers()
     return (
         torch.cuda.get_device_name(),
         "onnxruntime sees none: install onnxruntime-gpu to time files on it" if slow else "",

@@ -22,6 +22,7 @@ from tosa_convert.models.outputs import outputs_of
 from tosa_convert.reporting.run_texts import write_report
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, original_of
+from tosa_convert.runs.lock import writes_alone
 from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.runs.provenance import as_it_is
 from tosa_convert.selective.conversion import convert, is_converted, is_whole, original
@@ -38,6 +39,7 @@ EXAMPLES = 32
 """Images over which multiply–adds are counted."""
 
 
+@writes_alone
 def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
     """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
     model = converted(recipe)
@@ -45,6 +47,7 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
     return _train_stage("distill", model, recipe, out, resume, device, progress)
 
 
+@writes_alone
 def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> dict:
     """Load and convert, for what needs no training; a run in ``out``."""
     if processes.is_main() and not (resume and runs.is_run(out)):
@@ -58,6 +61,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> di
     return read_json(out / "config.json")["results"]
 
 
+@writes_alone
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
     model = to_finetune(source, recipe)
@@ -71,6 +75,7 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
 
 
+@writes_alone
 def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None, report: Callable) -> dict:
     """Every stage that the recipe has, each into a folder of ``out`` named after it.
 
@@ -165,6 +170,7 @@ def eval_stage(
     return results
 
 
+@writes_alone
 def export_stage(
     source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, head=None, progress=None
 ) -> dict:

@@ -20,10 +20,12 @@ from tosa_convert.reporting.plan_tables import compare_table
 from tosa_convert.reporting.table import percent
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
+from tosa_convert.runs.lock import writes_alone
 from tosa_convert.selective.conversion import convert
 from tosa_convert.tasks.task import task_of
 
 
+@writes_alone
 def plan_stage(
     source: str,
     *,
@@ -114,6 +116,7 @@ def plan_stage(
     return results
 
 
+@writes_alone
 def compare_stage(
     source: str, *, out: Path, checkpoint=None, img_size=None, num_classes=None, head=None, **options
 ) -> dict:

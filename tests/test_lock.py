@@ -1,0 +1,54 @@
+"""One process at a time writes to a folder; what is killed holds nothing."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tosa_convert import UsageError
+from tosa_convert.cli.main import main
+from tosa_convert.runs.lock import alone
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tosa_convert.runs.lock import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as found:
+        assert found.stdout.readline() == "held\n"
+        yield found
+        found.kill()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(holder, tmp_path, capsys):
+    arguments = ["distill", "quickstart", "--layers", "2", "--steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "another tosa-convert is writing to" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with alone(tmp_path / "other"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with alone(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), alone(tmp_path):
+        raise ZeroDivisionError
+    with alone(tmp_path), pytest.raises(UsageError, match="another"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
