@@ -1,13 +1,15 @@
 """A model as something that runs: torch eager, torch.compile, ONNX Runtime, OpenVINO."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnxruntime
 import torch
 from torch import nn
 
+from tosa_convert.base.errors import TosaError
 from tosa_convert.export import openvino
 from tosa_convert.models.adapter import adapter_of
 
@@ -69,7 +71,27 @@ def onnx_runner(file: Path, batches: list[torch.Tensor], threads: int, device: s
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Idle threads of one session would otherwise spin beside the session that is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[device]])
+    with _said(file):
+        session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[device]])
     name = session.get_inputs()[0].name
     feeds = itertools.cycle([{name: images.cpu().numpy()} for images in batches])
-    return lambda: session.run(None, next(feeds))
+
+    def runner() -> None:
+        with _said(file):
+            session.run(None, next(feeds))
+
+    return runner
+
+
+@contextlib.contextmanager
+def _said(file: Path) -> Iterator[None]:
+    """Errors of ONNX Runtime, which has no class of its own for them, in one line.
+
+    Raises:
+        TosaError: a file that cannot be read or run.
+    """
+    try:
+        yield
+    except Exception as error:
+        gist = " ".join(str(error).split())[:160]
+        raise TosaError(f"ONNX Runtime cannot run {file}: {gist}; export the model again") from error
