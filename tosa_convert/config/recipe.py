@@ -139,7 +139,7 @@ def _describe(item: dict) -> str:
     if item["type"] == "extra_forbidden":
         known = _fields(names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known) or 'nothing'}"
         return f"{key}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     custom = item["type"] == "value_error"
@@ -156,9 +156,11 @@ def _key(location: tuple) -> str:
 
 
 def _fields(path: list[str]) -> list[str]:
-    """The valid keys at a place in a recipe."""
+    """The valid keys at a place in a recipe; none where it has no such place."""
     model: type[BaseModel] = Recipe
     for name in path:
+        if name not in model.model_fields:
+            return []
         candidates = getattr(model.model_fields[name].annotation, "__args__", (model.model_fields[name].annotation,))
         model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)

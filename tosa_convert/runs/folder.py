@@ -90,18 +90,23 @@ def load_run(folder: str | Path) -> nn.Module:
             raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
         raise UsageError(f"{folder} is neither a run nor a model folder: it has no config.json")
     config = read_json(folder / "config.json")
-    if config.get("version", 0) > FORMAT_VERSION:
+    written = config.get("version", 0)
+    if not isinstance(written, int):
+        raise TosaError(f"the run {folder} is damaged (version {written!r}); run its recipe again")
+    if written > FORMAT_VERSION:
         raise TosaError(
             f"{folder} was written by a newer tosa-convert ({config.get('tosa_convert')}); upgrade to open it"
         )
-    conversion = _conversion(config)
     try:
+        conversion = _conversion(config)
         model: Any = build(Origin(**config["origin"]))
         if config.get("proof"):  # of the weights that were trained, not of the random ones that it has here
             model.tosa_proof = config["proof"]
         if conversion is not None:
             convert(model, conversion)
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except UsageError:
+        raise
     except Exception as error:
         gist = " ".join(str(error).split())[:200]
         raise TosaError(f"the run {folder} is damaged ({gist}); run its recipe again") from error
