@@ -10,7 +10,9 @@ from tosa_convert.cli.main import main
 QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "eval", "export", "features", "report", "models", "run"])
+@pytest.mark.parametrize(
+    "command", ["plan", "compare", "eval", "export", "features", "report", "models", "run", "doctor", "push"]
+)
 def test_every_command_has_help(command, tosa):
     code, out, err = tosa(command, "--help")
     assert code == 0, err
@@ -19,7 +21,19 @@ def test_every_command_has_help(command, tosa):
 
 def test_help_names_every_command(tosa):
     out = tosa("--help")[1]
-    for command in ("distill", "finetune", "run", "flops", "eval", "export", "models", "recipes", "quickstart"):
+    for command in (
+        "distill",
+        "finetune",
+        "run",
+        "flops",
+        "eval",
+        "export",
+        "models",
+        "recipes",
+        "quickstart",
+        "doctor",
+        "push",
+    ):
         assert command in out
 
 

@@ -12,12 +12,13 @@ from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.export.chain import BEFORE, elsewhere, smaller
+from tosa_convert.export.chain import Chain
 from tosa_convert.export.check import Check, margin
 from tosa_convert.export.files import deliver, remove
 from tosa_convert.export.graph import write_graph
 from tosa_convert.export.ports import SIDES, Ports
 from tosa_convert.export.runtimes import missing
+from tosa_convert.export.speed import BEFORE, check_threads, elsewhere
 from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
@@ -57,6 +58,7 @@ def export_onnx(
         FailedCheckError: the file is not near enough to the torch model; it is then called ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
+    check_threads(settings)
     if settings.also and (why := missing(settings.also, "cpu")):
         raise UsageError(why)
     model = _plain(model)
@@ -80,7 +82,7 @@ def export_onnx(
         else:
             if original is not None:
                 write_graph(original, Path(scratch) / BEFORE, *how)
-            file, check = smaller(file, verifier, images, settings, progress)
+            file, check = Chain(file, verifier, images, settings, progress).best()
         if settings.also:
             check.elsewhere = elsewhere(file, verifier, settings)
         deliver(file, folder / (FILE if check.passed else FAILED))

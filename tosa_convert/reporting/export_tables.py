@@ -61,6 +61,12 @@ def _chain_table(results: dict) -> Table:
             f"the same tokens as in torch: {percent(min(selected))} in the worst of {len(selected)} layers, "
             f"{percent(sum(selected) / len(selected))} in the mean"
         )
+    speeds = {link["name"]: link["ms"] for link in links if "ms" in link}
+    if results["precision"] in speeds and speeds[results["precision"]] >= speeds["float32"]:
+        notes.append(
+            f"{results['precision']} is NO faster here than float32: `tosa-convert doctor` says what the processor can "
+            "do"
+        )
     if results["left"]:
         notes.append(f"left in float: {len(results['left'])} operators, {', '.join(results['left'][:4])} …")
     notes += [f"tried {name}: {said}" for name, said in results["tried"].items()]
