@@ -24,6 +24,7 @@ from tosa_convert.export.onnx import FailedCheckError
 from tosa_convert.export.ports import Ports
 from tosa_convert.models.adapter import run
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.runs.lock import alone
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
 PLAN = {"score": "similarity", "bypass": "merge", "layers": {2: 0.6, 3: 0.6}, "segment": [2]}
@@ -68,6 +69,17 @@ def test_int8_is_smaller_near_and_says_what_it_comes_from(backbone, photos, tmp_
         wanted = next(iter(run(backbone, images).values())).detach()
         found = torch.from_numpy(outputs(file, images)[0])
         assert torch.cosine_similarity(found, wanted, dim=-1).mean() > 0.9
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_what_a_killed_export_left_goes(backbone, photos, tmp_path):
+    left = tmp_path / "out" / ".export-killed"
+    left.mkdir(parents=True)
+    (left / "float32.onnx").write_bytes(b"half")
+    export_onnx(backbone, tmp_path / "out", photos, ExportSettings(images=8))
+    assert not left.exists()
+    with alone(tmp_path / "out"), pytest.raises(UsageError, match="another tosa-convert is writing"):
+        export_onnx(backbone, tmp_path / "out", photos, ExportSettings(images=8))
 
 
 @pytest.mark.usefixtures("shared_exports")

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,9 +25,11 @@ from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
+from tosa_convert.runs.lock import alone
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
 
+SCRATCH = ".export-"
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
 
 
@@ -54,7 +58,7 @@ def export_onnx(
         original: the model before its conversion, for its figures and its speed beside the others.
 
     Raises:
-        UsageError: any size is wanted of a model that takes one size.
+        UsageError: any size is wanted of a model that takes one size, or another export is writing there.
         FailedCheckError: the file is not near enough to the torch model; it is then called ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
@@ -73,7 +77,7 @@ def export_onnx(
     how = settings.opset, settings.any_size, settings.raw_input
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with sizes, tempfile.TemporaryDirectory(prefix=".export-", dir=folder, ignore_cleanup_errors=True) as scratch:
+    with sizes, alone(folder), _scratch_in(folder) as scratch:
         file = Path(scratch) / "float32.onnx"
         write_graph(model, file, *how)
         verifier = Verifier(model, images, task, labelled, settings, original, progress)
@@ -91,6 +95,15 @@ def export_onnx(
     if not check.passed:
         raise FailedCheckError(check, folder / FAILED)
     return check
+
+
+@contextlib.contextmanager
+def _scratch_in(folder: Path) -> Iterator[str]:
+    """A folder for files on the way to ``folder``; those of an export that was killed go."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield scratch
 
 
 def exported(folder: Path) -> dict[str, Path]:

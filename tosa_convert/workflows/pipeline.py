@@ -170,7 +170,6 @@ def eval_stage(
     return results
 
 
-@writes_alone
 def export_stage(
     source: str | Path, settings: ExportSettings, data: str | None, *, out=None, img_size=None, head=None, progress=None
 ) -> dict:
