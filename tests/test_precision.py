@@ -159,7 +159,7 @@ class Counted:
     def write(self, file, left=()):
         self.left = list(left)
 
-    def margin(self, file) -> float:
+    def margin(self, file, images=None) -> float:
         return 1.0 - sum(harm for name, harm in self.harms.items() if name not in self.left)
 
 

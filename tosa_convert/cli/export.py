@@ -62,9 +62,7 @@ def export(
     min_cosine: Annotated[
         float, typer.Option(help="in fewer bits: least mean cosine, of models that give tokens or an embedding")
     ] = 0.99,
-    max_error: Annotated[
-        float, typer.Option(help="in fewer bits: largest error of maps, a share of their variance")
-    ] = 0.01,
+    max_error: Annotated[float, typer.Option(help="in fewer bits: largest error of maps, as a plan has it")] = 0.02,
     threads: Annotated[
         int, typer.Option(help="in fewer bits: threads of the speed measurement", callback=at_least(1))
     ] = 1,

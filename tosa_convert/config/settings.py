@@ -202,7 +202,7 @@ class ExportSettings(BaseModel):
     calibration_images: int = Field(default=32, ge=8)
     min_agreement: float = Field(default=0.97, ge=0, le=1)
     min_cosine: float = Field(default=0.99, ge=0, le=1)
-    max_error: Positive = 0.01
+    max_error: Positive = 0.02
     threads: int = Field(default=1, ge=1)
     also: Literal["openvino"] | None = None
 

@@ -18,6 +18,9 @@ from tosa_convert.models.adapter import run as run_model
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.tasks.task import Task
 
+RANKED = 8
+"""Images on which the harm of each operator is measured."""
+
 
 class Judge:
     """How near a file is to the model that it was made of, on a few images."""
@@ -29,18 +32,19 @@ class Judge:
         with torch.inference_mode():
             self.wanted = [next(iter(run_model(model, image).items())) for image in images]
 
-    def margin(self, file: Path) -> float:
-        """By how much it is within the tolerance; below 0 if it is not."""
+    def margin(self, file: Path, images: int | None = None) -> float:
+        """By how much it is within the tolerance, on all images or the first few; below 0 if it is not."""
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        figures = self.figures(functools.partial(run_session, session))
+        figures = self.figures(functools.partial(run_session, session), images)
         return margin(figures, bounds(list(figures), self.settings))
 
-    def figures(self, run: Callable[[dict], list[torch.Tensor]]) -> dict[str, float]:
+    def figures(self, run: Callable[[dict], list[torch.Tensor]], images: int | None = None) -> dict[str, float]:
         """How near what ``run`` gives is to the model, means over the images."""
         sums: dict[str, float] = {}
-        for feed, (kind, main) in zip(self.feeds, self.wanted, strict=True):
+        feeds, wanted = self.feeds[:images], self.wanted[:images]
+        for feed, (kind, main) in zip(feeds, wanted, strict=True):
             for name, value in closeness(self.model, self.task, kind, run(feed)[0], main).items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(self.feeds)
+                sums[name] = sums.get(name, 0.0) + value.item() / len(feeds)
         return sums
 
 
@@ -78,7 +82,7 @@ def _by_harm(
     with progress.track("operators that hurt", len(groups)) as advance:
         for group in groups:
             int8.write(file, [name for name in int8.operators if name not in group])
-            margins.append(judge.margin(file))
+            margins.append(judge.margin(file, RANKED))
             advance()
     return [group for _, group in sorted(zip(margins, groups, strict=True), key=lambda pair: pair[0])]
 

@@ -48,8 +48,8 @@ def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.
     """Per image, in 0…1, how far two outputs say the same; an output that is not finite agrees with nothing.
 
     "logits" (B, classes): the same top-1. "tokens" (B, N, C): the share of tokens whose cosine is
-    above 0.999; "image_embeds" (B, C): whether it is. Anything else, such as a single score or a depth map: no value
-    further off than a hundredth of the reference's standard deviation.
+    above 0.999; "image_embeds" (B, C): whether it is. Anything else, such as a single score or a depth map: the share
+    of values that are no further off than a hundredth of the reference's standard deviation.
     """
     if kind == "logits" and found.shape[-1] > 1:
         agreed = (found.argmax(-1) == reference.argmax(-1)).float()
@@ -58,7 +58,7 @@ def agreement(kind: str, found: torch.Tensor, reference: torch.Tensor) -> torch.
     elif kind == EMBEDDING:
         agreed = (F.cosine_similarity(found, reference, dim=-1) > CLOSE).float()
     else:
-        furthest = (found - reference).abs().flatten(1).amax(1)
-        agreed = (furthest <= 0.01 * reference[reference.isfinite()].std()).float()
+        near = (found - reference).abs() <= 0.01 * reference[reference.isfinite()].std()
+        agreed = near.float().flatten(1).mean(1)
     finite = found.flatten(1).isfinite().all(1) & reference.flatten(1).isfinite().all(1)
     return agreed * finite
