@@ -17,7 +17,9 @@ from tosa_convert.base.progress import Progress
 TEN = dict.fromkeys(range(3, 13), 0.5)
 CASES = {
     "borrow": {"score": "similarity", "bypass": "borrow", "layers": TEN},
+    "borrow, segments of 5": {"score": "similarity", "bypass": "borrow", "layers": TEN, "segment": 5},
     "merge": {"score": "similarity", "bypass": "merge", "layers": TEN},
+    "merge, segments of 5": {"score": "similarity", "bypass": "merge", "layers": TEN, "segment": 5},
     "random, identity": {"score": "random", "layers": TEN},
     "tome": {"method": "tome", "ratio": 0.6},
     "mctf": {"method": "mctf", "ratio": 0.6},

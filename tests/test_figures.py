@@ -79,7 +79,9 @@ def test_a_section_of_figures_stands_in_its_results(section):
     assert unknown_numbers(text, values) == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/faq.md", "docs/methods.md", "docs/guide.md", "docs/dense.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/faq.md", "docs/methods.md", "docs/guide.md", "docs/dense.md", "docs/deploy.md"]
+)
 def test_other_pages_quote_the_figures(name):
     """Each number is in docs/figures.md, or a setting in the code examples of the page itself."""
     text = (ROOT / name).read_text()
