@@ -184,6 +184,17 @@ def test_a_margin_is_that_of_the_worst_figure(cosine, error):
     assert margin({"patch": math.nan, "error": error}, bounds) < 0
 
 
+@pytest.mark.long
+def test_labels_give_top1_along_the_chain(labelled, tmp_path):
+    model = convert(load("quickstart"), layers=[2], ratio=0.5)
+    settings = ExportSettings(precision="int8", min_agreement=0.5)
+    check = export_onnx(model, tmp_path / "out", labelled, settings, original=load("quickstart"))
+    assert all(0 <= link["top1"] <= 1 for link in check.chain)
+    assert len(check.chain) == 4
+    assert set(check.metrics["top1"]) == {"original", "torch", "onnx"}
+    assert check.metrics["top1"]["onnx"] == check.chain[-1]["top1"]
+
+
 @pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_a_file_can_take_pixels_and_give_probabilities(precision, labelled, tmp_path):
     model = convert(load("quickstart"), layers=[2], ratio=0.5)
