@@ -191,7 +191,7 @@ def timed_as(monkeypatch, overhead: float, slow: float = 0.0):
     monkeypatch.setattr(cost_model, "time_models", times)
 
 
-@pytest.mark.parametrize("overhead", [0.0, 0.05, -0.04])
+@pytest.mark.parametrize("overhead", [0.05, *(pytest.param(each, marks=pytest.mark.long) for each in (0.0, -0.04))])
 def test_a_plan_for_a_latency_is_corrected_until_it_holds(small, monkeypatch, overhead):
     timed_as(monkeypatch, overhead)
     found = find_plan(*small, target_ms=34, segment=1)
@@ -205,7 +205,11 @@ def test_a_plan_for_a_latency_is_corrected_until_it_holds(small, monkeypatch, ov
 
 @pytest.mark.parametrize(
     ("target", "overhead", "message"),
-    [(45, 0, "nothing to convert"), (2, 0, "out of reach"), (38, 2.0, "no gain at this size")],
+    [
+        (45, 0, "nothing to convert"),
+        (2, 0, "out of reach"),
+        pytest.param(38, 2.0, "no gain at this size", marks=pytest.mark.long),
+    ],
 )
 def test_a_latency_that_cannot_be_had_is_refused(small, monkeypatch, target, overhead, message):
     timed_as(monkeypatch, overhead)

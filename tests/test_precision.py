@@ -289,6 +289,7 @@ def test_the_command_shows_the_chain(tmp_path, capsys):
     assert all(len(line) <= 80 for line in shown.splitlines() if "/" not in line)
 
 
+@pytest.mark.long
 def test_maps_are_held_to_the_error_of_their_task(photos, tmp_path):
     from test_dense import depth_model
 
