@@ -47,6 +47,10 @@ def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
     assert {"README.md", "config.json", "model.safetensors", "recipe.yaml"} <= set(files)
     assert files["model.safetensors"] == (quick_run / "model.safetensors").read_bytes()
     assert not any(name.startswith(("metrics", "checkpoint")) for name in files)
+    for name in ("config.json", "README.md"):
+        assert str(quick_run.parent) not in files[name].decode()
+        assert '"/' not in files[name].decode()
+    assert b"hf:someone/fast-vit" in files["README.md"]
     opened = process(hub, tmp_path / "there", "-c", OPEN, "hf:someone/fast-vit")
     assert opened.returncode == 0, opened.stderr
     model = load(quick_run)

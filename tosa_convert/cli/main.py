@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from enum import StrEnum
@@ -164,6 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, where installed, makes it warn
+    # What asks a program to end (docker stop, systemd, timeout) is as Ctrl-C: checkpoints are kept, leftovers go.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(arguments)
     except SystemExit as stop:

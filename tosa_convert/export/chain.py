@@ -25,7 +25,7 @@ STATIC = "int8 static"
 """INT8 with calibrated ranges, where precision auto tries both kinds."""
 CALIBRATION = "minmax"
 """How it is calibrated if no other way is asked for."""
-LEAST = 4
+LEAST = 8
 """Images to calibrate on."""
 Make = Callable[[Path, int], list[str] | None]
 """Writes a file, chosen on so many images, and gives the operators that it left in float; None where no mix is near

@@ -61,6 +61,15 @@ def deliver(source: Path, target: Path) -> None:
         each.unlink(missing_ok=True)
 
 
+def outputs_in(path: Path) -> list[dict]:
+    """Names and shapes of what a graph gives, sides that differ by name."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return [
+        {"name": each.name, "shape": [side.dim_param or side.dim_value for side in each.type.tensor_type.shape.dim]}
+        for each in graph.output
+    ]
+
+
 def remove(path: Path) -> None:
     """A graph and its weights, if they are there."""
     if path.exists():

@@ -16,7 +16,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.chain import Chain
 from tosa_convert.export.check import Check, margin
-from tosa_convert.export.files import deliver, remove
+from tosa_convert.export.files import deliver, outputs_in, remove
 from tosa_convert.export.graph import write_graph
 from tosa_convert.export.ports import SIDES, Ports
 from tosa_convert.export.runtimes import missing
@@ -76,8 +76,7 @@ def export_onnx(
     sizes = adapter_of(model).any_size() if settings.any_size else contextlib.nullcontext()
     how = settings.opset, settings.any_size, settings.raw_input
     check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with sizes, alone(folder), _scratch_in(folder) as scratch:
+    with sizes, alone(folder), _gone_if_empty(folder), _scratch_in(folder) as scratch:
         file = Path(scratch) / "float32.onnx"
         write_graph(model, file, *how)
         verifier = Verifier(model, images, task, labelled, settings, original, progress)
@@ -89,9 +88,10 @@ def export_onnx(
             file, check = Chain(file, verifier, images, settings, progress).best()
         if settings.also:
             check.elsewhere = elsewhere(file, verifier, settings)
+        outputs = outputs_in(file)
         deliver(file, folder / (FILE if check.passed else FAILED))
     remove(folder / (FAILED if check.passed else FILE))
-    _write_facts(model, folder, check, settings)
+    _write_facts(model, folder, check, settings, outputs)
     if not check.passed:
         raise FailedCheckError(check, folder / FAILED)
     return check
@@ -106,11 +106,22 @@ def _scratch_in(folder: Path) -> Iterator[str]:
         yield scratch
 
 
+@contextlib.contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """A folder that was made for nothing goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def exported(folder: Path) -> dict[str, Path]:
     """The checked file that an export left in a folder, by its precision; nothing if there is none."""
     if not (folder / FILE).exists() or not (folder / FACTS).exists():
         return {}
-    return {read_json(folder / FACTS).get("precision", "float32"): folder / FILE}
+    return {read_json(folder / FACTS).get("precision", "float32").split()[0]: folder / FILE}
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -125,21 +136,20 @@ class FailedCheckError(TosaError):
 
     def __init__(self, check: Check, path: Path):
         self.check = check
-        if check.elsewhere and margin(check.elsewhere["figures"], check.elsewhere["bounds"]) < 0:
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in check.elsewhere["figures"].items())
+        found = check.elsewhere
+        if found and margin(found["figures"], found["bounds"]) < 0:
             super().__init__(
-                f"in {check.elsewhere['runtime']} the file is too far from the model: {figures}; the file is marked as "
-                f"{path}; take another --precision or --calibration"
+                f"in {found['runtime']} the file is too far from the model, on {found['images']} images: "
+                f"{_beside(found['figures'], found['bounds'])}; it is marked as {path}; leave --also out to ship it "
+                "for ONNX Runtime, or take another --precision or --calibration"
             )
             return
         if check.bounds:
-            near = ", ".join(
-                f"{name} {check.figures[name]:.4f} (asked: {bound})" for name, bound in check.bounds.items()
-            )
+            mixes = ", and no mix of operators in float is near enough" if check.precision.startswith("int8") else ""
             super().__init__(
-                f"in {check.precision}{' with every mix of operators' if check.precision == 'int8' else ''} the model "
-                f"is too far from float32: {near}; the file is marked as {path}; take another --precision or "
-                "--calibration, or allow more (--min-agreement, --min-cosine, --max-error)"
+                f"in {check.precision} the model is too far from float32: "
+                f"{_beside(check.figures, check.bounds)}{mixes}; the file is marked as {path}; take another "
+                "--precision or --calibration, or allow more (--min-agreement, --min-cosine, --max-error)"
             )
             return
         super().__init__(
@@ -147,6 +157,10 @@ class FailedCheckError(TosaError):
             f"{check.threshold:.0%}; the file is marked as {path}; try another --opset"
             f"{', or leave --any-size out' if len(check.sizes) > 1 else ', or inspect it'}"
         )
+
+
+def _beside(figures: dict[str, float], bounds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {figures[name]:.4f} (asked: {bound:g})" for name, bound in bounds.items())
 
 
 @torch.inference_mode()
@@ -162,7 +176,7 @@ def _refuse_one_size(model: nn.Module) -> None:
         ) from None
 
 
-def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportSettings) -> None:
+def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportSettings, outputs: list[dict]) -> None:
     preprocessing: Preprocessing = preprocessing_of(model)
     ports, sides = Ports(preprocessing, settings.raw_input), SIDES if settings.any_size else preprocessing.size
     facts = {
@@ -176,7 +190,9 @@ def _write_facts(model: nn.Module, folder: Path, check: Check, settings: ExportS
             "scaled_to": [0, 255] if ports.raw else [0, 1],
             "normalised": not ports.raw,
         },
-        **preprocessing.model_dump(mode="json"),
+        "outputs": outputs,
+        # Pixels are normalised within the file.
+        **preprocessing.model_dump(mode="json", exclude={"mean", "std"} if ports.raw else None),
         "classes": class_names(model),
         "opset": settings.opset,
         "precision": check.precision,

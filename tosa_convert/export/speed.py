@@ -32,7 +32,9 @@ def check_threads(settings: ExportSettings) -> None:
         UsageError: there are fewer processors.
     """
     if settings.threads > processors():
-        raise UsageError(f"{settings.threads} threads are more than the {processors()} processors here")
+        raise UsageError(
+            f"{settings.threads} threads are more than the {processors()} processors here; give that many or fewer"
+        )
 
 
 def inputs(verifier: Verifier, count: int) -> list[torch.Tensor]:
@@ -65,6 +67,7 @@ def time_files(
 def note_speed(check: Check, files: dict[str, Path], timings: dict[str, Timing]) -> None:
     """Add size and speed to the links of a check's chain."""
     reference = timings.get(ORIGINAL, timings["float32"])
+    files = {ORIGINAL: files["float32"].with_name(BEFORE), **files}
     for link in check.chain:
         timing = timings.get(link["name"])
         if timing is not None:

@@ -1,5 +1,6 @@
 """ONNX files in ONNX Runtime, beside the torch model that they were made of."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,10 +149,12 @@ class Verifier:
 
     def examples(self, count: int) -> Iterator[torch.Tensor]:
         """Up to ``count`` images that are checked, spread over them, one by one: (1, C, H, W)."""
-        for place in range(0, len(self.images), -(-len(self.images) // count)):
-            image = self.images[place][0]
-            if image is not None:
-                yield image[None]
+        step = max(1, len(self.images) // count)
+        # Those in between come last: they stand in for images that cannot be read.
+        order = sorted(range(len(self.images)), key=lambda place: (place % step, place))
+        good = (image for image, *_ in map(self.images.__getitem__, order) if image is not None)
+        for image in itertools.islice(good, count):
+            yield image[None]
 
     @torch.inference_mode()
     def _check_other_sizes(self, session: onnxruntime.InferenceSession, check: Check) -> None:

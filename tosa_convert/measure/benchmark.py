@@ -187,13 +187,21 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
         for value in given:
             if value not in known:
                 raise UsageError(f"{name} {value!r} is not known; choose from {', '.join(known)}")
+    for precision in settings.precisions:
+        able = [name for name, known in runtimes.PRECISIONS.items() if precision in known]
+        if not set(able) & set(settings.runtimes):
+            raise UsageError(
+                f"{precision} is timed in {' and '.join(able)}; add one of them to --runtime, or leave it out"
+            )
     if "bfloat16" in settings.precisions and device == "cpu":
         raise UsageError("bfloat16 is timed on a GPU; leave it out on the CPU")
     if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
         raise UsageError("batch sizes and image sizes have to be 1 or more")
     available = processors()
     if settings.threads > available:
-        raise UsageError(f"{settings.threads} threads are more than the {available} processors here")
+        raise UsageError(
+            f"{settings.threads} threads are more than the {available} processors here; give that many or fewer"
+        )
     for name, (height, width) in product(models, _sizes(models, settings)):
         adapter = adapter_of(models[name])
         if not adapter.fits((height, width)):

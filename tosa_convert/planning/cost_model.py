@@ -94,7 +94,9 @@ class Conditions:
         if why := missing(self.runtime, "cpu"):
             raise UsageError(why)
         if self.threads > processors():
-            raise UsageError(f"{self.threads} threads are more than the {processors()} processors here")
+            raise UsageError(
+                f"{self.threads} threads are more than the {processors()} processors here; give that many or fewer"
+            )
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"

@@ -37,7 +37,9 @@ def within_latency(search: Search, budget: float, conditions: Conditions, target
     """
     least = search.least()
     if budget < least or least >= 1:
-        search.refuse(budget, target_ms and f"{target_ms:g} ms, {budget:.2f} of the original's ({conditions}),")
+        if target_ms is None:
+            search.refuse(budget)
+        search.refuse(budget, f"a target of {target_ms:g} ms ({conditions})", target_ms / budget)
     found: list[Plan] = []
     asked = budget
     for _ in range(TRIES):

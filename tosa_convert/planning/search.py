@@ -268,10 +268,11 @@ class Search:
         lowest = Allocation(dict.fromkeys(self.layers, FINE[-1]), self.spans[-1])
         return self.prices.total(lowest.ratios, lowest.segments)
 
-    def refuse(self, budget: float, asked: str = "") -> NoReturn:
+    def refuse(self, budget: float, asked: str = "", original_ms: float | None = None) -> NoReturn:
         """
         Args:
             asked: the budget in the words of the user.
+            original_ms: what the original takes, where it is a latency in milliseconds.
 
         Raises:
             UsageError: no plan comes down to the budget.
@@ -285,7 +286,8 @@ class Search:
         asked, bypass = asked or f"budget {budget}", self.probe.tosa_config.bypass
         raise UsageError(
             f"{asked} is out of reach: by {self.prices.by} {bypass} comes down to "
-            f"{math.ceil(100 * least) / 100:.2f}; give that or more{self._outside()}"
+            f"{_rounded_up(least) if original_ms is None else f'{least * original_ms:.1f} ms'}; give that or more"
+            f"{self._outside()}"
         )
 
     def _outside(self) -> str:
@@ -293,3 +295,7 @@ class Search:
         cost = flops(self.model)
         outside = 1 - sum(layer.original for layer in cost.layers) / cost.original
         return f" ({outside:.0%} of the multiply–adds are outside of the layers)" if outside > MUCH else ""
+
+
+def _rounded_up(share: float) -> str:
+    return f"{math.ceil(100 * share) / 100:.2f}"

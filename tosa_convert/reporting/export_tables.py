@@ -8,7 +8,7 @@ NAMES = {"original": "original, float32", "torch": "this model in torch"}
 
 
 def export_table(results: dict) -> Table:
-    if results.get("chain") and results["precision"] != "float32":
+    if results.get("tried") or results.get("bounds"):
         return _chain_table(results)
     rows = [
         ["images checked", str(results["images"])],
@@ -54,21 +54,18 @@ def _chain_table(results: dict) -> Table:
         f"{name} {results['figures'][name]:.4f} ({'at most' if name == 'error' else 'at least'} {bound:g})"
         for name, bound in results["bounds"].items()
     )
-    notes = [f"near enough to float32: {near}"] if results["passed"] else [f"NOT near enough to float32: {near}"]
+    worst = "in the worst of the image sizes, " if len(results["sizes"]) > 1 else ""
+    notes = [f"{'' if results['passed'] else 'NOT '}near enough to float32: {worst}{near}"] if near else []
     selected = list(dict(sorted(results["selected"].items(), key=lambda item: int(item[0]))).values())
     if selected:
         notes.append(
             f"the same tokens as in torch: {percent(min(selected))} in the worst of {len(selected)} layers, "
             f"{percent(sum(selected) / len(selected))} in the mean"
         )
-    speeds = {link["name"]: link["ms"] for link in links if "ms" in link}
-    if results["precision"] in speeds and speeds[results["precision"]] >= speeds["float32"]:
-        notes.append(
-            f"{results['precision']} is NO faster here than float32: `tosa-convert doctor` says what the processor can "
-            "do"
-        )
+    notes += _slower(results)
     if results["left"]:
-        notes.append(f"left in float: {len(results['left'])} operators, {', '.join(results['left'][:4])} …")
+        names, more = results["left"][:4], len(results["left"]) - 4
+        notes.append(f"left in float: {', '.join(names)}{f' and {more} more operators' if more > 0 else ''}")
     notes += [f"tried {name}: {said}" for name, said in results["tried"].items()]
     before = links[0]["name"] == "original"
     notes.append(f"{results['images']} images; figures against {'the original' if before else 'the model in torch'}")
@@ -78,6 +75,20 @@ def _chain_table(results: dict) -> Table:
         rows,
         notes + _elsewhere(results) + broken_notes(results["broken"]),
     )
+
+
+def _slower(results: dict) -> list[str]:
+    """Whether the file that is shipped is slower than the original, or no faster than the same in float32."""
+    speeds = {link["name"]: link["ms"] for link in results["chain"] if "ms" in link}
+    ours, notes = speeds.get(results["precision"]), []
+    if ours is None:
+        return []
+    if ours >= speeds.get("original", ours + 1):
+        notes.append("the file is SLOWER here than the original: at this size the conversion does not pay")
+    if results["precision"] != "float32" and ours >= speeds["float32"]:
+        why = "`tosa-convert doctor` says what the processor can do"
+        notes.append(f"{results['precision']} is NO faster here than float32: {why}")
+    return notes
 
 
 def _brief(key: str) -> bool:

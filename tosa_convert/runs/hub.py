@@ -3,13 +3,14 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import safe_open
 
 from tosa_convert.base.errors import TosaError, UsageError
-from tosa_convert.base.files import read_json, write_json
+from tosa_convert.base.files import read_json, write_json, write_text
 from tosa_convert.runs import folder as runs
 
 SHIPPED = (
@@ -53,6 +54,8 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
     """
     if not runs.is_run(run):
         raise UsageError(f"{run} is not a finished run; name the folder of one")
+    if name.count("/") != 1:
+        raise UsageError(f"{name!r} is no name on the hub; give ORG/NAME, such as my-team/fast-vit")
     _check_weights(run)
     api = HfApi()
     try:
@@ -66,8 +69,11 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
             )
         with tempfile.TemporaryDirectory() as scratch:
             write_json(Path(scratch) / "config.json", _without_places(read_json(run / "config.json")))
-            for file in sorted(ours - {"config.json"}):
+            for file in sorted(ours - {"config.json", "README.md"}):
                 (Path(scratch) / file).symlink_to((run / file).resolve())
+            if "README.md" in ours:
+                text = (run / "README.md").read_text(encoding="utf-8")
+                write_text(Path(scratch) / "README.md", _without_folder(text, run).replace("hf:ORG/NAME", f"hf:{name}"))
             message = f"tosa-convert run {run.name}"
             api.upload_folder(repo_id=place.repo_id, folder_path=scratch, commit_message=message)
     except HFValidationError as error:
@@ -106,7 +112,23 @@ def _without_places(config: dict) -> dict:
     origin |= {name: None for name in ("checkpoint", "head_checkpoint") if origin.get(name)}
     if origin["checkpoint"] is None and config["origin"].get("checkpoint"):
         origin["source"] = None  # its weights came from a file
-    return {**config, "origin": origin}
+    return _shortened({**config, "origin": origin})
+
+
+def _shortened(content: Any) -> Any:
+    """Nested values with the last part in the place of each absolute path."""
+    if isinstance(content, dict):
+        return {key: _shortened(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_shortened(value) for value in content]
+    return Path(content).name if isinstance(content, str) and content.startswith(("/", "~")) else content
+
+
+def _without_folder(text: str, run: Path) -> str:
+    """A text that names the run without the folders that it lies in."""
+    for folder in {str(run), str(run.resolve()), str(run.absolute())}:
+        text = text.replace(folder, run.name)
+    return text
 
 
 def _gist(error: Exception) -> str:
