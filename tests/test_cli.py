@@ -283,8 +283,9 @@ def test_debug_shows_the_traceback(tosa):
     assert "loading.py" in debug.stderr
 
 
-def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
-    """Ctrl-C, as the terminal sends it, in the middle of the training."""
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_an_interrupted_training_resumes_by_command(number, tosa, labelled, tmp_path):
+    """Ctrl-C, as the terminal sends it, or what a service manager sends, in the middle of the training."""
     (tmp_path / "slow.yaml").write_text(
         f"model: quickstart\ndata: {{train: {labelled}}}\nconvert: {{layers: [2]}}\n"
         "distill: {steps: 40, batch_size: 16, log_every: 1}\n"
@@ -294,7 +295,7 @@ def test_an_interrupted_training_resumes_by_command(tosa, labelled, tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "cut/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in err
