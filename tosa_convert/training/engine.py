@@ -184,7 +184,9 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
 
 
 class _CtrlC:
-    """Notes the first Ctrl-C, so that the step in hand is finished and kept; a second one stops at once."""
+    """Notes the first Ctrl-C or SIGTERM, so that the step in hand is finished and kept; a second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, enabled: bool):
         self.requested = False
@@ -192,15 +194,19 @@ class _CtrlC:
 
     def __enter__(self) -> None:
         if self.enabled:
-            self.before = signal.signal(signal.SIGINT, self._note)
+            self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def __exit__(self, *error) -> None:
         if self.enabled:
-            signal.signal(signal.SIGINT, self.before)
+            self._as_before()
 
     def _note(self, number: int, frame) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self.before)
+        self._as_before()
+
+    def _as_before(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def _settle(fresh: Path, kept: Path) -> None:
