@@ -60,4 +60,8 @@ def _speedups(results: dict | None, run: Path) -> list[list[str]]:
 def _check(results: dict | None, run: Path) -> str:
     if results is None:
         return _not_measured("export", run)
-    return f"{'passed' if results['passed'] else 'FAILED'}, {percent(results['agreement'], 2)} agreement with torch"
+    outcome = "passed" if results["passed"] else "FAILED"
+    if results.get("bounds"):
+        near = ", ".join(f"{name} {results['figures'][name]:.4f}" for name in results["bounds"])
+        return f"{outcome}, {results['precision']}: {near} against float32"
+    return f"{outcome}, {percent(results['agreement'], 2)} agreement with torch"
