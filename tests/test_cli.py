@@ -50,6 +50,7 @@ def test_the_whole_way_from_a_model_to_a_checked_file(tosa, labelled, tmp_path):
         "model.safetensors",
         "recipe.yaml",
         "report.md",
+        "README.md",
     }
     code, out, err = tosa("finetune", "a", "--data", labelled, "--steps", "2", "--batch-size", "2", "--out", "b")
     assert code == 0, err
