@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
 from tosa_convert.base import environment
 from tosa_convert.cli.main import main
-from tosa_convert.export import files, gate, quantization
+from tosa_convert.export import chain, files, gate, quantization
 from tosa_convert.export.check import margin
 from tosa_convert.export.onnx import FailedCheckError
 from tosa_convert.export.ports import Ports
@@ -138,6 +138,25 @@ def test_what_hurts_stays_in_float_and_nothing_else(photos, tmp_path):
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
     assert [node.name for node in products] == check.left
     assert list(weights[products[0].input[1]]) == [256, 64]
+
+
+def test_operators_are_chosen_anew_where_some_images_did_not_tell(photos, tmp_path, monkeypatch):
+    """As if all operators had been near enough on the first images."""
+    seen, real = [], chain.within_tolerance
+
+    def blind_at_first(int8, file, judge, layers, progress):
+        seen.append(len(judge.feeds))
+        if len(seen) > 1:
+            return real(int8, file, judge, layers, progress)
+        int8.write(file)
+        return []
+
+    monkeypatch.setattr(chain, "EXAMPLES", 4)
+    monkeypatch.setattr(chain, "within_tolerance", blind_at_first)
+    check = export_onnx(with_an_outlier(), tmp_path / "out", photos, ExportSettings(precision="int8", images=8))
+    assert check.passed
+    assert seen == [4, 8]
+    assert len(check.left) == 1
 
 
 @pytest.mark.usefixtures("shared_exports")

@@ -8,28 +8,29 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("tosa-convert", "torch", "timm", "transformers", "onnxruntime", "fvcore", "accelerate")
-
-
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """What processors call their instructions for products of 8-bit numbers."""
 
 
 def instructions() -> list[str]:
     """What the processor says that it can do, as Linux lists it; nothing elsewhere."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    found = next((line for line in _processor_lines() if line.startswith(("flags", "Features"))), ":")
     return found.split(":", 1)[1].split()
 
 
 def int8_instructions() -> list[str]:
     """Those for products of 8-bit numbers that this processor has."""
-    return [name for name in INT8 if name in instructions()]
+    known = instructions()
+    return [name for name in INT8 if name in known]
+
+
+def _processor_lines() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
 
 
 def machine(device: str = "cpu") -> dict:
     """Processor (and GPU, where it computes), cores, Python and package versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = [line.split(":", 1)[1].strip() for line in _processor_lines() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

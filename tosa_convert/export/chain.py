@@ -60,7 +60,7 @@ class Chain:
         if not checks["float32"].passed:
             return self.float32, checks["float32"]
         for name in self.makers:
-            if self.left[name] and not checks[name].passed:
+            if self.left[name] is not None and not checks[name].passed and len(self.verifier.images) > EXAMPLES:
                 checks[name] = self._on_all_images(name)
             checks[name].left = self.left[name] or []
         timings = time_files(self.files, self.verifier, self.settings, self.progress)

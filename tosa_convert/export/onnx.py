@@ -84,7 +84,8 @@ def export_onnx(
             check = verifier.check({"float32": file})["float32"]
         else:
             if original is not None:
-                write_graph(original, Path(scratch) / BEFORE, *how)
+                # It is timed at the model's own size; any other would be for its own adapter to allow.
+                write_graph(original, Path(scratch) / BEFORE, settings.opset, False, settings.raw_input)
             file, check = Chain(file, verifier, images, settings, progress).best()
         if settings.also:
             check.elsewhere = elsewhere(file, verifier, settings)

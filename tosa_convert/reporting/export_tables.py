@@ -56,7 +56,7 @@ def _chain_table(results: dict) -> Table:
     )
     worst = "in the worst of the image sizes, " if len(results["sizes"]) > 1 else ""
     notes = [f"{'' if results['passed'] else 'NOT '}near enough to float32: {worst}{near}"] if near else []
-    selected = list(dict(sorted(results["selected"].items(), key=lambda item: int(item[0]))).values())
+    selected = list(results["selected"].values())
     if selected:
         notes.append(
             f"the same tokens as in torch: {percent(min(selected))} in the worst of {len(selected)} layers, "
@@ -71,7 +71,7 @@ def _chain_table(results: dict) -> Table:
     notes.append(f"{results['images']} images; figures against {'the original' if before else 'the model in torch'}")
     return Table(
         f"{results['file']}, {results['precision']}",
-        ["", *(_title(key) if key not in titles else titles[key] for key in (*figures, *known))],
+        ["", *(titles.get(key) or _title(key) for key in (*figures, *known))],
         rows,
         notes + _elsewhere(results) + broken_notes(results["broken"]),
     )
