@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tosa_convert.base.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -61,6 +63,15 @@ def interleave(
 def processors() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """
+    Raises:
+        UsageError: this process may use fewer processors.
+    """
+    if threads > processors():
+        raise UsageError(f"{threads} threads are more than the {processors()} processors here; give that many or fewer")
 
 
 @contextmanager

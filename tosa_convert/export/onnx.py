@@ -13,6 +13,7 @@ from torch import nn
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
+from tosa_convert.base.timing import check_threads
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.chain import Chain
 from tosa_convert.export.check import Check, margin
@@ -20,7 +21,7 @@ from tosa_convert.export.files import deliver, outputs_in, remove
 from tosa_convert.export.graph import write_graph
 from tosa_convert.export.ports import SIDES, Ports
 from tosa_convert.export.runtimes import missing
-from tosa_convert.export.speed import BEFORE, check_threads, elsewhere
+from tosa_convert.export.speed import BEFORE, elsewhere
 from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
@@ -62,7 +63,7 @@ def export_onnx(
         FailedCheckError: the file is not near enough to the torch model; it is then called ``model.failed.onnx``.
     """
     folder, settings = Path(folder), settings or ExportSettings()
-    check_threads(settings)
+    check_threads(settings.threads)
     if settings.also and (why := missing(settings.also, "cpu")):
         raise UsageError(why)
     model = _plain(model)

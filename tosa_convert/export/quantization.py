@@ -1,6 +1,5 @@
 """Files with fewer bits, made of a float32 one by ONNX Runtime's own tools."""
 
-import functools
 import inspect
 import itertools
 import platform
@@ -10,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx.external_data_helper import load_external_data_for_model
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_dynamic
-from onnxruntime.quantization import quantize_static as _quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
@@ -79,24 +83,18 @@ class Int8:
             if self.calibration is None:
                 quantize_dynamic(self.prepared, target, op_types_to_quantize=list(PRODUCTS), **shared)
             else:
+                # An onnxruntime that cannot keep what it calibrated does so again for each file.
+                keeps = "calibration_cache_path" in inspect.signature(quantize_static).parameters
                 quantize_static(
                     self.prepared,
                     target,
                     _Reader(self.prepared, self.images),
                     op_types_to_quantize=[*PRODUCTS, "Conv"],
                     calibrate_method=METHODS[self.calibration],
-                    calibration_cache_path=self.ranges,
+                    **({"calibration_cache_path": self.ranges} if keeps else {}),
                     **shared,
                 )
         _without_chosen(target)
-
-
-@functools.wraps(_quantize_static)
-def quantize_static(*args, calibration_cache_path: Path, **kwargs) -> None:
-    """An onnxruntime that cannot keep what it calibrated does so again for each file."""
-    if "calibration_cache_path" in inspect.signature(_quantize_static).parameters:
-        kwargs["calibration_cache_path"] = calibration_cache_path
-    _quantize_static(*args, **kwargs)
 
 
 class _Reader(CalibrationDataReader):

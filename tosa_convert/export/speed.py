@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.base.timing import Timing, interleave, pinned, processors
+from tosa_convert.base.timing import Timing, interleave, pinned
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export import openvino
 from tosa_convert.export.check import Check, bounds
@@ -24,17 +23,6 @@ EXAMPLES = 32
 """Images on which a file is compared with its model in another runtime."""
 BEFORE = "original.onnx"
 """The float32 file of the model before its conversion."""
-
-
-def check_threads(settings: ExportSettings) -> None:
-    """
-    Raises:
-        UsageError: there are fewer processors.
-    """
-    if settings.threads > processors():
-        raise UsageError(
-            f"{settings.threads} threads are more than the {processors()} processors here; give that many or fewer"
-        )
 
 
 def inputs(verifier: Verifier, count: int) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.base.timing import Timing, interleave, pinned, processors, quartiles
+from tosa_convert.base.timing import Timing, check_threads, interleave, pinned, quartiles
 from tosa_convert.data.images import sample
 from tosa_convert.export import runtimes
 from tosa_convert.export.graph_files import GraphFiles
@@ -197,11 +197,7 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
         raise UsageError("bfloat16 is timed on a GPU; leave it out on the CPU")
     if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
         raise UsageError("batch sizes and image sizes have to be 1 or more")
-    available = processors()
-    if settings.threads > available:
-        raise UsageError(
-            f"{settings.threads} threads are more than the {available} processors here; give that many or fewer"
-        )
+    check_threads(settings.threads)
     for name, (height, width) in product(models, _sizes(models, settings)):
         adapter = adapter_of(models[name])
         if not adapter.fits((height, width)):

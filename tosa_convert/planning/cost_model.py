@@ -9,7 +9,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.base.timing import processors
+from tosa_convert.base.timing import check_threads
 from tosa_convert.export.runtimes import PRECISIONS, missing
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
@@ -93,10 +93,7 @@ class Conditions:
             )
         if why := missing(self.runtime, "cpu"):
             raise UsageError(why)
-        if self.threads > processors():
-            raise UsageError(
-                f"{self.threads} threads are more than the {processors()} processors here; give that many or fewer"
-            )
+        check_threads(self.threads)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
