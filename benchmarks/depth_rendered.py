@@ -1,9 +1,13 @@
-"""What token reduction does to depth: DeiT-Tiny under NeWCRFs, trained from scratch on rendered rooms and streets.
+"""What token reduction does to depth under NeWCRFs, trained on rendered rooms and streets: DeiT-Tiny from scratch, or the
+head alone on a backbone with weights.
 
     python benchmarks/render_rooms.py --out rooms --train 4000 --test 300 --plan 48
     python benchmarks/depth_rendered.py --rooms rooms --work work --out benchmarks/results/depth_rendered.json
+    python benchmarks/depth_rendered.py --rooms rooms --work work_dinov2 --model vit_small_patch14_dinov2 \\
+        --checkpoint dinov2/timm.safetensors --images 4000 --fine 800 \\
+        --out benchmarks/results/depth_rendered_dinov2.json
 
-For each seed a model is trained as it is, then measured with its tokens reduced and no training, and after fine-tuning
+For each seed a model is trained as it is (only its head where the backbone has weights), then measured with its tokens reduced and no training, and after fine-tuning
 with as many steps for each method, and for the original as their control. Everything here is drawn by a script: the
 figures say what a method costs a model that knows these scenes, not how well it would do on photographs. Budgets are
 shares of the multiply-adds of the backbone; those of the whole model stand beside them. Goes on where it was.
@@ -33,11 +37,11 @@ from tosa_convert.planning.plan import find_plan
 from tosa_convert.runs.folder import save
 from tosa_convert.runs.provenance import as_it_is
 
-MODEL, LAYERS, RATIO = "deit_tiny", [2, 4, 6, 8, 10], 0.8
+LAYERS, RATIO = [2, 4, 6, 8, 10], 0.8
 BUDGETS = (0.8, 0.7, 0.6)
 UNTRAINED = ("plan", "similarity/merge", "tome", "random")
 TRAINED = ("original", "tosa", "tome", "similarity/merge")
-SHOWN = ("abs_rel", "rmse", "silog", "delta1")
+SHOWN = ("abs_rel", "rmse", "silog", "delta1", "depth_error")
 
 
 def base(given, seed: int):
@@ -47,28 +51,33 @@ def base(given, seed: int):
         return tc.load(folder)
     torch.manual_seed(seed)
     given.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = given.work / f"random{seed}.safetensors"
-    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), checkpoint)
+    checkpoint = given.checkpoint or from_scratch(given, seed)
     head = {"task": "depth", "head": given.head, "max_depth": 60.0}
-    model = tc.load(MODEL, checkpoint=checkpoint, img_size=given.side, **head)
+    model = tc.load(given.model, checkpoint=checkpoint, img_size=given.side, **head)
     model = tc.convert(model, ratio=1.0)
-    learn(model, given, seed, given.images, 5e-4, folder / "training")
+    learn(model, given, seed, given.images, 5e-4, folder / "training", head_only=given.checkpoint is not None)
     save(as_it_is(model), folder)
     return tc.load(folder)
 
 
-def learn(model, given, seed: int, images: int, lr: float, out: Path | None = None) -> None:
-    settings = FinetuneSettings(
-        steps=images // 8, lr=lr, augment="flip", precision="bf16", log_every=25, weight_decay=0.05
-    )
+def from_scratch(given, seed: int) -> Path:
+    checkpoint = given.work / f"random{seed}.safetensors"
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), checkpoint)
+    return checkpoint
+
+
+def learn(model, given, seed: int, images: int, lr: float, out: Path | None = None, head_only: bool = False) -> None:
+    common = {"augment": "flip", "precision": "bf16", "log_every": 25, "weight_decay": 0.05}
+    settings = FinetuneSettings(steps=images // 8, lr=lr, head_only=head_only, **common)
     data = f"depth:{given.rooms / 'train'}"
     resume = out is not None and out.exists()
     tc.finetune(model, data, settings, seed=seed, out=out, resume=resume, device="cpu")
 
 
-def measured(model, given) -> dict:
-    found = evaluate(model, f"depth:{given.rooms / 'test'}", batch_size=8, device="cpu")["models"]["model"]
-    return {name: found[name] for name in SHOWN}
+def measured(model, original, given) -> dict:
+    models = {"original": original, "model": model}
+    found = evaluate(models, f"depth:{given.rooms / 'test'}", reference="original", batch_size=8, device="cpu")
+    return {name: found["models"]["model"][name] for name in SHOWN}
 
 
 def costs(model) -> dict:
@@ -97,7 +106,10 @@ def seed_rows(given, seed: int, done: dict, keep) -> None:
             started = time.monotonic()
             try:
                 found = make()
-                done[name] = {**measured(found, given), **(costs(found) if hasattr(found, "tosa_config") else {})}
+                done[name] = {
+                    **measured(found, model, given),
+                    **(costs(found) if hasattr(found, "tosa_config") else {}),
+                }
             except tc.TosaError as error:
                 done[name] = {"refused": str(error)}
             keep()
@@ -133,6 +145,8 @@ def main() -> None:
     parser.add_argument("--rooms", required=True, type=Path, help="what render_rooms.py wrote")
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--model", default="deit_tiny")
+    parser.add_argument("--checkpoint", type=Path, help="the backbone's weights; without: from scratch")
     parser.add_argument("--head", default="newcrfs")
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--images", type=int, default=12000, help="seen in training")
@@ -141,7 +155,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     given.work.mkdir(parents=True, exist_ok=True)
-    facts = {"head": given.head, "side": given.side, "images": given.images, "fine": given.fine}
+    facts = {"model": given.model, "head": given.head, "side": given.side, "images": given.images, "fine": given.fine}
     for seed in map(int, given.seeds.split(",")):
         done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
 
