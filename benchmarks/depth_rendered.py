@@ -1,16 +1,17 @@
-"""What token reduction does to depth under NeWCRFs, trained on rendered rooms and streets: DeiT-Tiny from scratch, or the
-head alone on a backbone with weights.
+"""What token reduction does to depth under NeWCRFs, trained on rendered rooms and streets: DeiT-Tiny from scratch, or
+the head alone on a backbone with weights.
 
     python benchmarks/render_rooms.py --out rooms --train 4000 --test 300 --plan 48
     python benchmarks/depth_rendered.py --rooms rooms --work work --out benchmarks/results/depth_rendered.json
-    python benchmarks/depth_rendered.py --rooms rooms --work work_dinov2 --model vit_small_patch14_dinov2 \\
-        --checkpoint dinov2/timm.safetensors --images 4000 --fine 800 \\
+    python benchmarks/depth_rendered.py --rooms rooms --work work_dinov2 --images 4000 --fine 800 \\
+        --model vit_small_patch14_dinov2 --checkpoint dinov2/timm.safetensors \\
         --out benchmarks/results/depth_rendered_dinov2.json
 
-For each seed a model is trained as it is (only its head where the backbone has weights), then measured with its tokens reduced and no training, and after fine-tuning
-with as many steps for each method, and for the original as their control. Everything here is drawn by a script: the
-figures say what a method costs a model that knows these scenes, not how well it would do on photographs. Budgets are
-shares of the multiply-adds of the backbone; those of the whole model stand beside them. Goes on where it was.
+For each seed a model is trained as it is (only its head where the backbone has weights), then measured with its tokens
+reduced and no training, and after fine-tuning with as many steps for each method, and for the original as their
+control. Everything here is drawn by a script: the figures say what a method costs a model that knows these scenes, not
+how well it would do on photographs. Budgets are shares of the multiply-adds of the backbone; those of the whole model
+stand beside them. Goes on where it was.
 """
 
 import argparse
