@@ -273,15 +273,29 @@ def test_masks_are_learnt_and_measured(tmp_path, channels):
     write_pairs(tmp_path, pairs, folder="masks")
     backbone = lively(FAMILIES["timm dinov2 registers"]())
     model = with_head(backbone, HeadConfig(task="segmentation", channels=channels))
-    name = "iou" if channels == 1 else "miou"
+    name = "iou" if channels == 1 else "image_miou"
     before = evaluate(model, f"masks:{tmp_path}")["models"]["model"][name]
     settings = FinetuneSettings(steps=40, batch_size=3, lr=3e-3, augment="none")
     model = convert(model, ratio=1.0)
     finetune(model, f"masks:{tmp_path}", settings, device="cpu")
-    assert evaluate(model, f"masks:{tmp_path}")["models"]["model"][name] > before + 0.1
+    after = evaluate(model, f"masks:{tmp_path}")["models"]["model"]
+    assert after[name] > before + 0.1
+    assert ("miou" in after) == (channels > 1)
     twin = original(model)
     found = evaluate({"original": twin, "model": model}, f"masks:{tmp_path}", reference="original")
     assert found["models"]["model"]["map_iou"] == pytest.approx(1.0)
+
+
+def test_the_miou_of_a_data_set_sums_pixels_over_images():
+    """Two images: of class 1 there are 1 of 2 pixels, then 0 of 1; the mean of the images' own would be another."""
+    task = Segmentation(2)
+    truth = torch.tensor([[[1.0, 1.0, 0.0, 255.0]], [[0.0, 0.0, 0.0, 1.0]]])
+    classes = torch.tensor([[[1, 0, 0, 1]], [[0, 0, 0, 0]]])
+    output = 9.0 * torch.nn.functional.one_hot(classes, 2).permute(0, 3, 1, 2)
+    found = task.concluded(task.tally(output[:1], truth[:1]) + task.tally(output[1:], truth[1:]))
+    assert found["miou"] == pytest.approx((4 / 6 + 1 / 3) / 2)
+    assert task.measure(output, truth)["image_miou"].tolist() == pytest.approx([1 / 2, (3 / 4 + 0) / 2])
+    assert Segmentation().concluded(Segmentation().tally(output[:, 1:] - 1, truth)) == {}
 
 
 def test_numbers_of_mask_files_are_made_sense_of():

@@ -69,6 +69,7 @@ def evaluate(
     against_original = task.differences or ("agreement", "cosine")
     kept = [*(task.metrics if labelled else ()), *(against_original if reference else ())]
     sums = {name: dict.fromkeys(kept, 0.0) for name in models}
+    tallies = dict.fromkeys(models, 0.0)
     embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in models}
     seen, unknown, broken = 0, 0, []
     batches = loader(images, batch_size, workers)
@@ -86,6 +87,8 @@ def evaluate(
                         embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
                         sums[name][key] += (values[known] if key in task.metrics else values).sum().item()
+                    if labelled:
+                        tallies[name] += task.tally(prediction, truth)
                 unknown += 0 if known is None else int((~known).sum())
             seen += count
             advance()
@@ -95,6 +98,8 @@ def evaluate(
         raise TosaError(f"in none of the maps of {images.name} anything is known; check its files")
     counts = {key: seen - unknown if key in task.metrics else seen for key in kept}
     figures = {name: {key: total / counts[key] for key, total in totals.items()} for name, totals in sums.items()}
+    if labelled:
+        figures = {name: task.concluded(tallies[name]) | found for name, found in figures.items()}
     for name, parts in embeddings.items():
         if parts and reference:  # among all images, not within a batch
             same = retrieval_agreement(torch.cat(parts), torch.cat(embeddings[reference]))

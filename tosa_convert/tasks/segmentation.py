@@ -21,7 +21,8 @@ class Segmentation(Task):
     its number is above half of 255, or above 0 where there is none above 1.
     """
 
-    metrics = {"iou": Metric("IoU", percent=True), "miou": Metric("mIoU per image", percent=True)}  # noqa: RUF012
+    metrics = {"iou": Metric("IoU", percent=True), "image_miou": Metric("mIoU per image", percent=True)}  # noqa: RUF012
+    overall = {"miou": Metric("mIoU", percent=True)}  # noqa: RUF012
     differences = {"map_iou": Metric("IoU with original", percent=True)}  # noqa: RUF012
     error_is = "1 − IoU of the two maps, as shares of a pixel"
     takes_heads, wants = True, "give masks with masks:"
@@ -29,8 +30,9 @@ class Segmentation(Task):
 
     def __init__(self, channels: int = 1):
         self.channels = channels
-        main = "iou" if channels == 1 else "miou"
+        main = "iou" if channels == 1 else "image_miou"
         self.metrics = {main: type(self).metrics[main]}
+        self.overall = {} if channels == 1 else type(self).overall
 
     @classmethod
     def of(cls, model):
@@ -87,6 +89,25 @@ class Segmentation(Task):
                 overlap(classes_of(logits)[known], truth[known].long(), len(logits)) if known.any() else nothing
             )
         return {next(iter(self.metrics)): torch.stack(values)}
+
+    def tally(self, output, labels):
+        """Pixels, (2, K): of each class those that are found and true, and those that are either."""
+        counts = torch.zeros(2, self.channels, dtype=torch.double)
+        for logits, numbers, _ in at_truth(output, labels):
+            truth = self.truth(numbers[None])[0]
+            known = truth.isfinite()
+            found, true = (
+                F.one_hot(classes, max(2, self.channels))[:, -self.channels :].bool()
+                for classes in (classes_of(logits)[known], truth[known].long())
+            )
+            counts += torch.stack([(found & true).sum(0), (found | true).sum(0)]).cpu()
+        return counts
+
+    def concluded(self, tally):
+        """The mean over classes of their IoU in the whole data set, of those that are anywhere found or true."""
+        both, either = tally
+        there = either > 0
+        return {"miou": (both[there] / either[there]).mean().item()} if self.overall else {}
 
     def loss(self, output, labels, settings):
         truth = self.truth(labels)

@@ -53,10 +53,12 @@ class Task:
         unit: of the values of a map, such as "m".
         png_scale: what a value of a map is multiplied by in a PNG file; None for what fills 16 bits.
         differences: name → metric of how far an output is from the original's, of tasks whose output is a map.
+        overall: name → metric of all images of a data set together, which is no mean over them.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     differences: ClassVar[Mapping[str, Metric]] = {}
+    overall: ClassVar[Mapping[str, Metric]] = {}
     wants: ClassVar[str] = "labels"
     learns: ClassVar[bool] = True
     takes_heads: ClassVar[bool] = False
@@ -108,6 +110,14 @@ class Task:
 
     def measure(self, output: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """For each of :attr:`metrics` its value per image, (B,), of the model's main output."""
+        return {}
+
+    def tally(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | float:
+        """What :meth:`concluded` needs of a batch; it is added up over all of them."""
+        return 0.0
+
+    def concluded(self, tally: torch.Tensor) -> dict[str, float]:
+        """For each of :attr:`overall` its value."""
         return {}
 
     def known(self, labels: torch.Tensor) -> torch.Tensor:
@@ -176,4 +186,5 @@ def differences() -> dict[str, Metric]:
 
 def every_metric() -> dict[str, Metric]:
     """Those of all tasks, differences to the original among them."""
-    return {name: metric for kind in reversed(every_task()) for name, metric in kind.metrics.items()} | differences()
+    known = reversed(every_task())
+    return {name: it for kind in known for name, it in {**kind.overall, **kind.metrics}.items()} | differences()
