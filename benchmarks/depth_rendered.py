@@ -37,6 +37,7 @@ from tosa_convert.planning.budget import fitted
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.runs.folder import save
 from tosa_convert.runs.provenance import as_it_is
+from tosa_convert.selective.conversion import is_converted
 
 LAYERS, RATIO = [2, 4, 6, 8, 10], 0.8
 BUDGETS = (0.8, 0.7, 0.6)
@@ -75,10 +76,14 @@ def learn(model, given, seed: int, images: int, lr: float, out: Path | None = No
     tc.finetune(model, data, settings, seed=seed, out=out, resume=resume, device="cpu")
 
 
-def measured(model, original, given) -> dict:
-    models = {"original": original, "model": model}
-    found = evaluate(models, f"depth:{given.rooms / 'test'}", reference="original", batch_size=8, device="cpu")
-    return {name: found["models"]["model"][name] for name in SHOWN}
+def measured(models: dict, original, given) -> dict:
+    """Name of a model → its figures, of all in one pass."""
+    asked = {"": original, **models}
+    found = evaluate(asked, f"depth:{given.rooms / 'test'}", reference="", batch_size=8, device="cpu")["models"]
+    return {
+        name: {key: found[name][key] for key in SHOWN} | (costs(model) if is_converted(model) else {})
+        for name, model in models.items()
+    }
 
 
 def costs(model) -> dict:
@@ -87,7 +92,7 @@ def costs(model) -> dict:
     return {"macs": cost.macs / cost.original, "backbone": (cost.macs - head) / (cost.original - head)}
 
 
-def converted(model, name: str, budget: float, given, seed: int):
+def converted(model, name: str, budget: float, given):
     """The method at a share of the backbone's multiply-adds."""
     cost = flops(model)
     blocks = sum(layer.original for layer in cost.layers)
@@ -132,7 +137,7 @@ def trained(model, method: str, given, seed: int):
     else:
         tosa = tc.convert(copy.deepcopy(model), layers=LAYERS, ratio=RATIO)
         budget = costs(tosa)["backbone"]
-        found = tosa if method == "tosa" else converted(model, method, budget, given, seed)
+        found = tosa if method == "tosa" else converted(model, method, budget, given)
     if method == "tosa":
         tc.distill(
             found, f"depth:{given.rooms / 'train'}", DistillSettings(steps=100, augment="flip"), seed=seed, device="cpu"
