@@ -106,27 +106,25 @@ def converted(model, name: str, budget: float, given):
 def seed_rows(given, seed: int, done: dict, keep) -> None:
     model = base(given, seed)
 
-    def note(key: str, make) -> None:
-        name = f"{key} seed {seed}"
-        if name not in done:
-            started = time.monotonic()
-            try:
-                found = make()
-                done[name] = {
-                    **measured(found, model, given),
-                    **(costs(found) if hasattr(found, "tosa_config") else {}),
-                }
-            except tc.TosaError as error:
-                done[name] = {"refused": str(error)}
-            keep()
+    def note(rows: dict) -> None:
+        """Name → what makes the model of a row."""
+        started, found = time.monotonic(), {}
+        for name, make in rows.items():
+            if f"{name} seed {seed}" not in done:
+                try:
+                    found[f"{name} seed {seed}"] = make()
+                except tc.TosaError as error:
+                    done[f"{name} seed {seed}"] = {"refused": str(error)}
+        done.update(measured(found, model, given) if found else {})
+        keep()
+        for name in found:
             print(f"{name}: {done[name]}, {time.monotonic() - started:.0f} s", flush=True)
 
-    note("original", lambda: model)
+    note({"original": lambda: model})
     for budget in BUDGETS:
-        for method in UNTRAINED:
-            note(f"untrained {method} {budget}", lambda m=method, b=budget: converted(model, m, b, given, seed))
+        note({f"untrained {m} {budget}": partial(converted, model, m, budget, given) for m in UNTRAINED})
     for method in TRAINED:
-        note(f"trained {method}", lambda m=method: trained(model, m, given, seed))
+        note({f"trained {method}": partial(trained, model, method, given, seed)})
 
 
 def trained(model, method: str, given, seed: int):
