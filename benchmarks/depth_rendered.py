@@ -19,6 +19,7 @@ import copy
 import json
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import record
