@@ -223,6 +223,7 @@ def test_models_are_told_apart_by_the_code_that_converts(tosa):
         (["run", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
         (["export", "quickstart", "--threshold", "7"], 2, "threshold"),
         (["flops", "quickstart", "--img-size", "29"], 2, "multiple of the patch size"),
+        (["flops", "quickstart", "--img-size", "28x"], 2, "write it like 224, or 352x1120"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -30,6 +30,7 @@ from tosa_convert import (
 )
 from tosa_convert.cli.main import main
 from tosa_convert.config.head import HeadConfig
+from tosa_convert.data.images import built_in_scenes
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel, heads, with_head
@@ -40,6 +41,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.pyramid import Pyramid
 from tosa_convert.planning.comparison import compare
 from tosa_convert.planning.plan import find_plan
+from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs.loading import original_of
 from tosa_convert.tasks.segmentation import Segmentation, overlap
 from tosa_convert.tasks.task import Metric, Task, task_of
@@ -403,6 +405,18 @@ def test_the_mean_of_a_map_and_its_mirror_is_symmetric(tmp_path):
     assert not torch.allclose(mean, mirrored, atol=1e-3)
     with pytest.raises(UsageError, match="--flip is for maps"):
         evaluate(load("quickstart"), flip=True)
+
+
+def test_images_are_not_changed_without_their_maps(tmp_path):
+    write_pairs(tmp_path, 2)
+    with pytest.raises(UsageError, match="aa and reprob change images without their maps"):
+        finetune(convert(depth_model(), ratio=1.0), f"depth:{tmp_path}", FinetuneSettings(steps=1, reprob=0.5))
+
+
+def test_a_dense_model_that_is_not_converted_is_shown_with_its_map():
+    looks = look_at_files(depth_model(), built_in_scenes()[:2])
+    assert looks.views == [[], []]
+    assert [[panel.title for panel in panels] for panels in looks.maps] == [["map"], ["map"]]
 
 
 def test_the_original_of_a_run_has_the_head_it_was_made_with(tmp_path):

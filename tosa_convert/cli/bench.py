@@ -17,7 +17,7 @@ from tosa_convert.cli.options import (
     stem,
 )
 from tosa_convert.cli.output import bar, say, show
-from tosa_convert.cli.parsing import at_least, names, numbers
+from tosa_convert.cli.parsing import at_least, image_size, names, numbers
 
 
 @takes_conversion
@@ -33,7 +33,7 @@ def bench(
     batch_size: Annotated[str, typer.Option(help="images per forward pass, comma-separated, such as 1,8")] = "1",
     img_size: Annotated[
         str | None,
-        typer.Option(help="image sides, comma-separated, such as 224,518", show_default="the model's"),
+        typer.Option(help="image sizes, comma-separated, such as 224,518 or 352x1120", show_default="the model's"),
     ] = None,
     precision: Annotated[
         str | None,
@@ -72,7 +72,7 @@ def bench(
         {
             "runtimes": names(runtime),
             "batch_sizes": numbers(batch_size, int, "--batch-size", least=1),
-            "sizes": numbers(img_size, int, "--img-size", least=1) if img_size else None,
+            "sizes": [image_size(each) for each in names(img_size)] if img_size else None,
             "precisions": names(precision or kinds),
             "threads": threads,
             "rounds": rounds,

@@ -41,6 +41,7 @@ def show_patches(
     """Draw which patches attend in each selective layer, and which of them represent the others.
 
     A model that is not a run is converted first, by --layers, --ratio and so on; --score similarity needs no training.
+    Maps of dense models are drawn beside, also of one that is not converted.
     """
     from tosa_convert.workflows import inspection as stages
 

@@ -9,7 +9,7 @@ import typer
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.cli.output import say
-from tosa_convert.cli.parsing import at_least, plain
+from tosa_convert.cli.parsing import at_least, image_size, plain
 
 
 class Augment(StrEnum):
@@ -41,7 +41,10 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help="weights for a timm name: .safetensors or .pth", show_default=False)
 ]
 ImgSize = Annotated[
-    int | None, typer.Option(help="image side in pixels", show_default="the model's", callback=at_least(1))
+    int | None,
+    typer.Option(
+        help="image side in pixels, or HEIGHTxWIDTH", show_default="the model's", parser=image_size, metavar="SIZE"
+    ),
 ]
 NumClasses = Annotated[
     int | None, typer.Option(help="outputs of the head", show_default="the model's", callback=at_least(0))

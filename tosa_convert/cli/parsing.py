@@ -32,6 +32,19 @@ def numbers(text: str, kind: type, option: str, least: int | None = None) -> lis
     return found
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+    """An image's side, or its height and width: 224, or 352x1120."""
+    try:
+        found = [int(part) for part in str(text).lower().split("x")]
+    except ValueError:
+        found = []
+    if len(found) not in (1, 2):
+        raise UsageError(f"--img-size {text!r} is not a size; write it like 224, or 352x1120, height × width")
+    for side in found:
+        _check(side, 1, "--img-size")
+    return found[0] if len(found) == 1 else (found[0], found[1])
+
+
 def names(text: str) -> list[str]:
     """An option's comma-separated names."""
     return [name.strip() for name in text.split(",")]

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 from torch import nn
 
 from tosa_convert.base.distributed import pick_device
@@ -33,7 +34,7 @@ class BenchSettings(BaseModel):
     Attributes:
         runtimes: of "eager", "compile" (torch.compile), "onnx" (ONNX Runtime) and "openvino".
         batch_sizes: images per forward pass.
-        sizes: image sides in pixels; None is the model's own size.
+        sizes: image sides in pixels, or (height, width); None is the model's own size.
         precisions: "float32", "int8" (in ONNX Runtime, ranges found in each image), and on a GPU "bfloat16" (in torch).
         threads: of torch and of ONNX Runtime; the process is pinned to as many processors.
         rounds: timed forward passes of each model.
@@ -45,7 +46,7 @@ class BenchSettings(BaseModel):
 
     runtimes: list[str] = ["eager", "compile", "onnx"]
     batch_sizes: list[int] = [1]
-    sizes: list[int] | None = None
+    sizes: list[int | Annotated[tuple[int, int], Strict(False)]] | None = None
     precisions: list[str] = ["float32"]
     threads: int = Field(default=1, ge=1)
     rounds: int = Field(default=20, ge=1)
@@ -195,7 +196,8 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
             )
     if "bfloat16" in settings.precisions and device == "cpu":
         raise UsageError("bfloat16 is timed on a GPU; leave it out on the CPU")
-    if any(value < 1 for value in [*settings.batch_sizes, *(settings.sizes or [])]):
+    sides = [side for size in settings.sizes or [] for side in _pair(size)]
+    if any(value < 1 for value in [*settings.batch_sizes, *sides]):
         raise UsageError("batch sizes and image sizes have to be 1 or more")
     check_threads(settings.threads)
     for name, (height, width) in product(models, _sizes(models, settings)):
@@ -207,9 +209,13 @@ def _check(models: dict[str, nn.Module], settings: BenchSettings, device: str) -
             )
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[int, int]]:
     if settings.sizes:
-        return [(side, side) for side in settings.sizes]
+        return [_pair(size) for size in settings.sizes]
     return [preprocessing_of(next(iter(models.values()))).size]
 
 

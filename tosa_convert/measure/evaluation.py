@@ -69,7 +69,7 @@ def evaluate(
     against_original = task.differences or ("agreement", "cosine")
     kept = [*(task.metrics if labelled else ()), *(against_original if reference else ())]
     sums = {name: dict.fromkeys(kept, 0.0) for name in models}
-    tallies = dict.fromkeys(models, 0.0)
+    tallies: dict = dict.fromkeys(models, 0.0)
     embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in models}
     seen, unknown, broken = 0, 0, []
     batches = loader(images, batch_size, workers)
@@ -87,7 +87,7 @@ def evaluate(
                         embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
                         sums[name][key] += (values[known] if key in task.metrics else values).sum().item()
-                    if labelled:
+                    if truth is not None:
                         tallies[name] += task.tally(prediction, truth)
                 unknown += 0 if known is None else int((~known).sum())
             seen += count

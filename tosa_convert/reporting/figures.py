@@ -10,6 +10,11 @@ def figure(name: str, value: float, digits: int = 1) -> str:
     return percent(value, digits) if name == "agreement" or (metric and metric.percent) else f"{value:.4f}"
 
 
+def pixels(size: list[int]) -> str:
+    """An image size (height, width), one number if it is square."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}×{size[1]}"
+
+
 def broken_notes(names: list[str]) -> list[str]:
     """Which images could not be read; up to five are named."""
     if not names:

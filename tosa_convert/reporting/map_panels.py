@@ -33,9 +33,11 @@ class Panel:
     difference: bool = False
 
 
-def map_panels(model: nn.Module, before: nn.Module, images: torch.Tensor) -> list[list[Panel]]:
-    """For each image (B, C, H, W) three panels, of a model that gives maps."""
+def map_panels(model: nn.Module, before: nn.Module | None, images: torch.Tensor) -> list[list[Panel]]:
+    """For each image (B, C, H, W) three panels, of a model that gives maps; without another, its map alone."""
     task = task_of(model)
+    if before is None:
+        return [[_one(task, values)] for values in _values(task, model, images)]
     theirs, ours = (_values(task, each, images) for each in (before, model))
     return [_three(task, *pair) for pair in zip(theirs, ours, strict=True)]
 
@@ -43,6 +45,10 @@ def map_panels(model: nn.Module, before: nn.Module, images: torch.Tensor) -> lis
 def _values(task: Task, model: nn.Module, images: torch.Tensor) -> np.ndarray:
     found = predict(model, images)[1]
     return task.picture(with_channels(found)).cpu().numpy()
+
+
+def _one(task: Task, values: np.ndarray) -> Panel:
+    return Panel("map", values, float(values.min()), float(np.percentile(values, MOST)), task.unit)
 
 
 def _three(task: Task, theirs: np.ndarray, ours: np.ndarray) -> list[Panel]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tosa_convert.base.files import atomic
+from tosa_convert.reporting.figures import pixels
 from tosa_convert.reporting.map_panels import Panel
 from tosa_convert.reporting.token_maps import Looks, View
 from tosa_convert.tasks.task import differences
@@ -65,7 +66,7 @@ def speedup_plot(results: dict, file: Path) -> Path:
 
 
 def _case(case: dict) -> str:
-    return f"{case['runtime']}, {case['size'][0]} px, batch {case['batch_size']}, {case['precision']}"
+    return f"{case['runtime']}, {pixels(case['size'])} px, batch {case['batch_size']}, {case['precision']}"
 
 
 def tokens_plot(cost: dict, title: str, file: Path) -> Path:

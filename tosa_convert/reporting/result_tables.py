@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tosa_convert.base.files import read_json
 from tosa_convert.reporting.export_tables import export_table
-from tosa_convert.reporting.figures import broken_notes, figure
+from tosa_convert.reporting.figures import broken_notes, figure, pixels
 from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
@@ -201,7 +201,7 @@ def _conditions(case: dict) -> dict[str, str]:
     return {
         "runtime": case["runtime"],
         "batch": str(case["batch_size"]),
-        "px": str(case["size"][0]),
+        "px": pixels(case["size"]),
         "type": case["precision"],
     }
 
@@ -228,6 +228,8 @@ def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
     rows += [[f"MACs of {name}", percent(share)] for name, share in results["macs"].items()]
     notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]
+    if not rows:  # a dense model that is not converted
+        return Table("Maps", ["image"], [[name] for name in results["images"]], [f"plot: {results['plot']}"])
     return Table("Patches that attend", ["", "attend"], rows, notes)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tosa_convert.base.files import read_json
+from tosa_convert.reporting.figures import pixels
 from tosa_convert.reporting.result_tables import figure
 from tosa_convert.reporting.table import Table, mega, percent
 from tosa_convert.runs.metrics_log import read_metrics
@@ -48,7 +49,7 @@ def _speedups(results: dict | None, run: Path) -> list[list[str]]:
     """One line per case of a benchmark."""
     rows = [
         [
-            f"speed-up, {case['runtime']}, batch {case['batch_size']}, {case['size'][0]} px, {case['precision']}",
+            f"speed-up, {case['runtime']}, batch {case['batch_size']}, {pixels(case['size'])} px, {case['precision']}",
             f"{case['models']['converted']['speedup']:.2f}×",
         ]
         for case in (results["cases"] if results else ())

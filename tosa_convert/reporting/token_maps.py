@@ -88,7 +88,8 @@ def look_at_files(model: nn.Module, files: list[Path], before: nn.Module | None 
     """Images one by one, so that a broken one is named.
 
     Args:
-        before: the original, for its maps; None for that with the weights of this model.
+        before: the original, for its maps; None for that with the weights of this model. A model that gives maps and is
+            not converted is shown with its own.
 
     Raises:
         UsageError: a file is not an image, or the model is not converted.
@@ -96,10 +97,11 @@ def look_at_files(model: nn.Module, files: list[Path], before: nn.Module | None 
     preprocessing = preprocessing_of(model)
     device = next(model.parameters()).device
     images = [read_image(path, preprocessing) for path in files]
-    views = [look(model, image[None].to(device))[0] for image in images]
+    dense, plain = bool(task_of(model).differences), not is_converted(model)
+    views = [[] if dense and plain else look(model, image[None].to(device))[0] for image in images]
     maps = []
-    if task_of(model).differences:
-        before = original(model) if before is None else before.to(device)
+    if dense:
+        before = None if plain else original(model) if before is None else before.to(device)
         maps = map_panels(model, before, torch.stack(images).to(device))
     return Looks([pixels(image, preprocessing) for image in images], [path.name for path in files], views, maps)
 

@@ -69,6 +69,8 @@ def finetune(
     weights = loss_weights(settings, images, model)
     _take_masks(images, masks_of(masks, boxes), settings, weights)
     _check_mixing(settings, weights, model)
+    if (settings.aa or settings.reprob) and task_of(model).differences:
+        raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
     frozen = _freeze_backbone(model) if settings.head_only else []
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device

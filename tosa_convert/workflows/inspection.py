@@ -97,14 +97,14 @@ PROOFS = [
 def show_stage(
     source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None, device=None
 ) -> dict:
-    """Which patches attend: each image, or each built-in scene, with one panel per selective layer."""
+    """Which patches attend: each image, or each built-in scene, with one panel per selective layer; and maps."""
     from tosa_convert.reporting.plots import views_plot
 
     device = pick_device(device)
     model = _loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
     before = original_of(model) if task_of(model).differences else None
     looks = look_at_files(model, files or built_in_scenes(), before)
-    if not looks.views[0]:
+    if is_converted(model) and not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
     names, costs = looks.names, {}
     if keeps_any_number(model):

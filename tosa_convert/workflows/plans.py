@@ -45,7 +45,7 @@ def plan_stage(
     adaptive: bool = False,
     max_macs: float | None = None,
     checkpoint: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     head: dict | None = None,
     out: Path,
