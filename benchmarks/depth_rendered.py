@@ -3,7 +3,7 @@ the head alone on a backbone with weights.
 
     python benchmarks/render_rooms.py --out rooms --train 4000 --test 300 --plan 48
     python benchmarks/depth_rendered.py --rooms rooms --work work --out benchmarks/results/depth_rendered.json
-    python benchmarks/depth_rendered.py --rooms rooms --work work_dinov2 --images 4000 --fine 800 \\
+    python benchmarks/depth_rendered.py --rooms rooms --work work_dinov2 --images 4000 --fine 800 --fine-lr 1e-5 \\
         --model vit_small_patch14_dinov2 --checkpoint dinov2/timm.safetensors \\
         --out benchmarks/results/depth_rendered_dinov2.json
 
@@ -141,7 +141,7 @@ def trained(model, method: str, given, seed: int):
         tc.distill(
             found, f"depth:{given.rooms / 'train'}", DistillSettings(steps=100, augment="flip"), seed=seed, device="cpu"
         )
-    learn(found, given, seed, given.fine, 1e-4)
+    learn(found, given, seed, given.fine, given.fine_lr)
     return found
 
 
@@ -156,11 +156,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--images", type=int, default=12000, help="seen in training")
     parser.add_argument("--fine", type=int, default=2400, help="seen in fine-tuning")
+    parser.add_argument("--fine-lr", type=float, default=1e-4)
     parser.add_argument("--seeds", default="0,1,2")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     given.work.mkdir(parents=True, exist_ok=True)
-    facts = {"model": given.model, "head": given.head, "side": given.side, "images": given.images, "fine": given.fine}
+    facts = {
+        "model": given.model,
+        "head": given.head,
+        "side": given.side,
+        "images": given.images,
+        "fine": given.fine,
+        "fine_lr": given.fine_lr,
+    }
     for seed in map(int, given.seeds.split(",")):
         done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
 
