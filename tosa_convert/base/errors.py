@@ -1,5 +1,7 @@
 """One family of errors. Each message is one line: what is wrong, then what to do next."""
 
+MOST = 200
+
 
 class TosaError(Exception):
     """Something failed while working: a file, a download, a model, a check. Exit code 1."""
@@ -21,6 +23,12 @@ class InterruptedTrainingError(TosaError):
 
 class UnsupportedModelError(TosaError):
     """The model is of a kind that cannot be made token-selective; the message says why."""
+
+
+def gist(error: Exception) -> str:
+    """What a library's error says, in one line of up to 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST else f"{text[:MOST]} …"
 
 
 class TosaWarning(UserWarning):

@@ -21,7 +21,7 @@ from rich.text import Text
 # virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, gist
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.export import export
@@ -181,8 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}; check the path and the free space, or choose another --out", 1, debug)
     except Exception as error:
-        gist = " ".join(str(error).split())[:300]
-        _fail(f"{type(error).__name__}: {gist}; add --debug for the traceback, and report it if it persists", 1, debug)
+        _fail(
+            f"{type(error).__name__}: {gist(error)}; add --debug for the traceback, and report it if it persists",
+            1,
+            debug,
+        )
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

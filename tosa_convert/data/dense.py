@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.data.images import BEYOND, UNREADABLE, Augmentation, Images
 from tosa_convert.data.reader import MapReader
 from tosa_convert.models.dense import whole_image
@@ -75,7 +75,7 @@ class DenseImages(Images):
         try:
             image, seen = self._framed(image, self.reader.map(index))
         except UNREADABLE as error:
-            return None, None, f"{self.reader.filename(index)} ({self.maps}: {' '.join(str(error).split())[:100]})"
+            return None, None, f"{self.reader.filename(index)} ({self.maps}: {gist(error)})"
         return (*self._varied(image, seen), None) if self.training else (self.transform(image), seen, None)
 
     def _framed(self, image: Image.Image, truth: np.ndarray | None) -> tuple[Image.Image, torch.Tensor]:

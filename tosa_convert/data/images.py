@@ -16,7 +16,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.data.masks import Masks
 from tosa_convert.data.reader import read
 from tosa_convert.models.preprocessing import Preprocessing
@@ -70,8 +70,7 @@ def check_augmentation(augmentation: Augmentation) -> None:
         create_transform(32, is_training=True, auto_augment=augmentation.aa)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UsageError(
-            f"aa {augmentation.aa!r} is not understood by timm ({' '.join(str(error).split())[:80]}); write it such as "
-            "rand-m9-mstd0.5-inc1"
+            f"aa {augmentation.aa!r} is not understood by timm ({gist(error)}); write it such as rand-m9-mstd0.5-inc1"
         ) from None
 
 
@@ -216,10 +215,10 @@ def read_image(file: Path, preprocessing: Preprocessing) -> torch.Tensor:
         with Image.open(file) as opened:
             return _transform(preprocessing, None)(opened.convert(preprocessing.mode))
     except UNREADABLE as error:
-        raise UsageError(f"cannot read {file}: {_gist(error)}; give an image such as a .jpg or .png file") from None
+        raise UsageError(f"cannot read {file}: {_unread(error)}; give an image such as a .jpg or .png file") from None
 
 
-def _gist(error: Exception) -> str:
+def _unread(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it is not an image, or is damaged"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing
 from tosa_convert.config.settings import ExportSettings
@@ -83,7 +83,7 @@ class Chain:
         except Exception as error:
             if not self.auto:
                 raise
-            self.failed[name] = f"cannot be had: {' '.join(str(error).split())[:120]}"
+            self.failed[name] = f"cannot be had: {gist(error)}"
             return
         self.files[name], self.makers[name], self.left[name] = file, make, left
 

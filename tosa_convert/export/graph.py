@@ -66,7 +66,7 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
                 verbose=False,
             )
     except Exception as error:
-        raise TosaError(f"torch.onnx could not export the model: {_gist(error)}") from error
+        raise TosaError(f"torch.onnx could not export the model: {_summary(error)}") from error
     finally:
         forget(model)  # tracing leaves symbolic tensors behind
     proto = program.model_proto
@@ -75,7 +75,7 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     onnx.checker.check_model(path)
 
 
-def _gist(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     """What went wrong, of a message that is advice to those who write exporters for the most part."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.rpartition("## Exception summary")[2].split())[:200]

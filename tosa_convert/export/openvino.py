@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 
 LACKING = "OpenVINO is not installed; install tosa-convert[openvino]"
 
@@ -32,7 +32,7 @@ def compiled(file: Path, threads: int) -> Callable[[dict[str, np.ndarray]], list
     try:
         model = core.compile_model(core.read_model(file), "CPU", options)
     except RuntimeError as error:
-        raise TosaError(f"OpenVINO cannot run {file}: {' '.join(str(error).split())[:200]}") from error
+        raise TosaError(f"OpenVINO cannot run {file}: {gist(error)}") from error
     request = model.create_infer_request()
 
     def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:

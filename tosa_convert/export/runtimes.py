@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import TosaError
+from tosa_convert.base.errors import TosaError, gist
 from tosa_convert.export import openvino
 from tosa_convert.models.adapter import adapter_of
 
@@ -93,5 +93,4 @@ def _said(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gist = " ".join(str(error).split())[:160]
-        raise TosaError(f"ONNX Runtime cannot run {file}: {gist}; export the model again") from error
+        raise TosaError(f"ONNX Runtime cannot run {file}: {gist(error)}; export the model again") from error

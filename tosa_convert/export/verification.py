@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import TosaError
+from tosa_convert.base.errors import TosaError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.data.images import Images, loader
@@ -207,7 +207,7 @@ def run_session(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarra
     except Exception as error:
         shape = " × ".join(map(str, feed["images"].shape))
         raise TosaError(
-            f"ONNX Runtime cannot run the file on {shape}: {' '.join(str(error).split())[:150]}; if it was "
+            f"ONNX Runtime cannot run the file on {shape}: {gist(error)}; if it was "
             "exported with --any-size, this model does not support that; leave it out"
         ) from error
 

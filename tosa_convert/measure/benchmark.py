@@ -13,7 +13,7 @@ from torch import nn
 
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, check_threads, interleave, pinned, quartiles
 from tosa_convert.data.images import sample
@@ -298,7 +298,7 @@ def _compile(contestants: dict[str, Callable[[], None]]) -> None:
     except Exception as error:
         if isinstance(error, TosaError):
             raise
-        raise _CompilerError(" ".join(str(error).split())[:160]) from error
+        raise _CompilerError(gist(error)) from error
 
 
 def _figures(timings: dict[str, Timing], peaks: dict[str, int | None], macs: dict[str, int]) -> dict[str, dict]:

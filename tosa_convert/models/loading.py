@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UnsupportedModelError, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UnsupportedModelError, UsageError, gist
 from tosa_convert.base.files import read_json
 from tosa_convert.models.adapter import adapter_of, families
 from tosa_convert.models.preprocessing import Preprocessing
@@ -123,7 +123,7 @@ def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Mo
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise TosaError(f"cannot load pretrained {name}: {_one_line(error)}; {instead}") from error
+        raise TosaError(f"cannot load pretrained {name}: {gist(error)}; {instead}") from error
 
 
 def _say_if_head_is_new(source: str, trained: int, wanted: int) -> None:
@@ -149,7 +149,7 @@ def _create_with_checkpoint(name: str, checkpoint: Path, arguments: dict) -> nn.
         with _quiet("timm"), _same_random_weights():
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:
-        raise TosaError(f"{checkpoint} does not fit {name}: {_one_line(error)}; check the model name") from error
+        raise TosaError(f"{checkpoint} does not fit {name}: {gist(error)}; check the model name") from error
 
 
 def load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
@@ -184,7 +184,7 @@ def load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
                 "Python, and convert its vision part"
             ) from None
         hint = "the folder is damaged or incomplete" if local else "download it elsewhere and give its local folder"
-        raise TosaError(f"cannot load {name}: {_one_line(error)}; {hint}") from error
+        raise TosaError(f"cannot load {name}: {gist(error)}; {hint}") from error
     adapter = adapter_of(model)
     preprocessing = _transformers_preprocessing(name, adapter.preprocessing())
     model.tosa_origin = Origin(library="transformers", spec=adapter.spec(), preprocessing=preprocessing)
@@ -215,12 +215,6 @@ def _transformers_preprocessing(name: str, default: Preprocessing) -> Preprocess
     elif isinstance(resize, dict) and "height" in resize:
         found["crop_mode"] = "squash"
     return Preprocessing(**{**default.model_dump(), **found})
-
-
-def _one_line(error: Exception) -> str:
-    """The gist of a library's message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " …"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError, UsageError
+from tosa_convert.base.errors import UnsupportedModelError, UsageError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.models import adapter as adapters
 from tosa_convert.models import unsupported as refusals
@@ -138,5 +138,5 @@ def _verdict(name: str) -> tuple[str, str]:
     except UnsupportedModelError as error:
         return "no", str(error)
     except Exception as error:  # some models cannot be built without memory
-        return "?", f"could not be looked at: {' '.join(str(error).split())[:100]}"
+        return "?", f"could not be looked at: {gist(error)}"
     return "yes", f"{len(adapter.blocks)} layers, {adapter.heads} heads, {adapter.prefix} prefix tokens"

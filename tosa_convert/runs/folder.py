@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.base.files import atomic, check_writable, read_json, write_json, write_text
 from tosa_convert.config.conversion import ConvertConfig, unknown_options
 from tosa_convert.config.validation import build as validated
@@ -108,8 +108,7 @@ def load_run(folder: str | Path) -> nn.Module:
     except UsageError:
         raise
     except Exception as error:
-        gist = " ".join(str(error).split())[:200]
-        raise TosaError(f"the run {folder} is damaged ({gist}); run its recipe again") from error
+        raise TosaError(f"the run {folder} is damaged ({gist(error)}); run its recipe again") from error
     model.tosa_origin = Origin(**config["origin"])
     return model
 

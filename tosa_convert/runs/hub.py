@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import safe_open
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.base.files import read_json, write_json, write_text
 from tosa_convert.runs import folder as runs
 
@@ -77,7 +77,7 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
             message = f"tosa-convert run {run.name}"
             api.upload_folder(repo_id=place.repo_id, folder_path=scratch, commit_message=message)
     except HFValidationError as error:
-        raise UsageError(f"the hub takes no name {name!r}; give ORG/NAME: {_gist(error)}") from None
+        raise UsageError(f"the hub takes no name {name!r}; give ORG/NAME: {gist(error)}") from None
     except LocalTokenNotFoundError:
         raise UsageError("there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
@@ -87,11 +87,11 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
                 f"the hub lets nobody write to {name} with this token ({status}); log in with `hf auth login`, set "
                 "HF_TOKEN to one that may write, or give another name"
             ) from None
-        raise TosaError(f"the hub refused: {_gist(error)}; nothing was changed, or run the command again") from None
+        raise TosaError(f"the hub refused: {gist(error)}; nothing was changed, or run the command again") from None
     except TosaError:
         raise
     except Exception as error:  # of whatever library the hub's own one talks through
-        raise TosaError(f"the hub cannot be reached: {_gist(error)}; run the command again with a network") from None
+        raise TosaError(f"the hub cannot be reached: {gist(error)}; run the command again with a network") from None
     return str(place)
 
 
@@ -100,7 +100,7 @@ def _check_weights(run: Path) -> None:
         with safe_open(run / "model.safetensors", "pt") as opened:
             opened.keys()
     except Exception as error:
-        raise TosaError(f"the weights of {run} cannot be read ({_gist(error)}); run its recipe again") from None
+        raise TosaError(f"the weights of {run} cannot be read ({gist(error)}); run its recipe again") from None
 
 
 def _without_places(config: dict) -> dict:
@@ -129,7 +129,3 @@ def _without_folder(text: str, run: Path) -> str:
     for folder in {str(run), str(run.resolve()), str(run.absolute())}:
         text = text.replace(folder, run.name)
     return text
-
-
-def _gist(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.config.conversion import KINDS, ConvertConfig
 from tosa_convert.config.options import over
 from tosa_convert.config.segments import as_option
@@ -87,8 +87,7 @@ def _prove(model: Any, before: dict | None) -> None:
             model.tosa_proof = before
         if isinstance(error, (RuntimeError, IndexError, ValueError, TypeError)) and not isinstance(error, TosaError):
             raise NotProvenError(
-                f"{type(model).__name__} does not run with a layer on some of its tokens "
-                f"({' '.join(str(error).split())[:120]})"
+                f"{type(model).__name__} does not run with a layer on some of its tokens ({gist(error)})"
             ) from error
         raise
 

@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from tosa_convert.base import distributed as processes
-from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError, gist
 from tosa_convert.base.files import read_json, write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import TrainSettings
@@ -177,9 +177,7 @@ def _resume(stage: Stage, accelerator: Accelerator) -> int:
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
-        raise TosaError(
-            f"cannot resume from {folder}: {' '.join(str(error).split())[:200]}; start anew with another --out"
-        ) from error
+        raise TosaError(f"cannot resume from {folder}: {gist(error)}; start anew with another --out") from error
     return step
 
 

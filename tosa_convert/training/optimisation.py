@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.config.settings import TrainSettings
 from tosa_convert.methods.parts import near
 from tosa_convert.models.adapter import Adapter, adapter_of
@@ -52,9 +52,7 @@ def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.
     try:
         return create_optimizer_v2(given, opt=settings.opt, lr=settings.lr)
     except (ImportError, AssertionError, RuntimeError) as error:
-        raise UsageError(
-            f"optimiser {settings.opt!r} cannot be had here: {' '.join(str(error).split())[:150]}"
-        ) from None
+        raise UsageError(f"optimiser {settings.opt!r} cannot be had here: {gist(error)}") from None
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Callable[[int], None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tosa_convert.base.environment import instructions, int8_instructions, machine
+from tosa_convert.base.errors import gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import processors
 from tosa_convert.export.quiet import silence
@@ -46,7 +47,7 @@ def examine_machine(progress: Progress) -> dict:
             try:
                 value, advice = look()
             except Exception as error:  # what does not work is what people come for
-                value, advice = f"does not work: {' '.join(str(error).split())[:160]}", ""
+                value, advice = f"does not work: {gist(error)}", ""
             found[name] = {"value": value, "advice": advice}
             advance()
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.data.reader import Reader
 
 CALLED = ("label", "labels", "cls")
@@ -64,8 +64,7 @@ def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
         found = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:
         raise UsageError(
-            f"the dataset {name} cannot be loaded: {' '.join(str(error).split())[:150]}; give a name of the hub, or a "
-            "folder of parquet files"
+            f"the dataset {name} cannot be loaded: {gist(error)}; give a name of the hub, or a folder of parquet files"
         ) from None
     known = list(found)
     wanted = split or ("train" if "train" in known or len(known) > 1 else known[0])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError, UsageError
+from tosa_convert.base.errors import UnsupportedModelError, UsageError, gist
 from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
@@ -260,7 +260,7 @@ class TransformersVit(Adapter):
         except (ValueError, RuntimeError) as error:
             raise UsageError(
                 f"{type(self.model).__name__} does not take images of {size[0]}×{size[1]}: "
-                f"{' '.join(str(error).split())[:150]}; leave the image size out"
+                f"{gist(error)}; leave the image size out"
             ) from None
 
     @contextmanager

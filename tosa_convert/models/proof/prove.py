@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from tosa_convert.base.errors import gist
 from tosa_convert.models.proof.block import take_apart
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.images import (
@@ -50,8 +51,7 @@ def prove(model: nn.Module) -> Structure:
             row = find_row(model, run, image, grid_by_config(config))
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise NotProvenError(
-                f"{type(model).__name__} does not run on an image alone ({' '.join(str(error).split())[:120]}); "
-                "convert its vision part"
+                f"{type(model).__name__} does not run on an image alone ({gist(error)}); convert its vision part"
             ) from error
         where = f"{row.name}.0 ({type(row.blocks[0]).__name__})"
         parts = take_apart(row.blocks[0], row.first, where, math.prod(row.grid))
