@@ -25,17 +25,14 @@ from pathlib import Path
 import record
 import timm
 import torch
+from dense_rows import converted, measured
 from safetensors.torch import save_file
 
 import tosa_convert as tc
 from tosa_convert.config.settings import DistillSettings, FinetuneSettings
 from tosa_convert.data.images import sample
-from tosa_convert.measure.evaluation import evaluate
 from tosa_convert.measure.macs import flops
-from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.budget import fitted
-from tosa_convert.planning.plan import find_plan
 from tosa_convert.runs.folder import save
 from tosa_convert.runs.provenance import as_it_is
 from tosa_convert.selective.conversion import is_converted
@@ -44,7 +41,7 @@ LAYERS, RATIO = [2, 4, 6, 8, 10], 0.8
 BUDGETS = (0.8, 0.7, 0.6)
 UNTRAINED = ("plan", "similarity/merge", "tome", "random")
 TRAINED = ("original", "tosa", "tome", "similarity/merge")
-SHOWN = ("abs_rel", "rmse", "silog", "delta1", "depth_error")
+SHOWN = ("abs_rel", "abs_rel_change", "abs_rel_error", "rmse", "silog", "delta1", "depth_error")
 
 
 def base(given, seed: int):
@@ -77,14 +74,17 @@ def learn(model, given, seed: int, images: int, lr: float, out: Path | None = No
     tc.finetune(model, data, settings, seed=seed, out=out, resume=resume, device="cpu")
 
 
-def measured(models: dict, original, given) -> dict:
+def figures(models: dict, original, given) -> dict:
     """Name of a model → its figures, of all in one pass."""
-    asked = {"": original, **models}
-    found = evaluate(asked, f"depth:{given.rooms / 'test'}", reference="", batch_size=8, device="cpu")["models"]
+    found = measured(models, original, f"depth:{given.rooms / 'test'}")
     return {
         name: {key: found[name][key] for key in SHOWN} | (costs(model) if is_converted(model) else {})
         for name, model in models.items()
     }
+
+
+def planned_on(model, given):
+    return sample(f"depth:{given.rooms / 'plan'}", preprocessing_of(model), 24)[0]
 
 
 def costs(model) -> dict:
@@ -93,19 +93,9 @@ def costs(model) -> dict:
     return {"macs": cost.macs / cost.original, "backbone": (cost.macs - head) / (cost.original - head)}
 
 
-def converted(model, name: str, budget: float, given):
-    """The method at a share of the backbone's multiply-adds."""
-    cost = flops(model)
-    blocks = sum(layer.original for layer in cost.layers)
-    whole = 1 - (1 - budget) * blocks / cost.original
-    if name != "plan":
-        return fitted(model, name, whole, MacsShare(model))[0]
-    pixels = sample(f"depth:{given.rooms / 'plan'}", preprocessing_of(model), 24)[0]
-    return tc.convert(copy.deepcopy(model), find_plan(model, pixels, whole).config)
-
-
 def seed_rows(given, seed: int, done: dict, keep) -> None:
     model = base(given, seed)
+    pixels = planned_on(model, given)
 
     def note(rows: dict) -> None:
         """Name → what makes the model of a row."""
@@ -116,19 +106,19 @@ def seed_rows(given, seed: int, done: dict, keep) -> None:
                     found[f"{name} seed {seed}"] = make()
                 except tc.TosaError as error:
                     done[f"{name} seed {seed}"] = {"refused": str(error)}
-        done.update(measured(found, model, given) if found else {})
+        done.update(figures(found, model, given) if found else {})
         keep()
         for name in found:
             print(f"{name}: {done[name]}, {time.monotonic() - started:.0f} s", flush=True)
 
     note({"original": lambda: model})
     for budget in BUDGETS:
-        note({f"untrained {m} {budget}": partial(converted, model, m, budget, given) for m in UNTRAINED})
+        note({f"untrained {m} {budget}": partial(converted, model, m, budget, pixels) for m in UNTRAINED})
     for method in TRAINED:
-        note({f"trained {method}": partial(trained, model, method, given, seed)})
+        note({f"trained {method}": partial(trained, model, method, given, seed, pixels)})
 
 
-def trained(model, method: str, given, seed: int):
+def trained(model, method: str, given, seed: int, pixels):
     """ToSA as published (layers 2, 4, 6, 8 and 10 at ratio 0.8); the others at its multiply-adds; and the original."""
     found = copy.deepcopy(model)
     if method == "original":
@@ -136,7 +126,7 @@ def trained(model, method: str, given, seed: int):
     else:
         tosa = tc.convert(copy.deepcopy(model), layers=LAYERS, ratio=RATIO)
         budget = costs(tosa)["backbone"]
-        found = tosa if method == "tosa" else converted(model, method, budget, given)
+        found = tosa if method == "tosa" else converted(model, method, budget, pixels)
     if method == "tosa":
         tc.distill(
             found, f"depth:{given.rooms / 'train'}", DistillSettings(steps=100, augment="flip"), seed=seed, device="cpu"

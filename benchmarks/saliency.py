@@ -19,48 +19,28 @@ import warnings
 from pathlib import Path
 
 import record
+from dense_rows import converted, measured, of_layers
 
 import tosa_convert as tc
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import sample
-from tosa_convert.measure.evaluation import evaluate
-from tosa_convert.measure.macs import flops
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.budget import fitted
-from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.4, 0.5, 0.65, 0.8)
 METHODS = ("plan", "plan, segments of 2", "similarity/merge", "tome", "mpm", "tosa", "random")
 TUNED = (0.4, 0.5)
 
 
-def converted(model, name: str, budget: float, cut: Path):
-    """A method at a share of the backbone's multiply-adds; plans are made on cut/plan."""
-    whole = 1 - (1 - budget) * of_layers(model)
-    if not name.startswith(("plan", "adaptive")):
-        return fitted(model, name, whole, MacsShare(model))[0]
-    pixels = sample(f"masks:{cut / 'plan'}", preprocessing_of(model), 24)[0]
-    plan = find_plan(model, pixels, whole, adaptive=name == "adaptive", segment=2 if "segments" in name else None)
-    return tc.convert(copy.deepcopy(model), plan.config)
-
-
-def of_layers(model) -> float:
-    """The share of the multiply-adds that is the backbone's layers."""
-    cost = flops(model)
-    return sum(layer.original for layer in cost.layers) / cost.original
-
-
-def measured(model, original, given) -> dict:
-    models = {"original": original, "converted": model}
-    found = evaluate(models, f"masks:{given.cut / 'test'}", reference="original", batch_size=8, device="cpu")
+def figures(model, original, given) -> dict:
     pixels = sample(f"masks:{given.cut / 'test'}", preprocessing_of(original), 48)[0]
     macs = MacsShare(original).of(model, pixels)
-    return {**found["models"]["converted"], "macs": macs, "backbone": 1 - (1 - macs) / of_layers(original)}
+    found = measured({"": model}, original, f"masks:{given.cut / 'test'}")[""]
+    return {**found, "macs": macs, "backbone": 1 - (1 - macs) / of_layers(original)}
 
 
-def tuned(model, plan: dict, steps: int, seed: int, cut: Path):
+def tuned(model, plan: dict | None, steps: int, seed: int, cut: Path):
     """A plan, taught by the original's maps alone."""
     found = tc.convert(copy.deepcopy(model), ConvertConfig(**plan))
     settings = FinetuneSettings(steps=steps, labels=0.0, lr=1e-4)
@@ -80,6 +60,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
     original = tc.load(given.model)
+    planned_on = sample(f"masks:{given.cut / 'plan'}", preprocessing_of(original), 24)[0]
 
     def note(name: str, make) -> None:
         if name in done:
@@ -92,14 +73,14 @@ def main() -> None:
         print(f"{name}: {done[name]}", flush=True)
 
     def untrained(method: str, budget: float) -> dict:
-        found = converted(original, method, budget, given.cut)
-        return {**measured(found, original, given), "convert": found.tosa_config.model_dump(exclude_none=True)}
+        found = converted(original, method, budget, planned_on)
+        return {**figures(found, original, given), "convert": found.tosa_config.model_dump(exclude_none=True)}
 
     def trained(plan: str, seed: int) -> dict:
         found, seconds = tuned(original, done[plan]["convert"], given.steps, seed, given.cut)
-        return {**measured(found, original, given), "minutes": round(seconds / 60, 1)}
+        return {**figures(found, original, given), "minutes": round(seconds / 60, 1)}
 
-    note("original", lambda: measured(original, original, given))
+    note("original", lambda: figures(original, original, given))
     for budget in BUDGETS:
         for method in METHODS:
             note(f"{method} {budget}", lambda m=method, b=budget: untrained(m, b))

@@ -16,18 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import record
+from dense_rows import converted, measured
 from PIL import Image
 from skimage.data import stereo_motorcycle
 
 import tosa_convert as tc
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import sample
-from tosa_convert.measure.evaluation import evaluate
-from tosa_convert.measure.macs import flops
-from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.budget import fitted
-from tosa_convert.planning.plan import find_plan
 from tosa_convert.runs.provenance import as_it_is
 
 FOCAL, BASELINE, OFFSET = 994.978, 0.193001, 31.086  # of the motorcycle: pixels, metres, pixels
@@ -35,7 +31,7 @@ MEDIAN = 2.0
 SIDE, TRAINED, TESTED = 224, 160, 48
 BUDGETS = (0.8, 0.7, 0.6)
 METHODS = ("plan", "similarity/merge", "tome", "random")
-SHOWN = ("abs_rel", "rmse", "silog", "delta1", "depth_error")
+SHOWN = ("abs_rel", "abs_rel_change", "abs_rel_error", "rmse", "silog", "delta1", "depth_error")
 
 
 def scenes(opencv: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -74,28 +70,20 @@ def trained(checkpoint: str, data: str, seed: int):
     return as_it_is(model)
 
 
-def converted(model, name: str, budget: float, pixels):
-    cost = flops(model)
-    whole = 1 - (1 - budget) * sum(layer.original for layer in cost.layers) / cost.original
-    if name == "plan":
-        return tc.convert(copy.deepcopy(model), find_plan(model, pixels, whole).config)
-    return fitted(model, name, whole, MacsShare(model))[0]
-
-
 def rows(given, seed: int, scratch: Path) -> dict:
     found = scenes(given.opencv)
     train = write(scratch / "train", found, slice(0.0, 0.6), TRAINED, seed)
     test = write(scratch / "test", found, slice(0.65, 1.0), TESTED, 100 + seed)
     model = trained(given.checkpoint, train, seed)
     pixels = sample(train, preprocessing_of(model), 24)[0]
-    models = {"original": model}
+    models = {"original": copy.deepcopy(model)}
     for budget in BUDGETS:
         for method in METHODS:
             try:
                 models[f"{method} {budget}"] = converted(model, method, budget, pixels)
             except tc.TosaError as error:
                 print(f"{method} {budget}: {error}")
-    figures = evaluate(models, test, reference="original", batch_size=8, device="cpu")["models"]
+    figures = measured(models, model, test)
     return {name: {key: values[key] for key in SHOWN} for name, values in figures.items()}
 
 
