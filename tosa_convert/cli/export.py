@@ -20,7 +20,7 @@ from tosa_convert.cli.options import (
     pick_source,
     stem,
 )
-from tosa_convert.cli.output import bar, show
+from tosa_convert.cli.output import bar, failures_shown, show
 from tosa_convert.cli.parsing import at_least, plain
 
 Precision = StrEnum("Precision", ["float32", "float16", "int8", "auto"])
@@ -110,5 +110,6 @@ def export(
         out = out_folder(None, f"{stem(source)}-onnx", False)
     found = source_with(data, map_options)
     how = {"out": out, "img_size": img_size, "head": new_head}
-    results = stages.export_stage(source, settings, found, **how, progress=bar(as_json))
+    with failures_shown(as_json):
+        results = stages.export_stage(source, settings, found, **how, progress=bar(as_json))
     show(results, "export_table", as_json)

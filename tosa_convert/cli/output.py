@@ -1,6 +1,8 @@
 """What the commands print: results on stdout, remarks on stderr, one process speaking for all."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.text import Text
@@ -38,6 +40,18 @@ def show(results: dict, table: str, as_json: bool, *arguments) -> None:
         modules = (result_tables, export_tables, plan_tables)
         make = next(getattr(module, table) for module in modules if hasattr(module, table))
         make(results, *arguments).print(Console())
+
+
+@contextlib.contextmanager
+def failures_shown(as_json: bool) -> Iterator[None]:
+    """Of a file that fails its check all that was found is shown, above the error."""
+    from tosa_convert.export.onnx import FailedCheckError
+
+    try:
+        yield
+    except FailedCheckError as error:
+        show(error.results, "export_table", as_json)
+        raise
 
 
 def print_json(content) -> None:

@@ -34,7 +34,7 @@ from tosa_convert.cli.options import (
     pick_source,
     stem,
 )
-from tosa_convert.cli.output import bar, print_json, say_data, show
+from tosa_convert.cli.output import bar, failures_shown, print_json, say_data, show
 from tosa_convert.cli.parsing import at_least
 
 
@@ -190,6 +190,7 @@ def run(
         if not as_json:
             show(results, tables.get(stage, "training_table"), False)
 
-    results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=bar(as_json), report=report)
+    with failures_shown(as_json):
+        results = stages.run_recipe(plan, folder, resume=resume, device=device, progress=bar(as_json), report=report)
     if as_json and processes.is_main():
         print_json(results)

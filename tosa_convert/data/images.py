@@ -246,8 +246,7 @@ def sample(
     if not crops and source is not None:
         count = min(count, len(images))
     if len(images) >= count and source is not None:
-        indices = [place * len(images) // count for place in range(count)]
-        items = [images[index] for index in indices]
+        items = [images[index] for index in spread(len(images), count)]
     else:
         crops = make(source, preprocessing, augment="crop")
         indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
@@ -257,6 +256,11 @@ def sample(
     if not len(batch["images"]):
         raise TosaError(f"none of the images in {images.name} can be read")
     return batch["images"], images, batch["labels"]
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to ``count`` of so many places, as far from each other as possible, so that every class is seen."""
+    return [place * length // count for place in range(count)] if count < length else list(range(length))
 
 
 def _name(images: Images, index: int) -> str:

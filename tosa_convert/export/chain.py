@@ -125,7 +125,7 @@ class Chain:
         found = [image for image in taken if image is not None][:wanted]
         if len(found) < LEAST:
             raise UsageError(
-                f"{images.name} holds {len(found)} images that can be read, too few to calibrate on; give {LEAST} or "
+                f"{images.name} holds too few images to calibrate on ({len(found)} that can be read); give {LEAST} or "
                 "more, better 32, of the kind that the model will see, or leave --calibration out"
             )
         stacked = torch.stack(found)

@@ -64,11 +64,11 @@ def within_tolerance(int8: Int8, file: Path, judge: Judge, layers: int, progress
     size = -(-len(int8.operators) // layers)
     groups = [int8.operators[start : start + size] for start in range(0, len(int8.operators), size)]
     kept = _fewest(int8, file, judge, _by_harm(int8, file, judge, groups, progress), progress)
-    if len(kept) == len(groups):
-        int8.write(file)
-        return None
     singles = [[name] for group in kept for name in group]
     kept = _fewest(int8, file, judge, _by_harm(int8, file, judge, singles, progress), progress)
+    if len(kept) == len(int8.operators):  # it would be the float32 file
+        int8.write(file)
+        return None
     left = [name for group in kept for name in group]
     int8.write(file, left)
     return left

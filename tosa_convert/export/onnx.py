@@ -134,10 +134,10 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 class FailedCheckError(TosaError):
-    """The ONNX file does not do what the torch model does; ``check`` says how far off it is."""
+    """The ONNX file does not do what the torch model does; ``results`` say how far off it is."""
 
     def __init__(self, check: Check, path: Path):
-        self.check = check
+        self.results = {"file": str(path), **check.to_dict()}
         found = check.elsewhere
         if found and margin(found["figures"], found["bounds"]) < 0:
             super().__init__(

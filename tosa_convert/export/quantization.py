@@ -13,6 +13,7 @@ from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
     QuantType,
+    create_calibrator,
     quantize_dynamic,
     quantize_static,
 )
@@ -20,6 +21,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from tosa_convert.base.environment import int8_instructions
+from tosa_convert.base.errors import UsageError
 from tosa_convert.export.files import is_large, save_graph
 from tosa_convert.export.quiet import silence
 from tosa_convert.export.verification import hide_chosen, with_chosen
@@ -27,11 +29,15 @@ from tosa_convert.export.verification import hide_chosen, with_chosen
 PRODUCTS = ("MatMul", "Gemm")
 """Of their kind those with weights are quantised: products of tokens with tokens, and what chooses and moves tokens,
 stay in float."""
+WITH_RANGES = [*PRODUCTS, "Conv"]
 METHODS = {
     "minmax": CalibrationMethod.MinMax,
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
+SEARCHED = {"entropy": {"num_bins": 1024, "num_quantized_bins": 256}}
+"""How finely ranges are searched for. With ONNX Runtime's own 128 and 128 there is but one range to choose from, which
+is that of min–max."""
 PRECISE = (
     *("LayerNormalization", "SkipLayerNormalization", "Softmax", "ReduceL2", "ReduceMean", "ReduceSum", "Log"),
     *("ScatterND", "ScatterElements"),
@@ -65,7 +71,9 @@ class Int8:
                 skip_symbolic_shape=True,  # it fails on graphs that choose tokens; the exporter knows the shapes
                 save_as_external_data=is_large(source),
             )
-        self.operators = _with_weights(self.prepared, (*PRODUCTS, *(("Conv",) if calibration else ())))
+        if calibration is not None:
+            self._calibrate()
+        self.operators = _with_weights(self.prepared, tuple(WITH_RANGES) if calibration else PRODUCTS)
         """Names of what can be quantised, in the order in which it runs."""
 
     def write(self, target: Path, left: Collection[str] = ()) -> None:
@@ -83,18 +91,47 @@ class Int8:
             if self.calibration is None:
                 quantize_dynamic(self.prepared, target, op_types_to_quantize=list(PRODUCTS), **shared)
             else:
-                # An onnxruntime that cannot keep what it calibrated does so again for each file.
-                keeps = "calibration_cache_path" in inspect.signature(quantize_static).parameters
                 quantize_static(
                     self.prepared,
                     target,
-                    _Reader(self.prepared, self.images),
-                    op_types_to_quantize=[*PRODUCTS, "Conv"],
+                    _Reader(self.prepared, self.images),  # for an onnxruntime that cannot keep ranges
+                    op_types_to_quantize=WITH_RANGES,
                     calibrate_method=METHODS[self.calibration],
-                    **({"calibration_cache_path": self.ranges} if keeps else {}),
+                    **({"calibration_cache_path": self.ranges} if _keeps_ranges() else {}),
                     **shared,
                 )
         _without_chosen(target)
+
+    def _calibrate(self) -> None:
+        """Find the ranges once for all files.
+
+        Raises:
+            UsageError: an onnxruntime whose own way to find them is another.
+        """
+        if not _keeps_ranges():
+            if self.calibration in SEARCHED:
+                raise UsageError(
+                    f"--calibration {self.calibration} needs a newer onnxruntime; pip install -U onnxruntime, or take "
+                    "percentile"
+                )
+            return
+        from onnxruntime.quantization.calibrate import save_tensors_data
+
+        with silence():
+            calibrator = create_calibrator(
+                self.prepared,
+                WITH_RANGES,
+                augmented_model_path=str(self.prepared.with_name("augmented.onnx")),
+                calibrate_method=METHODS[self.calibration],
+                use_external_data_format=is_large(self.prepared),
+                extra_options=SEARCHED.get(self.calibration, {}),
+            )
+            calibrator.collect_data(_Reader(self.prepared, self.images))
+            save_tensors_data(calibrator.compute_data(), self.ranges)
+
+
+def _keeps_ranges() -> bool:
+    return "calibration_cache_path" in inspect.signature(quantize_static).parameters
 
 
 class _Reader(CalibrationDataReader):

@@ -16,8 +16,9 @@ from tosa_convert.export.gate import Judge
 from tosa_convert.export.runtimes import ON_FILES, file_runner, onnx_runner, providers
 from tosa_convert.export.verification import ORIGINAL, Verifier
 
-SECONDS, ROUNDS = 12.0, (5, 40)
-"""How long files are timed, and in how many rounds at least and at most."""
+SECONDS, ROUNDS = (3.0, 12.0), (5, 40)
+"""How long files are timed, and in how many rounds: so many, or as many as fit into the first time, but no fewer than
+the least and no longer than the second time."""
 IMAGES = 8
 EXAMPLES = 32
 """Images on which a file is compared with its model in another runtime."""
@@ -46,8 +47,8 @@ def time_files(
         started = time.perf_counter()
         for runner in runners.values():
             runner()
-        least, most = ROUNDS
-        rounds = min(most, max(least, int(SECONDS / (time.perf_counter() - started))))
+        short, long = (int(seconds / (time.perf_counter() - started)) for seconds in SECONDS)
+        rounds = max(ROUNDS[0], min(long, max(ROUNDS[1], short)))
         with progress.track("time the files", rounds + 1) as advance:
             return interleave(runners, rounds, warmup=1, advance=advance)
 

@@ -15,7 +15,7 @@ from torch import nn
 from tosa_convert.base.errors import TosaError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import ExportSettings
-from tosa_convert.data.images import Images, loader
+from tosa_convert.data.images import Images, loader, spread
 from tosa_convert.export.check import Check, bounds, closeness
 from tosa_convert.export.ports import Ports
 from tosa_convert.models.adapter import adapter_of, run
@@ -69,8 +69,7 @@ class Verifier:
         self.model, self.task, self.labelled, self.original = model, task, labelled, original
         self.settings, self.progress = settings, progress
         self.ports = Ports(preprocessing_of(model), settings.raw_input)
-        # Spread over the folder, so that every class is seen.
-        self.images = torch.utils.data.Subset(images, range(0, len(images), -(-len(images) // settings.images)))
+        self.images = torch.utils.data.Subset(images, spread(len(images), settings.images))
         # In INT8 an image's ranges depend on those beside it: it is judged by itself.
         self.at_once = 1 if keeps_any_number(model) or settings.precision != "float32" else 8
 

@@ -102,6 +102,8 @@ def bench(
     lacking = {name: why for name in settings.runtimes if (why := runtimes.missing(name, device))}
     notes = [f"{name} is left out: {why}" for name, why in lacking.items()]
     possible = [name for name in settings.runtimes if name not in lacking]
+    if not possible:
+        raise UsageError(f"nothing can be timed: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}")
     kinds = [
         _Case(runtime, batch, precision, device)
         for runtime, batch, precision in product(possible, settings.batch_sizes, settings.precisions)
@@ -148,6 +150,8 @@ def bench(
                             "models": _figures(timings, peaks, macs),
                         }
                     )
+    if not cases:
+        raise TosaError(f"nothing could be timed: {'; '.join(dict.fromkeys(notes))}")
     return {
         "machine": machine(device),
         "device": device,

@@ -1,5 +1,6 @@
 """Find score, bypass and keep ratios for a budget, without training."""
 
+from math import inf
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def find_plan(
     given = [name for name, value in limits.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are both given; keep one of them")
-    if target_ms is not None and target_ms <= 0:
+    if target_ms is not None and not 0 < target_ms < inf:
         raise UsageError(f"target {target_ms:g} ms is out of range; give milliseconds per forward pass such as 25")
     by = "latency" if target_ms is not None else by
     conditions = conditions or Conditions()

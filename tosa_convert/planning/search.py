@@ -281,12 +281,12 @@ class Search:
         if least >= 1:
             raise UsageError(
                 f"there is no gain in {self.prices.by} at this size: token selection takes longer than it saves; "
-                "try a larger --img-size, or --runtime onnx"
+                "try a larger --img-size, or another runtime"
             )
         asked, bypass = asked or f"budget {budget}", self.probe.tosa_config.bypass
         raise UsageError(
             f"{asked} is out of reach: by {self.prices.by} {bypass} comes down to "
-            f"{_rounded_up(least) if original_ms is None else f'{least * original_ms:.1f} ms'}; give that or more"
+            f"{_rounded_up(least) if original_ms is None else f'about {least * original_ms:.1f} ms'}; give that or more"
             f"{self._outside()}"
         )
 

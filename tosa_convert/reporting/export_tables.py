@@ -79,13 +79,13 @@ def _chain_table(results: dict) -> Table:
 
 def _slower(results: dict) -> list[str]:
     """Whether the file that is shipped is slower than the original, or no faster than the same in float32."""
-    speeds = {link["name"]: link["ms"] for link in results["chain"] if "ms" in link}
+    speeds = {link["name"]: link["speedup"] for link in results["chain"] if "speedup" in link}
     ours, notes = speeds.get(results["precision"]), []
     if ours is None:
         return []
-    if ours >= speeds.get("original", ours + 1):
+    if "original" in speeds and ours <= 1:
         notes.append("the file is SLOWER here than the original: at this size the conversion does not pay")
-    if results["precision"] != "float32" and ours >= speeds["float32"]:
+    if results["precision"] != "float32" and ours <= speeds["float32"]:
         why = "`tosa-convert doctor` says what the processor can do"
         notes.append(f"{results['precision']} is NO faster here than float32: {why}")
     return notes

@@ -38,7 +38,9 @@ def _head(config: dict) -> str:
     if _licence(origin):
         known["license"] = _licence(origin)
     source = origin.get("source") or ""
-    if source.startswith("hf:"):
+    if origin.get("checkpoint"):  # weights of the user's own: of what, nobody said
+        pass
+    elif source.startswith("hf:"):
         known["base_model"] = source.removeprefix("hf:")
     elif origin["library"] == "timm" and origin["spec"].get("pretrained_cfg", {}).get("hf_hub_id"):
         known["base_model"] = origin["spec"]["pretrained_cfg"]["hf_hub_id"].rstrip("/")
@@ -46,8 +48,8 @@ def _head(config: dict) -> str:
 
 
 def _licence(origin: dict) -> str | None:
-    """That of the original's weights, where the library tells."""
-    return (origin["spec"].get("pretrained_cfg") or {}).get("license")
+    """That of the original's weights, where the library tells; it does not know those of a file."""
+    return None if origin.get("checkpoint") else (origin["spec"].get("pretrained_cfg") or {}).get("license")
 
 
 def _body(run: Path, config: dict) -> str:

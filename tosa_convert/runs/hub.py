@@ -5,8 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
@@ -28,12 +34,21 @@ OPENED = ("config.json", "model.safetensors")
 
 
 def run_of(name: str) -> Path | None:
-    """The local copy of a run on the hub, ORG/NAME, fetched if need be; None if there is no run of that name."""
+    """The local copy of a run on the hub, ORG/NAME, fetched if need be; None if there is no run of that name.
+
+    Raises:
+        TosaError: the hub shows nothing of that name to this token.
+    """
     try:
         config = Path(hf_hub_download(name, "config.json"))
         if not runs.is_run(config.parent):
             return None
         return Path(snapshot_download(name, allow_patterns=list(OPENED)))
+    except RepositoryNotFoundError:
+        raise TosaError(
+            f"the hub shows no {name} to you; check the name, and if it is private log in with `hf auth login`, or set "
+            "HF_TOKEN to a token that may read it"
+        ) from None
     except Exception:  # no such name, no network: whoever looks for a model there will say so
         return None
 
@@ -69,8 +84,13 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
             )
         with tempfile.TemporaryDirectory() as scratch:
             write_json(Path(scratch) / "config.json", _without_places(read_json(run / "config.json")))
-            for file in sorted(ours - {"config.json", "README.md"}):
+            for file in sorted(ours - {"config.json", "README.md", "recipe.yaml"}):
                 (Path(scratch) / file).symlink_to((run / file).resolve())
+            if "recipe.yaml" in ours:
+                text = (run / "recipe.yaml").read_text(encoding="utf-8")
+                for place in sorted(_places(yaml.safe_load(text)), key=len, reverse=True):
+                    text = text.replace(place, Path(place).name)
+                write_text(Path(scratch) / "recipe.yaml", _without_folder(text, run))
             if "README.md" in ours:
                 text = (run / "README.md").read_text(encoding="utf-8")
                 write_text(Path(scratch) / "README.md", _without_folder(text, run).replace("hf:ORG/NAME", f"hf:{name}"))
@@ -84,8 +104,8 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise UsageError(
-                f"the hub lets nobody write to {name} with this token ({status}); log in with `hf auth login`, set "
-                "HF_TOKEN to one that may write, or give another name"
+                f"the hub does not let you write to {name} ({status}); log in with `hf auth login`, set HF_TOKEN to a "
+                "token that may write, or give another name"
             ) from None
         raise TosaError(f"the hub refused: {gist(error)}; nothing was changed, or run the command again") from None
     except TosaError:
@@ -122,6 +142,14 @@ def _shortened(content: Any) -> Any:
     if isinstance(content, list):
         return [_shortened(value) for value in content]
     return Path(content).name if isinstance(content, str) and content.startswith(("/", "~")) else content
+
+
+def _places(content: Any) -> set[str]:
+    """The absolute paths in nested values, also behind the kind of a source, as in depth:ROOT."""
+    if isinstance(content, dict | list):
+        return set().union(*map(_places, content.values() if isinstance(content, dict) else content))
+    found = content.rpartition(":")[2] if isinstance(content, str) else ""
+    return {found} if found.startswith(("/", "~")) else set()
 
 
 def _without_folder(text: str, run: Path) -> str:

@@ -12,7 +12,7 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe, read_recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
-from tosa_convert.export.onnx import FAILED, FILE, FailedCheckError, export_onnx, exported
+from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
@@ -179,7 +179,7 @@ def export_stage(
     try:
         check = export_onnx(model, folder, data, settings, original=_original(model), progress=progress)
     except FailedCheckError as error:
-        _note_export(Path(source), out, {"file": str(folder / FAILED), **error.check.to_dict()})
+        _note_export(Path(source), out, error.results)
         raise
     results = {"file": str(folder / FILE), **check.to_dict()}
     _note_export(Path(source), out, results)
