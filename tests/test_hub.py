@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from hub import TOKEN, served
+from safetensors.torch import save_file
 
-from tosa_convert import load
+from tosa_convert import convert, load, save
 from tosa_convert.cli.main import main
 from tosa_convert.models.adapter import run
+from tosa_convert.reporting.run_texts import write_card
+from tosa_convert.runs import hub as hub_of_runs
 
 OPEN = """
 import sys, torch, tosa_convert
@@ -47,7 +51,7 @@ def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
     assert {"README.md", "config.json", "model.safetensors", "recipe.yaml"} <= set(files)
     assert files["model.safetensors"] == (quick_run / "model.safetensors").read_bytes()
     assert not any(name.startswith(("metrics", "checkpoint")) for name in files)
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", "README.md", "recipe.yaml"):
         assert str(quick_run.parent) not in files[name].decode()
         assert '"/' not in files[name].decode()
     assert b"hf:someone/fast-vit" in files["README.md"]
@@ -82,6 +86,20 @@ def test_a_push_that_cannot_be_says_why_in_one_line(hub, token, name, message, q
     assert not hub.repositories
 
 
+def test_a_run_that_the_hub_does_not_show_is_said_to_be_so(hub, quick_run, tmp_path):
+    """A private one, without a token: as the hub has it, there is none."""
+    process(hub, tmp_path / "here", "-m", "tosa_convert", "push", str(quick_run), "someone/fast-vit")
+    done = process(hub, tmp_path / "there", "-m", "tosa_convert", "flops", "hf:someone/fast-vit", token=None)
+    assert done.returncode == 1
+    assert "log in with `hf auth login`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_recipe_is_pushed_without_places():
+    recipe = {"checkpoint": "/home/me/w.safetensors", "data": {"train": "depth:/data/rooms", "eval": "hfds:org/set"}}
+    assert hub_of_runs._places(recipe) == {"/home/me/w.safetensors", "/data/rooms"}
+
+
 def test_a_hub_out_of_reach_is_said(hub, quick_run, tmp_path):
     hub.address = "http://127.0.0.1:9"
     done = process(hub, tmp_path, "-m", "tosa_convert", "push", str(quick_run), "someone/vit")
@@ -98,8 +116,6 @@ def test_only_a_run_is_pushed(tmp_path, capsys):
 
 
 def test_a_card_says_what_a_run_is_and_a_text_of_ones_own_stays(quick_run, capsys):
-    from tosa_convert.reporting.run_texts import write_card
-
     text = (quick_run / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["library_name"] == "tosa-convert"
@@ -111,3 +127,17 @@ def test_a_card_says_what_a_run_is_and_a_text_of_ones_own_stays(quick_run, capsy
     write_card(quick_run)
     assert (quick_run / "README.md").read_text() == "mine"
     (quick_run / "README.md").write_text(text)
+
+
+def test_no_licence_is_claimed_of_weights_of_ones_own(tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), weights)
+    own, plain = load("deit_tiny", checkpoint=weights), load("deit_tiny", pretrained=False)
+    folders = [save(convert(model), tmp_path / name) for name, model in (("own", own), ("plain", plain))]
+    for folder in folders:
+        write_card(folder)
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    heads = [yaml.safe_load(card.split("---\n", 2)[1]) for card in cards]
+    assert not {"license", "base_model"} & set(heads[0])
+    assert "under apache-2.0" not in cards[0]
+    assert heads[1]["license"] == "apache-2.0"

@@ -99,7 +99,7 @@ class Chain:
         if self.auto:
             calibration = (calibration or CALIBRATION) if name == STATIC else None
         examples = None if calibration is None else self._to_calibrate()
-        int8 = Int8(self.float32, self.float32.parent, calibration, examples)
+        int8 = Int8(self.float32, self.float32.parent, calibration, examples, self.progress)
         if self.auto and calibration:  # slower than ranges found in each image, so far: tried as it is
             return lambda file, _: int8.write(file)
         model, task = self.verifier.model, self.verifier.task

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from tosa_convert.base.environment import int8_instructions
 from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
 from tosa_convert.export.files import is_large, save_graph
 from tosa_convert.export.quiet import silence
 from tosa_convert.export.verification import hide_chosen, with_chosen
@@ -59,7 +60,14 @@ class Int8:
         images: a batch to calibrate on, as the file takes it.
     """
 
-    def __init__(self, source: Path, scratch: Path, calibration: str | None = None, images: np.ndarray | None = None):
+    def __init__(
+        self,
+        source: Path,
+        scratch: Path,
+        calibration: str | None = None,
+        images: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ):
         self.prepared, self.calibration, self.images = scratch / "prepared.onnx", calibration, images
         self.ranges = scratch / f"ranges.{calibration}.json"
         shown = source.with_name("shown.onnx")  # where it finds weights beside the graph, too
@@ -72,7 +80,7 @@ class Int8:
                 save_as_external_data=is_large(source),
             )
         if calibration is not None:
-            self._calibrate()
+            self._calibrate(progress or Progress())
         self.operators = _with_weights(self.prepared, tuple(WITH_RANGES) if calibration else PRODUCTS)
         """Names of what can be quantised, in the order in which it runs."""
 
@@ -102,7 +110,7 @@ class Int8:
                 )
         _without_chosen(target)
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, progress: Progress) -> None:
         """Find the ranges once for all files.
 
         Raises:
@@ -117,7 +125,7 @@ class Int8:
             return
         from onnxruntime.quantization.calibrate import save_tensors_data
 
-        with silence():
+        with silence(), progress.track("calibrate", len(self.images) + 1) as advance:
             calibrator = create_calibrator(
                 self.prepared,
                 WITH_RANGES,
@@ -126,7 +134,7 @@ class Int8:
                 use_external_data_format=is_large(self.prepared),
                 extra_options=SEARCHED.get(self.calibration, {}),
             )
-            calibrator.collect_data(_Reader(self.prepared, self.images))
+            calibrator.collect_data(_Reader(self.prepared, self.images, advance))
             save_tensors_data(calibrator.compute_data(), self.ranges)
 
 
@@ -137,11 +145,13 @@ def _keeps_ranges() -> bool:
 class _Reader(CalibrationDataReader):
     """Images one by one, as ONNX Runtime's calibration takes them."""
 
-    def __init__(self, file: Path, images: np.ndarray):
+    def __init__(self, file: Path, images: np.ndarray, advance: Callable[[], None] | None = None):
         name = onnx.load(file, load_external_data=False).graph.input[0].name
-        self.feeds = iter([{name: image[None]} for image in images])
+        self.feeds, self.advance = iter([{name: image[None]} for image in images]), advance
 
     def get_next(self) -> dict | None:
+        if self.advance:
+            self.advance()
         return next(self.feeds, None)
 
 

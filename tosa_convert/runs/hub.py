@@ -44,7 +44,9 @@ def run_of(name: str) -> Path | None:
         if not runs.is_run(config.parent):
             return None
         return Path(snapshot_download(name, allow_patterns=list(OPENED)))
-    except RepositoryNotFoundError:
+    except HfHubHTTPError as error:
+        if not isinstance(error, RepositoryNotFoundError) and _status(error) not in (401, 403):
+            return None
         raise TosaError(
             f"the hub shows no {name} to you; check the name, and if it is private log in with `hf auth login`, or set "
             "HF_TOKEN to a token that may read it"
@@ -101,7 +103,7 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
     except LocalTokenNotFoundError:
         raise UsageError("there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = _status(error)
         if status in (401, 403):
             raise UsageError(
                 f"the hub does not let you write to {name} ({status}); log in with `hf auth login`, set HF_TOKEN to a "
@@ -113,6 +115,10 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
     except Exception as error:  # of whatever library the hub's own one talks through
         raise TosaError(f"the hub cannot be reached: {gist(error)}; run the command again with a network") from None
     return str(place)
+
+
+def _status(error: HfHubHTTPError) -> int | None:
+    return getattr(error.response, "status_code", None)
 
 
 def _check_weights(run: Path) -> None:
