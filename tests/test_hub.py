@@ -55,6 +55,7 @@ def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
         assert str(quick_run.parent) not in files[name].decode()
         assert '"/' not in files[name].decode()
     assert b"hf:someone/fast-vit" in files["README.md"]
+    assert b"\n# someone/fast-vit\n" in files["README.md"]
     opened = process(hub, tmp_path / "there", "-c", OPEN, "hf:someone/fast-vit")
     assert opened.returncode == 0, opened.stderr
     model = load(quick_run)
@@ -103,6 +104,16 @@ def test_a_recipe_is_pushed_without_places():
 def test_a_hub_out_of_reach_is_said(hub, quick_run, tmp_path):
     hub.address = "http://127.0.0.1:9"
     done = process(hub, tmp_path, "-m", "tosa_convert", "push", str(quick_run), "someone/vit")
+    assert done.returncode == 1
+    assert "the hub cannot be reached" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.long
+def test_a_model_on_a_hub_out_of_reach_is_said_in_one_line(hub, tmp_path):
+    """Long, since the hub's library tries six times."""
+    hub.address = "http://127.0.0.1:9"
+    done = process(hub, tmp_path, "-m", "tosa_convert", "flops", "hf:someone/vit")
     assert done.returncode == 1
     assert "the hub cannot be reached" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

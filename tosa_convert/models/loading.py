@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import logging
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError, TosaWarning, UnsupportedModelError, UsageError, gist
 from tosa_convert.base.files import read_json
+from tosa_convert.base.quiet import quiet
 from tosa_convert.models.adapter import adapter_of, families
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import Origin
@@ -118,7 +118,7 @@ def load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) ->
 
 def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Module:
     try:
-        with _quiet("timm", "huggingface_hub"), _same_random_weights():
+        with quiet("timm", "huggingface_hub"), _same_random_weights():
             return timm.create_model(name, pretrained=pretrained, **arguments)
     except UnsupportedModelError:
         raise
@@ -146,7 +146,7 @@ def _create_with_checkpoint(name: str, checkpoint: Path, arguments: dict) -> nn.
     _say_if_head_is_new(str(checkpoint), outputs, arguments["num_classes"])
     overlay = {"file": str(checkpoint), "num_classes": outputs, "custom_load": False}
     try:
-        with _quiet("timm"), _same_random_weights():
+        with quiet("timm"), _same_random_weights():
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:
         raise TosaError(f"{checkpoint} does not fit {name}: {gist(error)}; check the model name") from error
@@ -159,7 +159,7 @@ def load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
         raise UsageError("Hugging Face models need transformers: pip install 'tosa-convert[hf]'") from None
     try:
         transformers.utils.logging.disable_progress_bar()
-        with _quiet("transformers", "huggingface_hub"):
+        with quiet("transformers", "huggingface_hub"):
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
             names = [family.adapt(config) for family in families() if hasattr(family, "adapt")]
             asked = next(filter(None, names), (config.architectures or ["AutoModel"])[0])
@@ -223,17 +223,3 @@ def _same_random_weights():
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
-
-
-@contextlib.contextmanager
-def _quiet(*names: str):
-    """Libraries log while they retry; our one line is what the user should see."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

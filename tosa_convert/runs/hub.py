@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.base.files import read_json, write_json, write_text
+from tosa_convert.base.quiet import quiet
 from tosa_convert.runs import folder as runs
 
 SHIPPED = (
@@ -37,13 +39,19 @@ def run_of(name: str) -> Path | None:
     """The local copy of a run on the hub, ORG/NAME, fetched if need be; None if there is no run of that name.
 
     Raises:
-        TosaError: the hub shows nothing of that name to this token.
+        TosaError: the hub shows nothing of that name to this token, or cannot be reached.
     """
     try:
-        config = Path(hf_hub_download(name, "config.json"))
+        with quiet("huggingface_hub"):  # it says how often it tries
+            config = Path(hf_hub_download(name, "config.json"))
         if not runs.is_run(config.parent):
             return None
         return Path(snapshot_download(name, allow_patterns=list(OPENED)))
+    except LocalEntryNotFoundError:
+        raise TosaError(
+            f"the hub cannot be reached, and {name} is not in its cache here; try again with a network, or give a "
+            "local folder"
+        ) from None
     except HfHubHTTPError as error:
         if not isinstance(error, RepositoryNotFoundError) and _status(error) not in (401, 403):
             return None
@@ -51,7 +59,7 @@ def run_of(name: str) -> Path | None:
             f"the hub shows no {name} to you; check the name, and if it is private log in with `hf auth login`, or set "
             "HF_TOKEN to a token that may read it"
         ) from None
-    except Exception:  # no such name, no network: whoever looks for a model there will say so
+    except Exception:  # no such name, no such file: whoever looks for a model there will say so
         return None
 
 
@@ -95,7 +103,8 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
                 write_text(Path(scratch) / "recipe.yaml", _without_folder(text, run))
             if "README.md" in ours:
                 text = (run / "README.md").read_text(encoding="utf-8")
-                write_text(Path(scratch) / "README.md", _without_folder(text, run).replace("hf:ORG/NAME", f"hf:{name}"))
+                text = text.replace(f"# {run.name}\n", f"# {name}\n", 1).replace("hf:ORG/NAME", f"hf:{name}")
+                write_text(Path(scratch) / "README.md", _without_folder(text, run))
             message = f"tosa-convert run {run.name}"
             api.upload_folder(repo_id=place.repo_id, folder_path=scratch, commit_message=message)
     except HFValidationError as error:
