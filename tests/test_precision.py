@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_onnx, load
 from tosa_convert.base import environment
+from tosa_convert.base.errors import TosaWarning
 from tosa_convert.cli.main import main
 from tosa_convert.data.images import sample
 from tosa_convert.export import chain, files, gate, quantization
@@ -311,6 +312,13 @@ def test_a_processor_without_the_instructions_leaves_weights_a_bit_of_room(monke
     for flags, saturates in ((["avx2"], True), (["avx2", "avx_vnni"], False)):
         monkeypatch.setattr(environment, "instructions", lambda flags=flags: flags)
         assert quantization._saturates() is saturates
+
+
+@pytest.mark.usefixtures("shared_exports")
+def test_a_processor_without_the_instructions_is_warned_of(backbone, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "instructions", lambda: frozenset({"avx2"}))
+    with pytest.warns(TosaWarning, match="INT8 may be no faster than float32"):
+        export_onnx(backbone, tmp_path / "out", photos, ExportSettings(precision="int8", **FEW))
 
 
 def test_settings_that_go_ill_together_are_refused(capsys):

@@ -22,6 +22,8 @@ from tosa_convert.selective.conversion import convert
 
 MOMENTS = {"distill": 15, "finetune": 15, "export": 10, "plan": 10}
 TRAINING = {"steps": 60, "batch_size": 8, "checkpoint_minutes": 0.005, "log_every": 1}
+SLACK = 1.5
+"""Seconds for a step, the writing of a checkpoint, and a busy machine."""
 PARTS = {
     "distill": {"layers": [2, 4], "ratio": 0.5},
     "finetune": {"score": "similarity", "bypass": "merge", "layers": [2, 4], "ratio": 0.5},
@@ -65,6 +67,18 @@ def check_whole(folder: Path) -> None:
             json.loads(path.read_text())
 
 
+def check_lost(folder: Path) -> None:
+    """No more work is gone than is done between two checkpoints: what was logged after the newest whole one."""
+    steps = [json.loads(path.read_text())["step"] for path in folder.rglob("checkpoint*/step.json")]
+    logs = list(folder.rglob("metrics.jsonl"))
+    lines = [json.loads(line) for line in logs[0].read_text().splitlines()] if logs else []
+    if not lines or lines[-1]["step"] == TRAINING["steps"]:
+        return
+    kept = max(steps, default=0)
+    since = [line["seconds"] for line in lines if line["step"] >= kept]
+    assert since[-1] - since[0] < 60 * TRAINING["checkpoint_minutes"] + SLACK, (kept, since)
+
+
 def final_weights(folder: Path) -> dict:
     (file,) = folder.glob("*/model.safetensors")
     return {name: value.tolist() for name, value in load_file(file).items()}
@@ -88,6 +102,8 @@ def test_killed_at_any_moment(verb, place, tmp_path):
             process.wait()
         if out.exists():
             check_whole(out)
+            if verb in PARTS:
+                check_lost(out)
             if verb == "plan":
                 shutil.rmtree(out)  # a plan is made anew
         done = subprocess.run(command(verb, place, out, out.exists()), capture_output=True, text=True, check=False)

@@ -1,12 +1,14 @@
 """From a float32 file to the one that is shipped: fewer bits, checked alike, each beside the others."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tosa_convert.base.errors import UsageError, gist
+from tosa_convert.base.environment import int8_instructions
+from tosa_convert.base.errors import TosaWarning, UsageError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing
 from tosa_convert.config.settings import ExportSettings
@@ -98,6 +100,13 @@ class Chain:
         calibration = self.settings.calibration
         if self.auto:
             calibration = (calibration or CALIBRATION) if name == STATIC else None
+        if not int8_instructions():
+            warnings.warn(
+                "this processor has no instructions for products of 8 bits (such as VNNI), so INT8 may be no faster "
+                "than float32 here; the table says how fast it is",
+                TosaWarning,
+                stacklevel=2,
+            )
         examples = None if calibration is None else self._to_calibrate()
         int8 = Int8(self.float32, self.float32.parent, calibration, examples, self.progress)
         if self.auto and calibration:  # slower than ranges found in each image, so far: tried as it is
