@@ -3,12 +3,14 @@
     python benchmarks/packing.py dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
 
 ``row`` is what the project does: one row, the attention of each image by itself. ``images`` runs the blocks image by
-image. ``mask`` runs one row with one attention over all of it and a block-diagonal mask. ``padded`` is the plan with
-numbers at the most tokens that an image of the batch keeps in each layer, which is what padding would cost.
+image. ``containers`` packs images into containers as long as a whole image, with masks (Select and Pack). ``mask`` runs
+one row with one attention over all of it and a block-diagonal mask. ``padded`` is the plan with numbers at the most
+tokens that an image of the batch keeps in each layer, which is what padding would cost.
 """
 
 import argparse
 import copy
+import functools
 from pathlib import Path
 from unittest import mock
 
@@ -77,10 +79,16 @@ def measure(model, plan, images) -> dict:
         with mock.patch.object(packed, "_WithinImages", WithMask):
             run(rows, images)
 
+    def contained():
+        within = functools.partial(packed._WithinImages, container=patches + 1)
+        with mock.patch.object(packed, "_WithinImages", within):
+            run(rows, images)
+
     ways = {
         "original": lambda: run(model, images),
         "row": lambda: run(rows, images),
         "images": lambda: run(each, images),
+        "containers": contained,
         "mask": masked,
         "padded": lambda: run(padded, images),
     }

@@ -1,6 +1,7 @@
 """Thresholds: each image of a batch keeps as many tokens as it needs, and is computed as if it were alone."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.planning import adaptive as planning
+from tosa_convert.selective.containers import Containers, packed_into
+from tosa_convert.selective.conversion import original
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
 
+ATTEND = Containers.attend
 SCORES = [name for name, part in every(Score).items() if part.suits(Acts.AROUND)]
 
 
@@ -199,6 +203,53 @@ def test_partners_are_the_nearest_of_the_same_image(seed, batch, prefix):
         mine = [token for token in mine if token % count >= prefix]
         nearest = min(mine, key=lambda token: (flat[token] - flat[skipped]).square().sum().item())
         assert choice.attended[0, partner] == nearest
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers"])
+@pytest.mark.parametrize("container", [1, 24, 1000])
+def test_containers_give_what_images_give_by_themselves(name, container):
+    images = photos(5)
+    parts = {"score": "similarity", "bypass": "identity"}
+    plain = at_the_middle(lively(FAMILIES[name]()), images, **parts)
+    thresholds = [block.selection.threshold for block in selective_blocks(plain)]
+    packed = convert(original(plain), layers=LAYERS, threshold=thresholds, container=container, **parts)
+    assert len(counts(plain)) > 1
+    asked = []
+    with mock.patch.object(Containers, "attend", lambda *args, **more: asked.append(1) or ATTEND(*args, **more)):
+        assert close(first(run(packed, images)), first(run(plain, images)))
+    assert len(asked) == len(LAYERS)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
+def test_containers_hold_every_image_whole_and_no_more_than_fits(lengths, size):
+    containers = packed_into(tuple(lengths), size)
+    assert sorted(image for group in containers for image in group) == list(range(len(lengths)))
+    size = max(size, *lengths)
+    assert all(sum(lengths[image] for image in group) <= size for group in containers)
+    assert sum(sum(lengths[image] for image in group) <= size / 2 for group in containers) <= 1  # they would share one
+
+
+@given(
+    st.integers(0, 999),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(1, 20),
+    st.sampled_from([0, 1, 2]),
+)
+def test_containers_take_what_is_added_to_the_logits(seed, lengths, size, kind):
+    """Nothing, of each key, or of each query and key and head."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    qkv = [torch.randn(1, 2, total, 4, generator=generator) for _ in range(3)]
+    mask = [
+        None,
+        torch.randn(1, 1, 1, total, generator=generator),
+        torch.randn(1, 2, total, total, generator=generator),
+    ][kind]
+    found = Containers(tuple(lengths), size, torch.device("cpu")).attend(*qkv, mask)
+    image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    apart = torch.zeros(total, total).masked_fill(image[:, None] != image, float("-inf"))
+    wanted = torch.nn.functional.scaled_dot_product_attention(*qkv, apart if mask is None else apart + mask)
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_row_that_does_not_fit_says_how_long_it_is(monkeypatch):

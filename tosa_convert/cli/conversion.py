@@ -65,6 +65,12 @@ class _Options:
     selection: Annotated[
         Selection | None, typer.Option(help="one token set per layer, or per head", show_default="shared")
     ]
+    container: Annotated[
+        int | None,
+        typer.Option(
+            help="spa's: pack a batch into containers of so many tokens", show_default=False, callback=at_least(1)
+        ),
+    ]
     rows: Annotated[
         str | None, typer.Option(help="query rows that score the tokens, or all (as in the paper)", show_default="32")
     ]

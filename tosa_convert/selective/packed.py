@@ -19,6 +19,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.score import Score
 from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
+from tosa_convert.selective.containers import Containers
 from tosa_convert.selective.forward_state import ForwardState
 
 Call = Callable[..., torch.Tensor]
@@ -51,18 +52,21 @@ class Row:
 class _WithinImages(TorchFunctionMode):
     """Makes attention over a row attention within each of its images."""
 
-    def __init__(self, lengths: tuple[int, ...]):
+    def __init__(self, lengths: tuple[int, ...], container: int | None = None):
         super().__init__()
         self.lengths, self.total, self.asked = lengths, sum(lengths), False
+        self.container = container
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention or args[0].shape[-2] != self.total:
             return function(*args, **kwargs)
         self.asked = True
-        parts = [each.split(self.lengths, dim=-2) for each in args[:3]]
         mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
         others = {name: value for name, value in kwargs.items() if name != "attn_mask"}
+        if self.container is not None and len(args) < 5:
+            return Containers(self.lengths, self.container, args[0].device).attend(*args[:3], mask, **others)
+        parts = [each.split(self.lengths, dim=-2) for each in args[:3]]
         found = [
             function(*qkv, given, *args[4:], **others)
             for qkv, given in zip(zip(*parts, strict=True), self._parted(mask), strict=True)
@@ -116,7 +120,8 @@ def run_row(
 def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packed, sizes, normed) -> torch.Tensor:
     adapter, state, (lengths, places) = block.adapter, block.selection.current.state, packed
     if _as_one(block, adapter, args, kwargs):
-        with _running(state, lengths), _WithinImages(lengths) as within:
+        container = getattr(block.selection.bypass.options, "container", None)
+        with _running(state, lengths), _WithinImages(lengths, container) as within:
             found = call(tokens, args, kwargs, places, sizes, normed)
         if within.asked:
             return found
