@@ -10,7 +10,6 @@ tokens that an image of the batch keeps in each layer, which is what padding wou
 
 import argparse
 import copy
-import functools
 from pathlib import Path
 from unittest import mock
 
@@ -80,8 +79,8 @@ def measure(model, plan, images) -> dict:
             run(rows, images)
 
     def contained():
-        within = functools.partial(packed._WithinImages, container=patches + 1)
-        with mock.patch.object(packed, "_WithinImages", within):
+        within = packed._WithinImages
+        with mock.patch.object(packed, "_WithinImages", lambda lengths, _: within(lengths, patches + 1)):
             run(rows, images)
 
     ways = {
