@@ -126,7 +126,8 @@ def trained(model, method: str, given, seed: int, pixels):
     else:
         tosa = tc.convert(copy.deepcopy(model), layers=LAYERS, ratio=RATIO)
         budget = costs(tosa)["backbone"]
-        found = tosa if method == "tosa" else converted(model, method, budget, pixels)
+        # A method at a budget shares the weights of its model.
+        found = tosa if method == "tosa" else copy.deepcopy(converted(model, method, budget, pixels))
     if method == "tosa":
         tc.distill(
             found, f"depth:{given.rooms / 'train'}", DistillSettings(steps=100, augment="flip"), seed=seed, device="cpu"
