@@ -29,7 +29,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
 
 BUDGETS = (0.4, 0.5, 0.65, 0.8)
-METHODS = ("plan", "plan, segments of 2", "similarity/merge", "tome", "mpm", "tosa", "random")
+METHODS = ("plan", "adaptive", "plan, segments of 2", "similarity/merge", "tome", "mpm", "tosa", "random")
 TUNED = (0.4, 0.5)
 
 

@@ -253,7 +253,7 @@ def test_a_wrong_class_count_and_an_empty_folder_are_refused(tosa, quick_run, tm
 def test_broken_images_are_named_in_the_result(tosa, photos):
     (photos / "bad.png").write_bytes(b"no")
     _, out, _ = tosa("distill", "quickstart", *QUICK[:4], "--steps", "3", "--batch-size", "4", "--data", photos)
-    assert "1 broken images skipped: bad.png" in out
+    assert "1 broken image skipped: bad.png" in out
 
 
 @pytest.mark.parametrize("place", ["file", "occupied", "under a file"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,7 +40,7 @@ from tosa_convert.models.heads.newcrfs import WINDOW, WindowCrf, average, joined
 from tosa_convert.models.outputs import predict
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.models.pyramid import Pyramid
-from tosa_convert.planning.comparison import compare
+from tosa_convert.planning.comparison import compare, labelled_sample
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs.loading import original_of
@@ -405,6 +406,30 @@ def test_the_mean_of_a_map_and_its_mirror_is_symmetric(tmp_path):
     assert not torch.allclose(mean, mirrored, atol=1e-3)
     with pytest.raises(UsageError, match="--flip is for maps"):
         evaluate(load("quickstart"), flip=True)
+
+
+def test_maps_of_which_nothing_is_known_teach_and_measure_nothing(tmp_path):
+    nothing, rest = np.full((32, 32), np.nan, np.float32), np.full((32, 32), 2.0, np.float32)
+    image = np.zeros((32, 32, 3), np.uint8)
+    write_pairs(tmp_path / "none", [(image, nothing)] * 2)
+    write_pairs(tmp_path / "some", [(image, nothing), (image, rest)])
+    model = convert(depth_model(), ratio=1.0)
+    settings = FinetuneSettings(steps=2, batch_size=2, augment="none")
+    with pytest.raises(UsageError, match="in none of the maps"):
+        finetune(model, f"depth:{tmp_path / 'none'}", settings, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = finetune(model, f"depth:{tmp_path / 'some'}", settings, device="cpu")
+    assert found["broken"] == ["0.png (depth: nothing is known)"]
+    check = export_onnx(depth_model(), tmp_path / "onnx", f"depth:{tmp_path / 'none'}")
+    assert check.passed
+    assert not check.metrics
+    assert labelled_sample(depth_model(), f"depth:{tmp_path / 'none'}", 2)[2] is None
+
+
+def test_a_reach_that_is_none_is_refused():
+    for metres in (-1.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match=r"--max-depth .* is out of range"):
+            load("quickstart", task="depth", max_depth=metres)
 
 
 def test_images_are_not_changed_without_their_maps(tmp_path):

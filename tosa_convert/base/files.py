@@ -58,11 +58,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--out") -> None:
     """Fail before hours of work rather than after them; a folder that is not there yet is not made."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; choose a folder with --out")
+        raise UsageError(f"{folder} is a file; choose a folder with {option}")
     with atomic(folder / ".probe") as temporary:
         temporary.touch()
     (folder / ".probe").unlink()

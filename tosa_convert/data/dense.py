@@ -76,7 +76,10 @@ class DenseImages(Images):
             image, seen = self._framed(image, self.reader.map(index))
         except UNREADABLE as error:
             return None, None, f"{self.reader.filename(index)} ({self.maps}: {gist(error)})"
-        return (*self._varied(image, seen), None) if self.training else (self.transform(image), seen, None)
+        if not self.training:
+            return self.transform(image), seen, None
+        nothing = f"{self.reader.filename(index)} ({self.maps}: nothing is known)"
+        return *self._varied(image, seen), None if seen.isfinite().any() else nothing
 
     def _framed(self, image: Image.Image, truth: np.ndarray | None) -> tuple[Image.Image, torch.Tensor]:
         """An image and its map as far as the model sees them, NaN where the map does not count.

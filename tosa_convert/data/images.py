@@ -119,10 +119,12 @@ class Images(Dataset):
             return self._read(draw)
         position, index = draw
         seed_everything(self.seed + 1_000_003 * (position + 1))
+        noted = None
         for offset in range(len(self)):
             image, label, broken = self._read((index + offset) % len(self))
+            noted = noted or broken
             if image is not None:
-                return image, label, self.reader.filename(index) if offset else None
+                return image, label, noted
         raise TosaError(f"none of the images in {self.name} can be read; the last one was {broken}")
 
     def label(self, index: int) -> int | torch.Tensor:

@@ -39,7 +39,10 @@ def read_map(file: Path, deep: bool = False) -> np.ndarray:
         OSError, ValueError: it cannot be read, or holds something else.
     """
     if file.suffix.lower() == ".npy":
-        found = np.load(file, allow_pickle=False)
+        try:
+            found = np.load(file, allow_pickle=False)
+        except ValueError as error:  # numpy offers to run what the file holds
+            raise ValueError("it is no array, or is damaged") from error
         if found.ndim == 3 and 1 in found.shape:
             found = found.squeeze()
         return _flat(found)

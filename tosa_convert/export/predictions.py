@@ -29,7 +29,7 @@ def check_predictable(model: nn.Module, folder: Path) -> None:
         raise UsageError("--predictions writes maps, and this model gives none; leave it out")
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty; choose another folder for the predictions")
-    check_writable(folder)
+    check_writable(folder, "--predictions")
 
 
 def write_predictions(

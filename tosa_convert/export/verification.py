@@ -98,10 +98,10 @@ class Verifier:
             for figures in (check.figures, check.selected):
                 figures.update({key: total / images for key, total in figures.items()})
             check.agreement /= images
-            for metric in sums[TORCH].metrics:
+            for metric in sums[TORCH].metrics if labelled else ():
                 outputs = {TORCH: sums[TORCH], "onnx": sums[name], ORIGINAL: sums[ORIGINAL]}
                 each = {key: tally.metrics.get(metric) for key, tally in outputs.items()}
-                check.metrics[metric] = {k: value / max(1, labelled) for k, value in each.items() if value is not None}
+                check.metrics[metric] = {k: value / labelled for k, value in each.items() if value is not None}
             if name != "float32":
                 check.bounds = bounds(list(check.figures), self.settings)
             if self.settings.any_size:
@@ -110,7 +110,7 @@ class Verifier:
                 {
                     "name": key,
                     **{figure: total / images for figure, total in tally.figures.items()},
-                    **{metric: total / max(1, labelled) for metric, total in tally.metrics.items()},
+                    **({metric: total / labelled for metric, total in tally.metrics.items()} if labelled else {}),
                 }
                 for key, tally in sums.items()
                 if key in (ORIGINAL, TORCH, "float32", name) and (tally.figures or tally.metrics)

@@ -90,6 +90,8 @@ def compare(
     for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found)):
         how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"
         notes.append(f"{name}: its selectors are {how}")
+    if not converted:
+        raise UsageError(f"nothing can be compared at these budgets: {notes[-1]}")
     seen = mean_figures(model, {"original": model, **converted}, samples, truths, progress)
     times = {}
     if runtime is not None:
@@ -175,7 +177,8 @@ def labelled_sample(
     task = task_of(model)
     # A crop's map is not what is measured elsewhere.
     samples, folder, truths = sample(data, preprocessing_of(model), count, task.read, crops=not task.differences)
-    return samples, folder, truths if labels and task.has_labels(folder, model) else None
+    wanted = labels and task.has_labels(folder, model) and task.known(truths).any()
+    return samples, folder, truths if wanted else None
 
 
 def mean_figures(

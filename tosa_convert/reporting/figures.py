@@ -20,4 +20,4 @@ def broken_notes(names: list[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} broken images skipped: {', '.join(names[:5])}{more}"]
+    return [f"{len(names)} broken image{'s' if len(names) > 1 else ''} skipped: {', '.join(names[:5])}{more}"]

@@ -216,5 +216,5 @@ def _error_of(kind: str) -> tuple[str, Callable[[float], float]]:
 
 def _write(figure: Figure, file: Path) -> Path:
     with atomic(file) as temporary, matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     return file

@@ -133,7 +133,7 @@ def eval_table(results: dict) -> Table:
     rows = [[name, *(figure(key, values[key], 2) for key in figures)] for name, values in results["models"].items()]
     notes = broken_notes(results["broken"])
     if results.get("unknown"):
-        notes.append(f"{results['unknown']} images of whose maps nothing is known were left out of the metrics")
+        notes.append(f"left out of the metrics, since nothing is known in their maps: {results['unknown']} images")
     if "predictions" in results:
         notes.append(f"wrote {results['predictions']['files']} maps to {results['predictions']['folder']}")
     notes += _these_images_notes(results)

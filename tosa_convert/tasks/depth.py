@@ -1,6 +1,7 @@
 """A depth per pixel, in metres: the errors of Eigen et al. (arXiv 1406.2283, section 4) and KITTI's, and their
 scale-invariant loss."""
 
+import math
 import warnings
 from functools import partial
 
@@ -54,6 +55,8 @@ class Depth(Task):
     def head(cls, head, channels, max_depth):
         if channels is not None:
             raise UsageError("a depth has no classes; leave --num-classes out")
+        if max_depth is not None and not 0 < max_depth < math.inf:
+            raise UsageError(f"--max-depth {max_depth:g} is out of range; give metres, such as 10 or 80")
         return super().head(head, channels, MAX_DEPTH if max_depth is None else max_depth)
 
     def read(self, source, preprocessing, augment=None, seed=0):
@@ -65,8 +68,8 @@ class Depth(Task):
         first = (images.truth(index) for index in range(min(LOOKED_AT, len(images))))
         known = [depth[depth.isfinite()] for depth in first if depth is not None and depth.isfinite().any()]
         if known:
-            warn_of_reach(known, images.name, model)
             check_scale(known, images.name)
+            warn_of_reach(known, images.name, model)
         return True
 
     def measure(self, output, labels):

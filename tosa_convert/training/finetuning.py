@@ -11,6 +11,7 @@ from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
+from tosa_convert.data.dense import DenseImages
 from tosa_convert.data.images import Augmentation, Images, check_augmentation
 from tosa_convert.data.masks import Masks, masks_of
 from tosa_convert.methods.score import Score
@@ -69,6 +70,7 @@ def finetune(
     weights = loss_weights(settings, images, model)
     _take_masks(images, masks_of(masks, boxes), settings, weights)
     _check_mixing(settings, weights, model)
+    _check_known(images, weights, model)
     if (settings.aa or settings.reprob) and task_of(model).differences:
         raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
     frozen = _freeze_backbone(model) if settings.head_only else []
@@ -175,6 +177,15 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
 def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:
     if (settings.mixup or settings.cutmix) and not (weights["labels"] and outputs_of(model)):
         raise UsageError("mixup and cutmix mix labels of classes, and there are none to learn from; leave them out")
+
+
+def _check_known(images: Images, weights: dict[str, float], model: nn.Module) -> None:
+    task = task_of(model)
+    if not (weights["labels"] and isinstance(images, DenseImages)):
+        return
+    truths = (images.truth(index) for index in range(len(images)))
+    if not any(truth is not None and task.known(truth[None]).any() for truth in truths):
+        raise UsageError(f"in none of the maps of {images.name} anything is known; check its files")
 
 
 def loss_weights(settings: FinetuneSettings, images: Images, model: nn.Module) -> dict[str, float]:

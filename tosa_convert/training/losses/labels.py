@@ -19,7 +19,7 @@ class Labels(Loss):
         try:
             return float(situation.task.has_labels(situation.images, situation.model))
         except UsageError as error:
-            raise UsageError(f"{error}; or fine-tune without labels (--labels 0)") from None
+            raise UsageError(f"{error}, or fine-tune without labels (--labels 0)") from None
 
     @classmethod
     def check(cls, situation):
