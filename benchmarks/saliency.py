@@ -36,7 +36,7 @@ TUNED = (0.4, 0.5)
 def figures(model, original, given) -> dict:
     pixels = sample(f"masks:{given.cut / 'test'}", preprocessing_of(original), 48)[0]
     macs = MacsShare(original).of(model, pixels)
-    found = measured({"": model}, original, f"masks:{given.cut / 'test'}")[""]
+    found = measured({"model": model}, original, f"masks:{given.cut / 'test'}")["model"]
     return {**found, "macs": macs, "backbone": 1 - (1 - macs) / of_layers(original)}
 
 
