@@ -17,6 +17,7 @@ stand beside them. Goes on where it was.
 import argparse
 import copy
 import json
+import statistics
 import time
 import warnings
 from functools import partial
@@ -118,6 +119,20 @@ def seed_rows(given, seed: int, done: dict, keep) -> None:
         note({f"trained {method}": partial(trained, model, method, given, seed, pixels)})
 
 
+def means(rows: dict) -> dict:
+    """Of each row's figures, over the seeds that there are."""
+    groups: dict[str, list[dict]] = {}
+    for name, figures in rows.items():
+        if "refused" not in figures:
+            groups.setdefault(name.rpartition(" seed ")[0], []).append(figures)
+    shared = {name: set.intersection(*map(set, group)) for name, group in groups.items()}
+    return {
+        name: {key: statistics.mean(figures[key] for figures in group) for key in sorted(shared[name])}
+        | {"seeds": len(group)}
+        for name, group in groups.items()
+    }
+
+
 def trained(model, method: str, given, seed: int, pixels):
     """ToSA as published (layers 2, 4, 6, 8 and 10 at ratio 0.8); the others at its multiply-adds; and the original."""
     found = copy.deepcopy(model)
@@ -164,7 +179,7 @@ def main() -> None:
         done = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
 
         def keep(rows=done) -> None:
-            record.write(given.out, {**facts, "results": rows})
+            record.write(given.out, {**facts, "means": means(rows), "results": rows})
 
         seed_rows(given, seed, done, keep)
 
