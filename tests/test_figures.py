@@ -53,7 +53,9 @@ def derived(content: dict) -> list[float]:
 
 
 def is_rounded(number: str, value: float) -> bool:
-    """Whether the number is the value, the share or what is missing of it, in millions, billions or MiB."""
+    """Whether the number is the value, the share or what is missing of it, in millions, billions or MiB; a loss is
+    written with a sign of its own."""
+    value = abs(value)
     half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
     forms = (value, 100 * value, 100 * (1 - value), value / 1e6, value / 1e9, value / 2**20)
     return any(abs(form - float(number)) <= half for form in forms)
