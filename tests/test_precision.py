@@ -111,6 +111,7 @@ def test_ranges_can_be_found_beforehand(calibration, backbone, photos, tmp_path)
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_exports")
 def test_each_calibration_finds_ranges_of_its_own(backbone, photos, tmp_path):
     export_onnx(backbone, tmp_path, photos, ExportSettings(images=8))
@@ -314,6 +315,7 @@ def test_a_processor_without_the_instructions_leaves_weights_a_bit_of_room(monke
         assert quantization._saturates() is saturates
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_exports")
 def test_a_processor_without_the_instructions_is_warned_of(backbone, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "instructions", lambda: frozenset({"avx2"}))

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("tosa-convert", "torch", "timm", "transformers", "onnxruntime", "fvcore", "accelerate")
+PACKAGES = (
+    *("tosa-convert", "torch", "timm", "transformers", "onnxruntime", "fvcore", "accelerate"),
+    *("onnx", "openvino", "huggingface_hub"),
+)
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """What processors call their instructions for products of 8-bit numbers."""
 
