@@ -89,9 +89,10 @@ def _gpu() -> tuple[str, str]:
 
 
 def _libraries() -> tuple[str, str]:
-    names = ("torch", "timm", "transformers", "onnxruntime", "accelerate")
+    names: tuple[str, ...] = ("torch", "timm", "transformers", "onnxruntime", "accelerate")
     known = machine()
     advice = "" if "transformers" in known else "hf: models need it: install tosa-convert[hf]"
+    names += tuple(name for name in ("onnx", "openvino", "huggingface_hub") if name in known)
     return ", ".join(f"{name} {known.get(name, 'missing')}" for name in names), advice
 
 
