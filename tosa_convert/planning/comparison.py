@@ -80,6 +80,7 @@ def compare(
     share_of, notes, converted, shares = MacsShare(model), [], {}, {}
     if data is None and {PLAN, ADAPTIVE} & set(methods):
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
+    before = len(notes)
     for name in methods:
         for budget, (found, share) in _at_budgets(model, name, budgets, share_of, samples, notes, progress).items():
             if name == ADAPTIVE and not keeps_any_number(found):
@@ -91,7 +92,7 @@ def compare(
         how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"
         notes.append(f"{name}: its selectors are {how}")
     if not converted:
-        raise UsageError(f"nothing can be compared at these budgets: {notes[-1]}")
+        raise UsageError(f"nothing can be compared at these budgets: {notes[before]}")
     seen = mean_figures(model, {"original": model, **converted}, samples, truths, progress)
     times = {}
     if runtime is not None:
