@@ -56,6 +56,13 @@ class Chain:
     def best(self) -> tuple[Path, Check]:
         """The file in the precision that is asked for; of precision auto the fastest that is near enough. The float32
         file and its check where that is wrong already."""
+        if self.settings.precision in ("int8", "auto") and not int8_instructions():
+            warnings.warn(
+                "this processor has no instructions for products of 8 bits (such as VNNI), so INT8 may be no faster "
+                "than float32 here; the table says how fast it is",
+                TosaWarning,
+                stacklevel=2,
+            )
         for name in ["float16", "int8", STATIC] if self.auto else [self.settings.precision]:
             self._write(name)
         checks = self.verifier.check(self.files)
@@ -100,13 +107,6 @@ class Chain:
         calibration = self.settings.calibration
         if self.auto:
             calibration = (calibration or CALIBRATION) if name == STATIC else None
-        if not int8_instructions():
-            warnings.warn(
-                "this processor has no instructions for products of 8 bits (such as VNNI), so INT8 may be no faster "
-                "than float32 here; the table says how fast it is",
-                TosaWarning,
-                stacklevel=2,
-            )
         examples = None if calibration is None else self._to_calibrate()
         int8 = Int8(self.float32, self.float32.parent, calibration, examples, self.progress)
         if self.auto and calibration:  # slower than ranges found in each image, so far: tried as it is

@@ -87,7 +87,7 @@ def evaluate(
                         embeddings[name].append(prediction.cpu())
                     for key, values in _figures(task, kind, prediction, truth, against).items():
                         sums[name][key] += (values[known] if key in task.metrics else values).sum().item()
-                    if truth is not None:
+                    if truth is not None and task.overall:
                         tallies[name] += task.tally(prediction, truth)
                 unknown += 0 if known is None else int((~known).sum())
             seen += count
@@ -98,7 +98,7 @@ def evaluate(
         raise TosaError(f"in none of the maps of {images.name} anything is known; check its files")
     counts = {key: seen - unknown if key in task.metrics else seen for key in kept}
     figures = {name: {key: total / counts[key] for key, total in totals.items()} for name, totals in sums.items()}
-    if labelled:
+    if labelled and task.overall:
         figures = {name: task.concluded(tallies[name]) | found for name, found in figures.items()}
     for name, parts in embeddings.items():
         if parts and reference:  # among all images, not within a batch

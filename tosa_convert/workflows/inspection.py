@@ -102,7 +102,7 @@ def show_stage(
 
     device = pick_device(device)
     model = _loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
-    before = original_of(model) if task_of(model).differences else None
+    before = original_of(model) if is_converted(model) and task_of(model).differences else None
     looks = look_at_files(model, files or built_in_scenes(), before)
     if is_converted(model) and not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
