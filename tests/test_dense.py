@@ -426,6 +426,18 @@ def test_maps_of_which_nothing_is_known_teach_and_measure_nothing(tmp_path):
     assert labelled_sample(depth_model(), f"depth:{tmp_path / 'none'}", 2)[2] is None
 
 
+@pytest.mark.parametrize(("labels", "moves"), [(0.0, False), (1.0, True)])
+def test_statistics_of_a_trained_head_stay_where_the_original_alone_teaches(tmp_path, labels, moves):
+    write_pairs(tmp_path, 4)
+    model = convert(depth_model(), ratio=0.5)
+    before = [each.running_mean.clone() for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    settings = FinetuneSettings(steps=1, batch_size=2, labels=labels)
+    finetune(model, f"depth:{tmp_path}", settings, device="cpu")
+    after = [each.running_mean for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    assert before
+    assert all(torch.equal(*pair) != moves for pair in zip(before, after, strict=True))
+
+
 def test_a_reach_that_is_none_is_refused():
     for metres in (-1.0, math.nan, math.inf):
         with pytest.raises(UsageError, match=r"--max-depth .* is out of range"):

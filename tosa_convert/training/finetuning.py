@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
@@ -225,6 +226,16 @@ class SelectiveFinetuning(nn.Module):
         self.mix = Mixup(**mixing, num_classes=outputs_of(model)) if mixes else None
         filled = settings.model_copy(update=weights)
         self.losses = [kind(model, teacher, filled) for kind in wanted]
+
+    def train(self, mode: bool = True) -> "SelectiveFinetuning":
+        """Taught by the original alone, batch normalisation keeps the statistics that the teacher works with: those of
+        a few hundred images would carry the model away from what it is to give."""
+        super().train(mode)
+        if not self.weights["labels"]:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def close(self) -> None:
         for loss in self.losses:
