@@ -40,6 +40,7 @@ METHODS = [
     "mpm",
     "mctf",
     "mctf_fast",
+    "frequency",
     "evit",
     "idle",
     "tosa",
@@ -54,7 +55,7 @@ MODELS = {
     ),
     "clip": (
         load,
-        ["plan", "similarity/merge", "tome", "pitome", "mpm", "mctf"],
+        ["plan", "similarity/merge", "tome", "pitome", "mpm", "mctf", "frequency"],
         "methods_clip.json",
     ),
 }

@@ -58,6 +58,7 @@ MERGE = {"score": "similarity", "bypass": "merge"}
         ("timm vit", {"method": "tome", "ratio": 0.7, "layers": [2, 4]}),
         ("hf Dinov2Model", {**MERGE, "layers": {2: 0.7, 3: 0.4, 4: 0.4}, "segment": [1, 2]}),
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
+        pytest.param("timm vit", {"method": "frequency", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm eva02", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm eva02", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
@@ -82,11 +83,15 @@ def test_bypasses_export_with_any_batch(name, options, photos, tmp_path):
 
 @pytest.mark.parametrize(
     "bypass",
-    ["merge", "fuse", *(pytest.param(name, marks=pytest.mark.long) for name in ("identity", "borrow", "persist"))],
+    [
+        "merge",
+        "fuse",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("identity", "borrow", "persist", "local_mean")),
+    ],
 )
 def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, photos, tmp_path):
     """0.99 of 16 patches are 16."""
-    score = "class_attention" if bypass == "fuse" else "similarity"
+    score = {"fuse": "class_attention", "local_mean": "received"}.get(bypass, "similarity")
     vit = VisionTransformer(**{**SMALL, "depth": 3})
     model = convert(lively(vit), score=score, bypass=bypass, layers=[2], ratio=0.99)
     assert export_onnx(model, tmp_path, photos).difference < 1e-4

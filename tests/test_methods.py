@@ -30,7 +30,7 @@ from tosa_convert.methods.matching import choose_by_energy
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
 from tosa_convert.models.adapter import adapter_of, run
-from tosa_convert.selective.selection import chosen_tokens, selective_blocks
+from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
 
 WHOLE = tuple(name for name, part in every(Bypass).items() if part.acts is Acts.AROUND)
 LASTING = tuple(every(Bypass).keys() - set(WHOLE))
@@ -217,6 +217,46 @@ def test_dropped_tokens_are_gone_and_the_class_token_knows(score, images):
     converted = convert(copy.deepcopy(model), score=score, bypass="drop", layers=[4], ratio=0.5)
     assert converted.forward_features(images).shape[1] == 1 + 8
     assert converted(images).shape == model(images).shape
+
+
+def test_frequency_aware_reduction_is_the_papers(images):
+    """Frequency-aware token reduction (arXiv 2511.21477, sections 3.2 and 3.3) written out on timm's parts."""
+    model = lively(FAMILIES["timm vit"]())
+    converted = convert(copy.deepcopy(model), method="frequency", layers=[3, 5], ratio=[0.5, 0.25])
+    found = converted.forward_features(images)
+    choices, wanted = last_choices(converted), []
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for image in tokens:
+        members = [[place] for place in range(17)]
+        for layer, block in enumerate(model.blocks, start=1):
+            normed = block.norm1(image)[None]
+            image = image + block.ls1(block.attn(normed))[0]
+            if layer in choices:
+                queries, keys, _ = block.attn.qkv(normed).unflatten(-1, (3, block.attn.num_heads, -1))[0].unbind(1)
+                queries, keys = block.attn.q_norm(queries.transpose(0, 1)), block.attn.k_norm(keys.transpose(0, 1))
+                maps = (queries @ keys.mT * block.attn.scale).softmax(-1)
+                high = maps - 1 / maps.shape[-1]  # Eq. 5 and 6
+                candidates = range(1, 17 if layer == 3 else 9)  # DC tokens are none
+                order = sorted(candidates, key=lambda place: -high.sum((0, 1))[place].item())  # Eq. 7
+                high, low = order[: 8 if layer == 3 else 4], order[8 if layer == 3 else 4 :]
+                if layer == 3:  # Eq. 10, for each quarter of the image
+                    quarters = [[p for p in low if (p - 1) // 8 * 2 + (p - 1) % 4 // 2 == q] for q in range(4)]
+                    groups = [quarter or next(q for q in quarters if low[0] in q) for quarter in quarters]
+                else:  # Eq. 11
+                    groups = [[*low, *(place for place, parts in enumerate(members) if place >= 9)]]
+                parts = [list(dict.fromkeys(part for p in group for part in members[p])) for group in groups]
+                home = {part: place for place, some in enumerate(members) for part in some}
+                means = [torch.stack([image[home[part]] for part in some]).mean(0) for some in parts]
+                image = torch.cat([image[[0, *high]], torch.stack(means)])
+                members = [members[0], *(members[place] for place in high), *parts]
+            image = image + block.ls2(block.mlp(block.norm2(image)[None]))[0]
+        whole = torch.empty(17, image.shape[1])
+        for token, group in zip(image, members, strict=True):
+            whole[group] = token
+        wanted.append(whole)
+    assert torch.allclose(found, model.norm(torch.stack(wanted)), atol=1e-5)
+    with pytest.raises(UsageError, match="chooses itself"):
+        convert(model, score="similarity", bypass="local_mean")
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "idle"])

@@ -2,7 +2,10 @@
 bypass is not for a family, the refusal says why."""
 
 import copy
+import math
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from families import CORE, FAMILIES
@@ -18,7 +21,7 @@ from tosa_convert.selective.selection import last_choices, selective_blocks
 
 REDUCING = [name for name, part in every(Bypass).items() if part.acts is not Acts.AROUND]
 CASES = [*((name, {}) for name in REDUCING), ("pool", {"attention": "precise"})]
-SCORE = {"fuse": "class_attention", "pool": "multi_criteria"}
+SCORE = {"fuse": "class_attention", "pool": "multi_criteria", "local_mean": "received"}
 """Where the bypass needs a certain one; similarity otherwise."""
 NOT_CLAIMED = (
     "layers with windows in between",
@@ -54,7 +57,8 @@ def test_it_equals_the_originals_blocks_with_loops(name, bypass, how):
     found = run(converted, images)
     choices = last_choices(converted)
     reference = copy.deepcopy(model)
-    _Reference(adapter_of(reference), bypass, how, choices, weights if bypass == "fuse" else {}).spell_out()
+    grid = selective_blocks(converted)[0].selection.current.last.grid
+    _Reference(adapter_of(reference), bypass, how, choices, weights if bypass == "fuse" else {}, grid).spell_out()
     for output, value in run(reference, images).items():
         assert close(found[output], value), output
     assert not torch.allclose(first(found), first(run(model, images)), atol=1e-3)
@@ -63,9 +67,10 @@ def test_it_equals_the_originals_blocks_with_loops(name, bypass, how):
 class _Reference:
     """Each image by itself, its tokens a list of groups of the image's tokens; every token leaves every layer."""
 
-    def __init__(self, adapter, bypass: str, how: dict, choices: dict, weights: dict):
+    def __init__(self, adapter, bypass: str, how: dict, choices: dict, weights: dict, grid):
         self.adapter, self.bypass, self.choices, self.weights = adapter, bypass, choices, weights
         self.ahead = bypass == "pool" and not how
+        self.windows, self.grid = how.get("windows", 2), grid
         self.members: list[list[list[int]]] = []
 
     def spell_out(self) -> None:
@@ -159,10 +164,35 @@ class _Reference:
             fused = sum(tokens[place] * shares[place] for place in skipped)
             self.members[image] = [*kept, [part for place in skipped for part in members[place]]]
             return torch.cat([tokens[attended], fused[None]])
+        if self.bypass == "local_mean":
+            return self._windowed(layer, image, tokens, attended, skipped)
         rows = [self._mean(layer, image, places, tokens) for places in _groups(choice, image).values()]
         joined = [[part for place in places for part in members[place]] for places in _groups(choice, image).values()]
         self.members[image] = joined
         return torch.stack(rows)
+
+    def _windowed(
+        self, layer: int, image: int, tokens: torch.Tensor, attended: list[int], skipped: list[int]
+    ) -> torch.Tensor:
+        """One token more for each window, of those skipped in it; the same as that of the best where there are none."""
+        members, lengths, first = self.members[image], self.grid, layer == min(self.choices)
+        kept, prefix = [members[place] for place in attended], 1 + max(map(max, members)) - math.prod(lengths)
+        side = self.windows if first else 1
+
+        def window(place):
+            at = np.unravel_index(members[place][0] - prefix, lengths)
+            return tuple(here * side // length for here, length in zip(at, lengths, strict=True))
+
+        found, means = [], []
+        for at in product(range(side), repeat=len(lengths)):
+            inside = [place for place in skipped if window(place) == at]
+            inside = inside or [place for place in skipped if window(place) == window(skipped[0])]
+            parts = list(dict.fromkeys(part for place in inside for part in members[place]))
+            found.append(parts)
+            own = {part: place for place in inside for part in members[place]}
+            means.append(torch.stack([tokens[own[part]] for part in parts]).mean(0))
+        self.members[image] = [*kept, *found]
+        return torch.cat([tokens[attended], torch.stack(means)])
 
     def _mean(self, layer: int, image: int, places: list[int], rows: torch.Tensor) -> torch.Tensor:
         """Of one group, by how much each of its tokens counts."""
@@ -173,7 +203,7 @@ class _Reference:
         return (rows[places] * weights.view(shape)).sum(0) / weights.sum()
 
     def _put_back(self, image: int, tokens: torch.Tensor) -> torch.Tensor:
-        result = torch.empty(sum(map(len, self.members[image])), tokens.shape[1])
+        result = torch.empty(1 + max(map(max, self.members[image])), tokens.shape[1])
         for token, group in zip(tokens, self.members[image], strict=True):
             result[group] = token
         return result

@@ -71,6 +71,12 @@ class _Options:
             help="spa's: pack a batch into containers of so many tokens", show_default=False, callback=at_least(1)
         ),
     ]
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="frequency's: windows of a row and of a column, a mean each", show_default="2", callback=at_least(1)
+        ),
+    ]
     rows: Annotated[
         str | None, typer.Option(help="query rows that score the tokens, or all (as in the paper)", show_default="32")
     ]

@@ -21,6 +21,11 @@ def check_parts(config: "ConvertConfig") -> None:
             f"bypass {config.bypass} weighs tokens by the class token's attention: use score "
             f"{_names(Score, lambda part: part.weighs)}"
         )
+    if bypass.ranks and score.chooses:
+        raise ValueError(
+            f"bypass {config.bypass} takes those that a score puts last, and score {config.score} chooses "
+            f"itself; use {_names(Score, lambda part: not (part.chooses or part.gates))}"
+        )
     if not score.suits(bypass.acts):
         raise ValueError(
             f"score {config.score} goes by the attention of its own layer, which bypass {config.bypass} does not know "

@@ -17,11 +17,15 @@ class Groups(NamedTuple):
         sizes: (B, n) how many tokens each of the n current ones stands for.
         places: (B, N) for each token of the image which of the current ones it is in; None where some are in none.
         at: (B, n) the token of the image in whose place each one stands, where positions matter.
+        grid: rows and columns of the image's patches.
+        apart: how many of them, the last ones, are no candidates of later choices.
     """
 
     sizes: torch.Tensor
     places: torch.Tensor | None
     at: torch.Tensor
+    grid: tuple[int, ...] = ()
+    apart: int = 0
 
 
 def merged(choice: Choice, groups: Groups, sizes: torch.Tensor) -> Groups:
@@ -31,7 +35,7 @@ def merged(choice: Choice, groups: Groups, sizes: torch.Tensor) -> Groups:
         sizes: (B, K), of those that are left.
     """
     places = None if groups.places is None else pick(stand_ins(choice), groups.places)
-    return Groups(sizes, places, pick(groups.at, choice.attended))
+    return groups._replace(sizes=sizes, places=places, at=pick(groups.at, choice.attended))
 
 
 class Gathered(NamedTuple):
@@ -56,6 +60,7 @@ class Bypass(Part):
             attention and MLP or before a block, so that what comes after has fewer tokens (define :meth:`reduce`).
         partners: whether each skipped token needs one that attends to stand in for it.
         needs_weights: whether skipped tokens are weighed by the class token's attention.
+        ranks: whether it needs a score that orders the tokens, rather than one that chooses itself.
         without_weights: the name of the bypass that comes nearest where there are no such weights.
         gives_normed: whether it says what the norm before the layer's attention gives.
         puts_back: whether every token of the image is there again after the last layer.
@@ -70,6 +75,7 @@ class Bypass(Part):
     acts: ClassVar[Acts] = Acts.AROUND
     partners: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
     without_weights: ClassVar[str | None] = None
     gives_normed: ClassVar[bool] = False
     puts_back: ClassVar[bool] = True

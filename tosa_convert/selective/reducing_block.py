@@ -95,7 +95,7 @@ def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whol
     if groups is None:
         batch, count, _ = tokens.shape
         places = torch.arange(count, device=tokens.device).expand(batch, count)
-        return tokens, Groups(tokens.new_ones(batch, count), places, places)
+        return tokens, Groups(tokens.new_ones(batch, count), places, places, arrival.grid)
     return (gather_tokens(tokens, groups.at) if whole else tokens), groups
 
 
@@ -135,6 +135,9 @@ def _choose(block: nn.Module, tokens: torch.Tensor, groups: Groups, arrival: Arr
     if selection.reads is not Reads.QUERIES_KEYS:
         normed = block.adapter.normed(block, tokens).detach() if selection.reads is Reads.TOKENS else None
         view = view._replace(tokens=tokens.detach(), normed=normed)
+    if groups.apart:
+        last = torch.arange(tokens.shape[1], device=tokens.device) >= tokens.shape[1] - groups.apart
+        arrival = arrival._replace(padding=last.expand(tokens.shape[:2]))
     choice: Choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
         choice = block.matcher(state.features.pop(layer), choice)

@@ -2,7 +2,7 @@
 
 import torch
 
-from tosa_convert.methods.bypass import Bypass, Groups
+from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.score import Acts
 from tosa_convert.methods.token_ops import gather_tokens, pick, stand_ins
 
@@ -24,4 +24,5 @@ class Fuse(Bypass):
         into = stand_ins(choice._replace(partners=last))
         together = torch.cat([gather_tokens(tokens, choice.attended), fused], dim=1)
         at = pick(groups.at, torch.cat([choice.attended, choice.skipped[:, :1]], dim=1))
-        return together, Groups(torch.ones_like(together[..., 0]), pick(into, groups.places), at)
+        sizes = torch.ones_like(together[..., 0])
+        return together, groups._replace(sizes=sizes, places=pick(into, groups.places), at=at)
