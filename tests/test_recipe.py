@@ -73,11 +73,14 @@ def test_a_stage_without_settings_runs_with_defaults(tmp_path):
     assert recipe.finetune is None
 
 
-def test_a_resolved_recipe_reads_back_the_same(tmp_path):
-    recipe = read_recipe(find_recipe("dinov2_small_518"))
-    again = read_recipe(written(tmp_path, recipe.to_yaml()))
-    assert again == recipe
-    assert yaml.safe_load(recipe.to_yaml())["distill"]["lr"] == recipe.distill.lr
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_folder().glob("*.yaml")))
+def test_a_resolved_recipe_reads_back_the_same_and_names_no_nothing(name, tmp_path):
+    recipe = read_recipe(find_recipe(name))
+    text = recipe.to_yaml()
+    assert read_recipe(written(tmp_path, text)) == recipe
+    assert "null" not in text
+    if recipe.distill is not None:
+        assert yaml.safe_load(text)["distill"]["lr"] == recipe.distill.lr
 
 
 def test_recipes_cannot_name_python_objects(tmp_path):

@@ -68,9 +68,20 @@ class Recipe(BaseModel):
         return self
 
     def to_yaml(self) -> str:
-        """Resolved: every value spelled out, stages that do not run left away."""
-        stages = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+        """Resolved: every value spelled out but those that are nothing, as stages that do not run."""
+        stages = {name: value for name, value in _given(self).items() if value != {}}
         return yaml.safe_dump(stages, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _given(part: BaseModel) -> dict[str, Any]:
+    """What a recipe or a part of it says; nothing that would be nothing anyway."""
+    given = part.model_dump(mode="json")
+    defaults = {name: field.default for name, field in type(part).model_fields.items()}
+    given = {name: value for name, value in given.items() if value is not None or defaults.get(name) is not None}
+    if given.get("r") is not None:  # of a schedule, in place of the ratio
+        given.pop("ratio")
+    parts = {name: _given(value) for name, value in part if isinstance(value, BaseModel)}
+    return {**given, **parts}
 
 
 def recipes_folder() -> Path:
