@@ -31,7 +31,7 @@ from tosa_convert.planning.plan import find_plan
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUDGETS = (0.65, 0.5, 0.8)
-METHODS = ("plan", "tome", "mctf", "random/persist/constant", "pitome", "evit", "idle", "tosa", "random")
+METHODS = ("plan", "tome", "mctf", "random/persist/constant", "pitome", "frequency", "evit", "idle", "tosa", "random")
 SIZE = 168
 SHARED = {"batch_size": 32, "augment": "flip", "precision": "bf16", "checkpoint_minutes": 2.0}
 BASE = {**SHARED, "steps": 400, "lr": 3e-4, "layer_decay": 0.7, "weight_decay": 0.05}

@@ -30,7 +30,19 @@ from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.7, 0.5)
-NAMES = ("tosa", "random", "random/identity/all", "plan", "tome", "mctf", "pitome", "evit", "idle", "original")
+NAMES = (
+    "tosa",
+    "random",
+    "random/identity/all",
+    "plan",
+    "tome",
+    "mctf",
+    "pitome",
+    "frequency",
+    "evit",
+    "idle",
+    "original",
+)
 SETTINGS = {"batch_size": 128, "augment": "flip", "checkpoint_minutes": 2.0}
 FINETUNE = {**SETTINGS, "epochs": 10.0, "lr": 3e-4, "weight_decay": 0.05}
 
