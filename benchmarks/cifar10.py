@@ -18,20 +18,46 @@ from pathlib import Path
 import numpy as np
 import record
 import torch
+from gates import gated
 from PIL import Image
 
-from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, evaluate, finetune, load, save
+from tosa_convert import (
+    DistillSettings,
+    FinetuneSettings,
+    UsageError,
+    convert,
+    distill,
+    evaluate,
+    finetune,
+    flops,
+    load,
+    save,
+)
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
-from tosa_convert.measure.macs import count_macs
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.plan import find_plan
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUDGETS = (0.65, 0.5, 0.8)
-METHODS = ("plan", "tome", "mctf", "random/persist/constant", "pitome", "frequency", "evit", "idle", "tosa", "random")
+GATED = ("spa", "impact")
+METHODS = (
+    "plan",
+    "tome",
+    "mctf",
+    "random/persist/constant",
+    "pitome",
+    "frequency",
+    "evit",
+    "idle",
+    "tosa",
+    "random",
+    "adaptive",
+    *GATED,
+)
 SIZE = 168
 SHARED = {"batch_size": 32, "augment": "flip", "precision": "bf16", "checkpoint_minutes": 2.0}
 BASE = {**SHARED, "steps": 400, "lr": 3e-4, "layer_decay": 0.7, "weight_decay": 0.05}
@@ -104,20 +130,22 @@ def fine_tuned_base(weights: Path, train: Path, work: Path):
 
 def one(base, name: str, budget: float, seed: int, train: Path, test: Path, place: Path) -> dict:
     """One method at one budget."""
+    images, settings = sample(train, preprocessing_of(base), 32)[0], FinetuneSettings(**FINETUNE)
     try:
-        converted = as_asked(base, name, budget, train)
+        converted = as_asked(base, name, budget, images, train, settings, seed)
     except UsageError as error:
         return {"refused": str(error)}
     if name == "tosa":
-        settings = DistillSettings(steps=100, **SHARED)
-        distill(converted, train, settings, out=place / "distill", seed=seed)
+        distill(converted, train, DistillSettings(steps=100, **SHARED), out=place / "distill", seed=seed)
     before = top1(converted, test)
-    settings = FinetuneSettings(**FINETUNE)
     finetune(converted, train, settings, out=place / "finetune", seed=seed, progress=Progress())
-    parts, ideal = converted.tosa_config, count_macs(base) / count_macs(converted)
-    timed = bench({"original": base, "converted": converted}, BenchSettings(runtimes=["onnx"], rounds=20))
+    if name == "spa":  # gates go on learning, so their thresholds are set again
+        converted = at_mean(converted, images, budget)
+    parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])
+    settings = BenchSettings(runtimes=["onnx"], rounds=20)
+    timed = bench({"original": base, "converted": converted}, settings, data=test)
     return {
-        "macs": 1 / ideal,
+        "macs": cost.macs / cost.original,
         "before": before,
         "top1": top1(converted, test),
         "speedup": timed["cases"][0]["models"]["converted"]["speedup"],
@@ -125,10 +153,13 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     }
 
 
-def as_asked(base, name: str, budget: float, train: Path):
-    if name == "plan":
-        images = sample(train, preprocessing_of(base), 32)[0]
-        return convert(copy.deepcopy(base), find_plan(base, images, budget).config)
+def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int):
+    if name in ("plan", "adaptive"):
+        found = find_plan(base, images, budget, adaptive=name == "adaptive")
+        return convert(copy.deepcopy(base), found.config)
+    if name in GATED:
+        lesson = DistillSettings(steps=100, examples=200, **SHARED)
+        return at_mean(gated(base, name, train, lesson, settings, seed)[0], images, budget)
     return copy.deepcopy(at_budget(base, name, budget))
 
 

@@ -87,20 +87,26 @@ def measured(model, name: str, *others) -> list[dict]:
         return [{"method": name, "refused": str(error)}]
 
 
+def gated(model, method: str, train: Path, lesson: DistillSettings, settings: FinetuneSettings, seed: int, **masks):
+    """A model with its filter or its gates trained, at a threshold of their own, and what the filter learnt."""
+    converted, learnt = convert(copy.deepcopy(model), method=method), {}
+    if method == "impact":
+        learnt = distill(converted, train, lesson, seed=seed)
+    else:
+        finetune(converted, train, settings.model_copy(update={"gates": 1.0}), seed=seed, **masks)
+    return converted, learnt
+
+
 def measure(model, name: str, budget: float, seed: int, steps: int, train: Path, test: Path, masks: Path):
     """The rows of a method and of its control."""
     images = sample(train, preprocessing_of(model), IMAGES)[0]
-    settings, extra = FinetuneSettings(steps=steps, **SHORT), {}
-    learnt = {}
+    settings = FinetuneSettings(steps=steps, **SHORT)
+    extra = {"masks": masks} if name == "spa" else {}
     if name == "adaptive plan":
-        converted = convert(copy.deepcopy(model), find_plan(model, images, budget, adaptive=True).config)
-    elif name == "impact":
-        converted = convert(copy.deepcopy(model), method="impact")
-        learnt = distill(converted, train, DistillSettings(steps=300, examples=EXAMPLES, **SHORT), seed=seed)
+        converted, learnt = convert(copy.deepcopy(model), find_plan(model, images, budget, adaptive=True).config), {}
     else:
-        converted = convert(copy.deepcopy(model), method="spa")
-        extra = {} if "," in name else {"masks": masks}
-        finetune(converted, train, settings.model_copy(update={"gates": 1.0}), seed=seed, **extra)
+        lesson = DistillSettings(steps=300, examples=EXAMPLES, **SHORT)
+        converted, learnt = gated(model, name.split(",")[0], train, lesson, settings, seed, **extra)
     if name != "adaptive plan":
         converted = at_mean(converted, images, budget)
     before = evaluate(converted, test)["models"]["model"]["top1"]
