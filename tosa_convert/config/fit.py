@@ -35,7 +35,7 @@ def check_parts(config: "ConvertConfig") -> None:
         fits = _names(Score, lambda part: part.scores_heads)
         raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {fits}")
     if config.segment != 1 and not bypass.shares:
-        fits = _names(Bypass, lambda part: part().shares, "and").replace(" and ", ", ", 1)
+        fits = _names(Bypass, lambda part: part().shares, "and")
         raise ValueError(f"segment is for bypasses around a block that share a choice: {fits}, not {config.bypass}")
     if score.gates and (config.segment != 1 or config.reduces):
         raise ValueError(f"score {config.score} decides in each layer, with bypasses around a block; leave segment out")
@@ -57,4 +57,5 @@ def _check_threshold(config: "ConvertConfig", score: type[Score], bypass: Bypass
 
 
 def _names(kind: type[parts.P], fits, joined: str = "or") -> str:
-    return f" {joined} ".join(name for name, part in parts.every(kind).items() if fits(part))
+    *names, last = (name for name, part in parts.every(kind).items() if fits(part))
+    return f"{', '.join(names)} {joined} {last}" if names else last

@@ -1,6 +1,8 @@
 """The bypass of frequency-aware token reduction (arXiv 2511.21477, section 3.3, Eq. 10 and 11): skipped tokens become
 one "DC token" for each window of the image, their mean."""
 
+import math
+
 import torch
 from pydantic import Field
 
@@ -23,10 +25,10 @@ class LocalMean(Bypass):
         """
         Attributes:
             windows: of a row and of a column of the image, in the first layer that takes tokens away; later ones
-                have one.
+                have one. At most 8.
         """
 
-        windows: int = Field(default=2, ge=1)
+        windows: int = Field(default=2, ge=1, le=8)
 
     acts = Acts.BETWEEN
     ranks = True
@@ -51,10 +53,8 @@ class LocalMean(Bypass):
 
     def _windows(self, groups):
         """How many windows there are, and in which each token is, (B, n); prefix tokens in any."""
-        patches = 1
-        for length in groups.grid:
-            patches = patches * length
-        place, window, windows = groups.at - (groups.places.shape[1] - patches), 0, 1
+        prefix = groups.places.shape[1] - math.prod(groups.grid)
+        place, window, windows = groups.at - prefix, 0, 1
         for length in reversed(groups.grid):
             window = window + place % length * self.options.windows // length * windows
             place, windows = place // length, windows * self.options.windows
