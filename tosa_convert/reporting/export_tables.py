@@ -15,9 +15,12 @@ def export_table(results: dict) -> Table:
         ["largest difference", f"{results['difference']:.2e}"],
         ["agreement with torch", percent(results["agreement"], 2)],
         *(
-            [f"{metric.title}, {name}", figure(key, value, 2)]
+            [
+                f"{metric.title}, {' / '.join(results[key])}",
+                " / ".join(figure(key, v, 2) for v in results[key].values()),
+            ]
             for key, metric in every_metric().items()
-            for name, value in results.get(key, {}).items()
+            if results.get(key)
         ),
         *([f"same tokens, layer {layer}", percent(value, 2)] for layer, value in results["selected"].items()),
         ["check", "passed" if results["passed"] else "FAILED"],
