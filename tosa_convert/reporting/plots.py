@@ -153,7 +153,8 @@ def _draw_map(figure: Figure, axes: Axes, panel: Panel) -> None:
     """A map in perceptual colours, with a bar of its scale."""
     colours = "magma" if panel.difference else "viridis"
     seen = axes.imshow(panel.values, cmap=colours, vmin=panel.low, vmax=panel.high)
-    bar = figure.colorbar(seen, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03)
+    under = axes.inset_axes((0, -0.1, 1, 0.05))  # taken from no panel, so that all of a row stay in line
+    bar = figure.colorbar(seen, cax=under, orientation="horizontal")
     bar.ax.tick_params(labelsize=6)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_title(
