@@ -198,11 +198,67 @@ def test_what_takes_packed_patches_is_told_apart_from_a_text_model(tmp_path):
         load(tmp_path)
 
 
+def _in_place(tokens, updated):
+    return tokens.copy_(updated)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda tokens, updated: updated + tokens.roll(1, 1), r"layers\.2 .* knows positions"),
+        (lambda tokens, updated: updated + tokens.mean(1, keepdim=True), r"layers\.2 .* outside of its attention"),
+        (lambda tokens, updated: updated + torch.randn_like(tokens), r"layers\.2 .* draws random numbers"),
+        (_in_place, r"layers\.2 .* in place"),
+    ],
+)
+def test_each_block_is_proven(odd, message):
+    """One that does something else than the others is found wherever it stands, and nothing is left on the model."""
+    model = lively(FAMILIES["hf IJepaModel"]())
+    own = model.layers[2].forward
+    model.layers[2].forward = lambda tokens, *others, **named: odd(tokens, own(tokens, *others, **named))
+    with pytest.raises(NotProvenError, match=message):
+        convert(model, layers=[5], ratio=0.5)
+    assert not hasattr(model, "tosa_proof")
+
+
+def test_a_block_that_wants_all_tokens_is_refused():
+    """Whatever it raises."""
+
+    def forward(self, tokens, *args, **kwargs):
+        assert tokens.shape[1] == 16, "all of them"
+        return base.forward(self, tokens, *args, **kwargs)
+
+    model = lively(FAMILIES["hf IJepaModel"]())
+    base = type(model.layers[0])
+    whole = type("Whole", (base,), {"forward": forward})
+    for block in model.layers:
+        block.__class__ = whole
+    with pytest.raises(NotProvenError, match=r"does not run with layers on some of its tokens \(all of them"):
+        convert(model, layers=[5], ratio=0.5)
+    assert not hasattr(model, "tosa_proof")
+
+
+def test_blocks_with_other_heads_are_no_row():
+    model = lively(FAMILIES["hf IJepaModel"]())
+    attention = model.layers[2].attention
+    attention.num_attention_heads, attention.head_dim = 1, attention.num_attention_heads * attention.head_dim
+    with pytest.raises(NotProvenError, match=r"layers\.2 .* is made otherwise than"):
+        convert(model, layers=[5], ratio=0.5)
+
+
+def test_patches_cut_by_a_convolution_whose_padding_has_a_name():
+    model = lively(FAMILIES["hf IJepaModel"]())
+    wanted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.5})
+    model.get_submodule(wanted.tosa_proof["projection"]).padding = "valid"
+    found = convert(model, score="similarity", bypass="merge", layers={2: 0.5})
+    assert adapter_of(found).grid((32, 32)) == adapter_of(wanted).grid((32, 32))
+
+
 def test_a_selection_that_is_not_the_masked_original_is_refused(monkeypatch):
     """The last proof, where the parts were found but a selective layer does something else."""
     model = lively(FAMILIES["hf IJepaModel"]())
     monkeypatch.setattr(proven.ProvenVit, "attend", lambda self, attention, q, k, v, bias: (v, None))
-    with pytest.raises(NotProvenError, match="is not the original with its skipped tokens masked and restored"):
+    with pytest.raises(NotProvenError, match="is not the original with the others masked and restored"):
         convert(model, layers=[2], ratio=0.5)
     assert not hasattr(model, "tosa_proof")
     assert not conversion.is_converted(model)

@@ -21,7 +21,7 @@ from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.proof.attention import form, project
-from tosa_convert.models.proof.calls import first_of
+from tosa_convert.models.proof.calls import first_of, packed
 from tosa_convert.models.proof.images import (
     as_taken,
     channels_of,
@@ -168,10 +168,10 @@ class ProvenVit(TransformersVit):
         return self.as_attention_output(joined if output is None else attention.get_submodule(output)(joined), weights)
 
     def as_attention_output(self, tokens, weights=None):
-        return _packed(self.structure.attention_returns, tokens, weights)
+        return packed(self.structure.attention_returns, tokens, weights)
 
     def given_back(self, tokens):
-        return _packed(self.structure.returns, tokens)
+        return packed(self.structure.returns, tokens)
 
     def attention_dropout(self, attention):
         known = getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
@@ -247,8 +247,8 @@ class ProvenVit(TransformersVit):
         if isinstance(cut, nn.Linear):
             return tuple(side // patch for side, patch in zip(size, self.patch, strict=True))
         sides = size if len(cut.stride) == len(size) else (self.structure.frames, *size)
-        each = zip(sides, cut.kernel_size, cut.stride, cut.padding, strict=True)
-        return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in each)
+        each = zip(sides, cut.kernel_size, cut.stride, _padded(cut), strict=True)
+        return tuple((side + padding - kernel) // stride + 1 for side, kernel, stride, padding in each)
 
     @property
     def patch(self):
@@ -270,9 +270,10 @@ class ProvenVit(TransformersVit):
         return self.patches_last(super().tokens(images), 1)
 
 
-def _packed(count: int, *values: Any):
-    """The first value on its own, or so many in a tuple."""
-    return (*values, *[None] * count)[:count] if count else values[0]
+def _padded(cut: nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """By how many pixels in all a convolution pads each axis."""
+    by_name = {"valid": (0,) * len(cut.kernel_size), "same": tuple(kernel - 1 for kernel in cut.kernel_size)}
+    return by_name[cut.padding] if isinstance(cut.padding, str) else tuple(2 * padding for padding in cut.padding)
 
 
 class _ProvenTap(RotaryTap):

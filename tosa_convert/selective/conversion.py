@@ -1,7 +1,8 @@
 """The surgery: chosen blocks of a model become token-selective, in place."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -52,15 +53,15 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     config = make_config(config, options)
     if is_converted(model):
         raise UsageError("this model is converted already; start from original(model) to convert it again")
-    known = getattr(model, "tosa_proof", None)
-    adapter = adapter_of(model)
-    try:
-        counts = len(adapter.blocks), adapter.patches(preprocessing_of(model).size)
-        plan, stages = config.plan(*counts), config.stages(*counts)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    check_fit(adapter, config, dict(plan))
-    _prove(model, known)
+    with _leaving_no_trace(model):
+        adapter = adapter_of(model)
+        try:
+            counts = len(adapter.blocks), adapter.patches(preprocessing_of(model).size)
+            plan, stages = config.plan(*counts), config.stages(*counts)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        check_fit(adapter, config, dict(plan))
+        _prove(model)
     _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if all(each == config.ratio for each in ratios) else ratios
@@ -68,28 +69,34 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     return model
 
 
-def _prove(model: Any, before: dict | None) -> None:
-    """What no family knows by name is proven once on the model itself, see :mod:`tosa_convert.selective.proof`.
+@contextmanager
+def _leaving_no_trace(model: Any) -> Iterator[None]:
+    """If a proof fails within, or anything else, what was known of the model before is all that is left on it."""
+    before = getattr(model, "tosa_proof", None)
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            model.tosa_proof = before
+        elif hasattr(model, "tosa_proof"):
+            del model.tosa_proof
+        raise
 
-    Args:
-        before: what was known of it before this conversion, which is all that is left on it if the proof fails.
-    """
+
+def _prove(model: Any) -> None:
+    """What no family knows by name is proven once on the model itself, see :mod:`tosa_convert.selective.proof`."""
     known = getattr(model, "tosa_proof", None)
     if known is None or known["selection"]:
         return
     model.tosa_proof = {**known, "selection": True}  # for the copies that the proof converts
     try:
         prove_selection(light_copy(in_float32(model)), lambda copied, **options: convert(light_copy(copied), **options))
-    except BaseException as error:
-        if before is None:
-            del model.tosa_proof
-        else:
-            model.tosa_proof = before
-        if isinstance(error, (RuntimeError, IndexError, ValueError, TypeError)) and not isinstance(error, TosaError):
-            raise NotProvenError(
-                f"{type(model).__name__} does not run with a layer on some of its tokens ({gist(error)})"
-            ) from error
+    except TosaError:
         raise
+    except Exception as error:  # whatever a model does with fewer tokens than it has
+        raise NotProvenError(
+            f"{type(model).__name__} does not run with layers on some of its tokens ({gist(error)})"
+        ) from error
 
 
 def _note(model: Any, config: ConvertConfig, layers: list[int], ratio: float | list[float]) -> None:

@@ -1,13 +1,15 @@
 """Take a block apart by what its modules do, and prove what a selective layer relies on."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from tosa_convert.models.proof.attention import work_out
-from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, how_many, record, repeat
+from tosa_convert.models.proof.attention import attend_as, work_out
+from tosa_convert.models.proof.calls import Call, NotProvenError, alike, first_of, how_many, packed, record, repeat
 from tosa_convert.models.proof.positions import candidates, len_of, named, names_of, permuted
+from tosa_convert.models.proof.row import Row
 from tosa_convert.models.proof.structure import Heads
 
 
@@ -20,6 +22,62 @@ class Parts(NamedTuple):
     returns: int
     attention_returns: int
     heads: Heads
+
+
+def take_row_apart(row: Row) -> Parts:
+    """The parts of the blocks of a row, which are those of the first, and do the same in all of them.
+
+    Raises:
+        NotProvenError: a proof fails; the message says which, and of which block.
+    """
+    patches = math.prod(row.grid)
+    places = [f"{row.name}.{index} ({type(block).__name__})" for index, block in enumerate(row.blocks)]
+    parts = take_apart(row.blocks[0], row.calls[0], places[0], patches)
+    for index, (block, call, where) in enumerate(zip(row.blocks, row.calls, places, strict=True)):
+        if index and not _does_the_same(block, call, parts, (call.tokens.shape[1], patches)):
+            for each in range(index, min(index + 2, len(places))):  # says what is wrong; the next may change its tokens
+                take_apart(row.blocks[each], row.calls[each], places[each], patches)
+            raise NotProvenError(f"{where} is made otherwise than {places[0]}, and a row of blocks is converted as one")
+    return parts
+
+
+def _does_the_same(block: nn.Module, call: Call, parts: Parts, counts: tuple[int, ...]) -> bool:
+    """Whether the parts of a block do what those of another one were proven to do; it runs once."""
+    names = [name for name in (parts.norm, parts.attention, parts.mlp) if name is not None]
+    if any(name not in dict(block.named_modules()) for name in names) or _gives_more(call):
+        return False
+    permutes: list[bool] = []
+    modules = {name: block.get_submodule(name) for name in names}
+    calls = record(modules, lambda: permutes.append(_permutes(block, call, call.result, counts)))
+    if not permutes[0] or len(calls) < len(names):
+        return False
+    attention, taken = modules[parts.attention], calls[parts.attention]
+    arguments = named(names_of(type(attention).forward), taken.args, taken.kwargs)
+    returns = (how_many(call.output), how_many(taken.output))
+    try:
+        attended = alike(attend_as(attention, parts.heads, taken.tokens, arguments), taken.result)
+    except (RuntimeError, AttributeError, KeyError):  # it has other projections
+        return False
+    normed = parts.norm is None or torch.equal(calls[parts.norm].result, taken.tokens)
+    silent = parts.mlp is None or _leaves_tokens(block, call, parts)
+    return attended and normed and silent and returns == (parts.returns, parts.attention_returns)
+
+
+def _gives_more(call: Call) -> bool:
+    return isinstance(call.output, (tuple, list)) and any(value is not None for value in call.output[1:])
+
+
+def _leaves_tokens(block: nn.Module, call: Call, parts: Parts) -> bool:
+    """Whether tokens leave a block as they came if its attention and its MLP add nothing."""
+    zeros = torch.zeros_like(call.tokens)
+    returns = {parts.attention: parts.attention_returns, parts.mlp: 0}
+    try:
+        for name, count in returns.items():
+            block.get_submodule(name).forward = lambda *args, count=count, **kwargs: packed(count, zeros)
+        return torch.equal(repeat(block, call, call.tokens), call.tokens)
+    finally:
+        for name in returns:
+            del block.get_submodule(name).forward
 
 
 def take_apart(block: nn.Module, call: Call, where: str, patches: int | None = None) -> Parts:
@@ -42,6 +100,7 @@ def take_apart(block: nn.Module, call: Call, where: str, patches: int | None = N
     heads = work_out(attention, calls[name], counts, f"{where}, {name} ({type(attention).__name__})")
     norm = _norm(call.tokens, calls, name, where)
     mlp = _mlp(block, call, calls, name)
+    _check_nothing_else_mixes(block, call, name, how_many(calls[name].output), where)
     return Parts(norm, name, mlp, how_many(call.output), how_many(calls[name].output), heads)
 
 
@@ -52,7 +111,7 @@ def check_behaviour(block: nn.Module, call: Call, counts: tuple[int, ...], where
     Raises:
         NotProvenError: which of these does not hold.
     """
-    if isinstance(call.output, (tuple, list)) and any(value is not None for value in call.output[1:]):
+    if _gives_more(call):
         raise NotProvenError(f"{where} returns {len(call.output)} values, not only its tokens")
     tokens = call.tokens
     given = tokens.clone()
@@ -115,6 +174,22 @@ def _mixes(module: nn.Module, call: Call) -> bool:
     changed = torch.cat([call.tokens[:, :half], call.tokens[:, half:] + noise * call.tokens.std()], dim=1)
     difference = (repeat(module, call, changed) - call.result)[:, :half].abs().max()
     return bool(difference > 1e-6 * call.result.abs().max())
+
+
+def _check_nothing_else_mixes(block: nn.Module, call: Call, attention: str, returns: int, where: str) -> None:
+    """That tokens see each other in the attention only.
+
+    Raises:
+        NotProvenError: they do elsewhere.
+    """
+    part, zeros = block.get_submodule(attention), torch.zeros_like(call.tokens)
+    part.forward = lambda *args, **kwargs: packed(returns, zeros)
+    try:
+        mixes = _mixes(block, call._replace(output=repeat(block, call, call.tokens)))
+    finally:
+        del part.forward
+    if mixes:
+        raise NotProvenError(f"{where} lets tokens see each other outside of its attention, {attention}")
 
 
 def _norm(tokens: torch.Tensor, calls: dict[str, Call], attention: str, where: str) -> str | None:

@@ -49,6 +49,11 @@ def how_many(output: Any) -> int:
     return len(output) if isinstance(output, (tuple, list)) else 0
 
 
+def packed(count: int, *values: Any) -> Any:
+    """The first value on its own, or so many in a tuple, as :func:`how_many` counts them."""
+    return (*values, *[None] * count)[:count] if count else values[0]
+
+
 def record(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Call]:
     """Name → the first call of each of these modules while something runs; those that are not called are left out."""
     calls: dict[str, Call] = {}

@@ -1,7 +1,6 @@
 """All that is proven of a model before it is converted, in order."""
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import gist
-from tosa_convert.models.proof.block import take_apart
+from tosa_convert.models.proof.block import take_row_apart
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.images import (
     as_taken,
@@ -21,7 +20,7 @@ from tosa_convert.models.proof.images import (
     input_name,
     size_of,
 )
-from tosa_convert.models.proof.row import find_row
+from tosa_convert.models.proof.row import check_batches, find_row
 from tosa_convert.models.proof.structure import Structure
 
 
@@ -49,12 +48,15 @@ def prove(model: nn.Module) -> Structure:
             name = input_name(model)
             run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
             row = find_row(model, run, image, grid_by_config(config))
-        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        except NotProvenError:
+            raise
+        except Exception as error:  # whatever a model does with an image that it does not understand
             raise NotProvenError(
                 f"{type(model).__name__} does not run on an image alone ({gist(error)}); convert its vision part"
             ) from error
-        where = f"{row.name}.0 ({type(row.blocks[0]).__name__})"
-        parts = take_apart(row.blocks[0], row.first, where, math.prod(row.grid))
+        parts = take_row_apart(row)
+        both = torch.cat([image, image.flip(-1)])
+        check_batches(row.blocks[0], row.calls[0], lambda: run(both), type(model).__name__)
     return Structure(
         row=row.name,
         layers=len(row.blocks),
@@ -62,7 +64,7 @@ def prove(model: nn.Module) -> Structure:
         prefix=row.prefix,
         suffix=row.suffix,
         frames=frames,
-        width=row.first.tokens.shape[-1],
+        width=row.calls[0].tokens.shape[-1],
         **parts._asdict(),
     )
 

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     Attributes:
         name: of the row in the model.
         blocks: those that run on the same tokens, from the first on.
-        first: the call of the first of them.
+        calls: of each of them.
         projection: name of the module that gives the patches.
         grid: rows and columns of the patches; of a video's, times before them.
         prefix, suffix: tokens before and after the patches.
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     name: str
     blocks: list[nn.Module]
-    first: Call
+    calls: list[Call]
     projection: str
     grid: tuple[int, ...]
     prefix: int
@@ -72,12 +72,12 @@ def find_row(
     projection, grid = _patches(cutting, calls, grid, type(model).__name__)
     name, blocks = _the_one(found, calls, grid, projection, type(model).__name__)
     first = calls[f"{name}.0"]
-    _check_batches(blocks[0], first, lambda: run(torch.cat([image, image.flip(-1)])), type(model).__name__)
     count = first.tokens.shape[1]
     same = [index for index in range(len(blocks)) if calls[f"{name}.{index}"].tokens.shape[1] == count]
     layers = next((index for index in range(len(blocks)) if index not in same), len(blocks))
     prefix = _prefix(blocks[0], run, image, grid, type(model).__name__)
-    return Row(name, blocks[:layers], first, projection, grid, prefix, count - prefix - math.prod(grid))
+    mine = [calls[f"{name}.{index}"] for index in range(layers)]
+    return Row(name, blocks[:layers], mine, projection, grid, prefix, count - prefix - math.prod(grid))
 
 
 def _the_one(found: dict[str, list[nn.Module]], calls: dict[str, Call], grid: tuple, projection: str, model: str):
@@ -97,8 +97,12 @@ def _the_one(found: dict[str, list[nn.Module]], calls: dict[str, Call], grid: tu
     return next(iter(whole.items()))
 
 
-def _check_batches(block: nn.Module, alone: Call, run_two: Callable[[], object], model: str) -> None:
-    """That an image's tokens come out the same beside those of another one."""
+def check_batches(block: nn.Module, alone: Call, run_two: Callable[[], object], model: str) -> None:
+    """That an image's tokens come out the same beside those of another one.
+
+    Raises:
+        NotProvenError: they do not.
+    """
     both = call_of(block, run_two)
     if len(both.tokens) != 2:
         raise NotProvenError(f"{model} packs the tokens of a batch of images into rows of its own")
