@@ -316,7 +316,8 @@ class Adapter(ABC):
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether images of this size (H, W) are cut into whole patches."""
-        return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+        whole = not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+        return whole or tuple(size) == tuple(self.preprocessing().size)  # the model's own, where patches overlap
 
 
 def adapter_of(model: nn.Module) -> Adapter:

@@ -4,6 +4,8 @@ import inspect
 
 from torch import nn
 
+from tosa_convert.models.proof.images import image_config
+
 REASONS = {
     "its attention runs within windows: a token cannot leave one without changing the others": (
         "swin_transformer swin_transformer_v2 swin_transformer_v2_cr maxxvit gcvit davit "
@@ -28,6 +30,11 @@ REASONS = {
 NOT_A_VIT = "it has no row of transformer blocks over tokens (not a ViT)"
 PACKED = "it takes the patches of all images packed into one row"
 NO_IMAGES = "it takes no images (a text model, perhaps)"
+NO_SIZES = "its config does not say how large its images and its patches are, and without that nothing can be proven"
+GRIDS = "grid_thw"
+"""The argument of models that take patches of several images in a row."""
+IMAGES = ("pixel", "image", "patches", "input_values", "video")
+"""What the names of arguments hold that are images."""
 TIMM = {module: reason for reason, (modules, _) in REASONS.items() for module in modules.split()}
 """timm's module → why its models cannot be converted."""
 TRANSFORMERS = {kind: reason for reason, (_, kinds) in REASONS.items() for kind in kinds.split()}
@@ -42,21 +49,19 @@ def why_not(model: nn.Module) -> str:
         reason = TIMM.get(module.rsplit(".", 1)[-1])
     elif module.startswith("transformers."):
         reason = TRANSFORMERS.get(model.config.model_type)
-        if "grid_thw" in inspect.signature(model.forward).parameters:
+        taken = inspect.signature(model.forward).parameters
+        if GRIDS in taken:
             reason = PACKED
-        elif reason is None and not _takes_images(model):
+        elif reason is None and not any(each in name for name in taken for each in IMAGES):
             reason = NO_IMAGES
+        elif reason is None and image_config(model) is None:
+            reason = NO_SIZES
     else:
         return (
             f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "
             "`tosa-convert models` lists what is supported"
         )
     return f"{name} cannot be made token-selective: {reason or _first_seen(model) or NOT_A_VIT}"
-
-
-def _takes_images(model: nn.Module) -> bool:
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return any(hasattr(config, "num_channels") or hasattr(config, "image_size") for config in configs)
 
 
 def _first_seen(model: nn.Module) -> str | None:

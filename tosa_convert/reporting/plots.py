@@ -164,9 +164,11 @@ def _draw_map(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 def _draw_view(axes: Axes, image: np.ndarray, view: View) -> None:
     rows, columns = view.attended.shape
-    down, across = image.shape[0] // rows, image.shape[1] // columns
+    height, width = image.shape[:2]
+    down, across = height / rows, width / columns  # not whole where patches overlap
     light = DARK + (1 - DARK) * view.attended.clip(0, 1)
-    axes.imshow(image * np.kron(light, np.ones((down, across)))[..., None])
+    light = light[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
+    axes.imshow(image * light[..., None])
     lines = [[((column + 0.5) * across, (row + 0.5) * down) for row, column in pair] for pair in view.partners]
     axes.add_collection(LineCollection(lines, colors=IDEAL, linewidths=min(0.6, 10 / max(rows, columns))))
     axes.set_title(f"layer {view.layer}: {round(view.attended.sum())} of {rows * columns}", fontsize=8)

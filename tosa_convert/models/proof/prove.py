@@ -20,8 +20,19 @@ from tosa_convert.models.proof.images import (
     input_name,
     size_of,
 )
+from tosa_convert.models.proof.positions import names_of
 from tosa_convert.models.proof.row import check_batches, find_row
 from tosa_convert.models.proof.structure import Structure
+
+SWITCHES = (
+    "attention_mask",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "interpolate_pos_encoding",
+    "labels",
+)
+"""Arguments that no model needs."""
 
 
 def in_float32(model: nn.Module) -> nn.Module:
@@ -44,16 +55,14 @@ def prove(model: nn.Module) -> Structure:
     shape = (*([frames] if frames else []), channels_of(config), *size_of(config))
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
     with _in_eval(model):
+        name = input_name(model)
         try:
-            name = input_name(model)
             run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
             row = find_row(model, run, image, grid_by_config(config))
         except NotProvenError:
             raise
         except Exception as error:  # whatever a model does with an image that it does not understand
-            raise NotProvenError(
-                f"{type(model).__name__} does not run on an image alone ({gist(error)}); convert its vision part"
-            ) from error
+            raise NotProvenError(_not_alone(model, name, error)) from error
         parts = take_row_apart(row)
         both = torch.cat([image, image.flip(-1)])
         check_batches(row.blocks[0], row.calls[0], lambda: run(both), type(model).__name__)
@@ -67,6 +76,15 @@ def prove(model: nn.Module) -> Structure:
         width=row.calls[0].tokens.shape[-1],
         **parts._asdict(),
     )
+
+
+def _not_alone(model: nn.Module, name: str, error: Exception) -> str:
+    """Why a model does not run on images, ``name``, alone."""
+    others = [each for each in names_of(type(model).forward) if each not in (name, *SWITCHES) and "kwargs" not in each]
+    said = f"{type(model).__name__} does not run on an image alone ({gist(error)})"
+    if "input_ids" in others:
+        return f"{said}; convert its vision part"
+    return f"{said}: it also takes {', '.join(others)}" if others else f"{said}: it takes something else as {name}"
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def _the_one(found: dict[str, list[nn.Module]], calls: dict[str, Call], grid: tu
     if not whole:
         raise NotProvenError(
             f"the grid of {'×'.join(map(str, grid))} patches that {model}'s {projection} gives is not filled by the "
-            f"{max(counts.values())} tokens of its blocks: patches are pooled, dropped or run in windows"
+            f"{max(counts.values())} tokens of its blocks: patches are pooled, dropped, or run in windows or picture "
+            "by picture"
         )
     if len(whole) > 1:
         raise NotProvenError(
