@@ -12,7 +12,7 @@ from transformers import YolosConfig, YolosForObjectDetection
 
 from tosa_convert import UsageError, convert, evaluate, find_plan
 from tosa_convert.export.graph import write_graph
-from tosa_convert.measure.similarity import Keep, default_keep, error, losses, observe
+from tosa_convert.measure.similarity import Keep, error, losses, observe, settled_keep
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of, retrieval_agreement
 from tosa_convert.planning.comparison import mean_figures
@@ -46,7 +46,7 @@ def test_of_a_detector_everything_that_its_head_gives_is_kept(tmp_path):
         "class_logits": (4, 4),
         "pred_boxes": (4, 4),
     }
-    assert default_keep(model) is Keep.MAP
+    assert settled_keep(observe(model, PHOTOS), None) is Keep.MAP
     converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.5})
     assert error(observe(converted, PHOTOS), observe(model, PHOTOS), Keep.MAP).min() > 0
     write_graph(converted, tmp_path / "model.onnx", 20)

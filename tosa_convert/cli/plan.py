@@ -31,6 +31,14 @@ Sample = Annotated[
     str | None,
     typer.Option("--data", help=IMAGES, show_default="built-in photos"),
 ]
+KeepOption = Annotated[
+    Keep | None,
+    typer.Option(
+        "--keep",
+        help="what has to stay as it is: patches with the class token, pooled features or an embedding, …",
+        show_default="logits of a classifier, the map of a dense head, otherwise patches",
+    ),
+]
 SampleSize = Annotated[int, typer.Option(help="number of images to measure on", callback=at_least(1))]
 
 
@@ -46,13 +54,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    keep: Annotated[
-        Keep | None,
-        typer.Option(
-            help="what has to stay as it is: patches with the class token, pooled features or an embedding, …",
-            show_default="logits of a classifier, the map of a dense head, otherwise patches",
-        ),
-    ] = None,
+    keep: KeepOption = None,
     by: Annotated[By, typer.Option(help="cost that the budget limits; latency is measured on this machine")] = By.macs,
     target_ms: Annotated[
         float | None,
@@ -104,7 +106,7 @@ def plan(
         labels=labels,
         budget=budget,
         target_drop=target_drop,
-        keep=keep.value if keep else None,
+        keep=keep and keep.value,
         by=by.value,
         runtime=runtime.value,
         precision=precision.value,
@@ -141,6 +143,7 @@ def compare(
     new_head: dict | None = None,
     images: SampleSize = 32,
     labels: Labels = True,
+    keep: KeepOption = None,
     distill_steps: Annotated[int, typer.Option(help="steps to train tosa's selectors", callback=at_least(0))] = 0,
     latency: Annotated[bool, typer.Option(help="also measure latency")] = True,
     runtime: Annotated[Runtime, typer.Option(help="runtime of the latency measurement")] = Runtime.eager,
@@ -167,6 +170,7 @@ def compare(
         methods=names(methods),
         images=images,
         labels=labels,
+        keep=keep and keep.value,
         distill_steps=distill_steps,
         runtime=runtime.value if latency else None,
         device=device,

@@ -11,7 +11,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.outputs import EMBEDDING, agreement, outputs_of
+from tosa_convert.models.outputs import EMBEDDING, agreement
 from tosa_convert.models.proof.calls import first_of
 from tosa_convert.tasks.task import Task, task_of
 
@@ -81,6 +81,9 @@ def figures(found: Outputs, wanted: Outputs) -> dict[str, torch.Tensor]:
     return result
 
 
+A_MAP = "a map"
+
+
 class Keep(StrEnum):
     """What of a model's outputs is to stay as it is."""
 
@@ -90,26 +93,34 @@ class Keep(StrEnum):
     MAP = "map"
 
 
-def default_keep(model: nn.Module) -> Keep:
-    """The logits of a classifier, what the head of a detector or of a task of maps makes of its own tokens, otherwise
-    the tokens, from which everything else is made."""
-    if "ObjectDetection" in type(model).__name__ or task_of(model).differences:
-        return Keep.MAP
-    return Keep.LOGITS if outputs_of(model) > 1 else Keep.PATCHES
+def settled_keep(wanted: Outputs, keep: str | None) -> Keep:
+    """What is to stay as it is, of a model that gives this: what is asked for; by default the logits of a classifier,
+    a map where that is what it gives, otherwise the tokens, from which everything else is made.
 
-
-def check_keep(model: nn.Module, keep: Keep, wanted: Outputs) -> None:
-    """
     Raises:
-        UsageError: the model has nothing of the kind.
+        UsageError: there is nothing of the kind.
     """
-    kind = "a map" if wanted.output.ndim > 2 and wanted.kind != "tokens" else wanted.kind
-    if keep is Keep.LOGITS and (kind != "logits" or wanted.output.shape[-1] < 2):
-        raise UsageError(f"this model has no logits of classes to keep, its output is {kind}; keep patches or pooled")
-    if keep is Keep.MAP and kind != "a map":
-        raise UsageError(f"this model gives no map to keep, its output is {kind}; keep patches or pooled")
-    if keep is Keep.POOLED and wanted.pooled is None:
-        raise UsageError(f"this model has no pooled features to keep, its output is {kind}; keep patches")
+    if keep is not None and keep not in list(Keep):
+        raise UsageError(f"keep {keep!r} is not known; choose {', '.join(Keep)}")
+    kind = _kind(wanted)
+    there = {
+        Keep.LOGITS: kind == "logits" and wanted.output.shape[-1] > 1,
+        Keep.MAP: kind == A_MAP,
+        Keep.POOLED: wanted.pooled is not None,
+        Keep.PATCHES: True,
+    }
+    if keep is None:
+        return next(each for each in (Keep.MAP, Keep.LOGITS, Keep.PATCHES) if there[each])
+    if not there[Keep(keep)]:
+        names = {Keep.LOGITS: "logits of classes", Keep.MAP: "map", Keep.POOLED: "pooled features"}
+        others = " or ".join(name for name, known in there.items() if known)
+        raise UsageError(f"this model gives no {names[Keep(keep)]} to keep, its output is {kind}; keep {others}")
+    return Keep(keep)
+
+
+def _kind(wanted: Outputs) -> str:
+    """What a model's output is."""
+    return A_MAP if wanted.output.ndim > 2 and wanted.kind != "tokens" else wanted.kind
 
 
 def losses(found: Outputs, wanted: Outputs, keep: Keep) -> list[torch.Tensor]:

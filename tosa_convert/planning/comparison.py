@@ -13,7 +13,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.data.images import Images, sample
 from tosa_convert.measure.macs_share import MacsShare
-from tosa_convert.measure.similarity import figures, observe
+from tosa_convert.measure.similarity import Keep, figures, observe, settled_keep
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import EMBEDDING, retrieval_agreement
@@ -38,6 +38,7 @@ def compare(
     images: int = 32,
     labels: bool = True,
     distill_steps: int = 0,
+    keep: str | None = None,
     runtime: str | None = "eager",
     device: str | None = None,
     progress: Progress | None = None,
@@ -55,12 +56,13 @@ def compare(
         labels: False ignores sub-folder names as labels.
         images: number of images to measure on. A plan is made on the built-in photos, never on ``data``.
         distill_steps: steps of distillation for ToSA's selectors; with 0 each predicts the attention it reads.
+        keep: what is to stay as it is, see :func:`tosa_convert.plan`: what plans are made for and what the plot shows.
         runtime: "eager" or "onnx", for the latency; None leaves it out.
 
     Returns:
-        {"machine", "data", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget", "macs",
-        the means of :func:`tosa_convert.measure.similarity.figures`, with labels the metrics of the model's task, such
-        as "top1", "ms" and "speedup".
+        {"machine", "data", "keep", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget",
+        "macs", the means of :func:`tosa_convert.measure.similarity.figures`, with labels the metrics of the model's
+        task, such as "top1", "ms" and "speedup".
     """
     if is_converted(model):
         raise UsageError("this model is converted already; start from the original, such as original(model)")
@@ -77,12 +79,15 @@ def compare(
             raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
     model = model.to(device).eval()
     samples, folder, truths = labelled_sample(model, data, images, labels)
+    keep = settled_keep(observe(model, samples[:1].to(device)), keep)
     share_of, notes, converted, shares = MacsShare(model), [], {}, {}
     if data is None and {PLAN, ADAPTIVE} & set(methods):
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     before = len(notes)
     for name in methods:
-        for budget, (found, share) in _at_budgets(model, name, budgets, share_of, samples, notes, progress).items():
+        for budget, (found, share) in _at_budgets(
+            model, name, budgets, keep, share_of, samples, notes, progress
+        ).items():
             if name == ADAPTIVE and not keeps_any_number(found):
                 notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
             if distill_steps and _learns(found):
@@ -108,6 +113,7 @@ def compare(
     return {
         "machine": machine(device),
         "data": folder.name,
+        "keep": keep.value,
         "images": len(samples),
         "labelled": truths is not None,
         "runtime": runtime,
@@ -127,6 +133,7 @@ def _at_budgets(
     model: nn.Module,
     name: str,
     budgets: list[float],
+    keep: Keep,
     share_of: MacsShare,
     samples: torch.Tensor,
     notes: list[str],
@@ -140,7 +147,7 @@ def _at_budgets(
         for budget in budgets:
             try:
                 found[budget] = (
-                    _planned(model, budget, share_of, name == ADAPTIVE, samples, progress)
+                    _planned(model, budget, keep, share_of, name == ADAPTIVE, samples, progress)
                     if planned
                     else _converted(model, name, budget, share_of)
                 )
@@ -151,11 +158,17 @@ def _at_budgets(
 
 
 def _planned(
-    model: nn.Module, budget: float, share_of: MacsShare, adaptive: bool, samples: torch.Tensor, progress: Progress
+    model: nn.Module,
+    budget: float,
+    keep: Keep,
+    share_of: MacsShare,
+    adaptive: bool,
+    samples: torch.Tensor,
+    progress: Progress,
 ) -> Fitted:
     """A plan made on the built-in photos, and what it takes of the samples."""
     photos = sample(None, preprocessing_of(model), 24)[0]
-    found = find_plan(model, photos, budget, adaptive=adaptive, progress=progress)
+    found = find_plan(model, photos, budget, keep=keep, adaptive=adaptive, progress=progress)
     converted = convert(light_copy(model), found.config)
     return converted, share_of.of(converted, samples)
 

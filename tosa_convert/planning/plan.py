@@ -9,7 +9,6 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
-from tosa_convert.measure.similarity import Keep
 from tosa_convert.planning.adaptive import adapted
 from tosa_convert.planning.cost_model import Conditions
 from tosa_convert.planning.latency import share_for, within_latency
@@ -89,8 +88,6 @@ def find_plan(
         raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
     if by not in ("macs", "latency"):
         raise UsageError(f"by {by!r} is not known; choose macs or latency")
-    if keep is not None and keep not in list(Keep):
-        raise UsageError(f"keep {keep!r} is not known; choose {', '.join(Keep)}")
     if segment is not None and segment < 1:
         raise UsageError(f"segment {segment} is out of range; give 1 layer or more")
     if max_macs is not None and not adaptive:
@@ -99,8 +96,7 @@ def find_plan(
         raise UsageError(f"max-macs {max_macs:g} is out of range; give a share of the original's MACs such as 0.9")
     training = model.training
     try:
-        kept = None if keep is None else Keep(keep)
-        search = Search(model.eval(), images, labels, kept, segment, batch_size, progress or Progress())
+        search = Search(model.eval(), images, labels, keep, segment, batch_size, progress or Progress())
         if target_ms is not None:
             budget = share_for(search, target_ms, conditions)
         settle_on_parts(search, budget)

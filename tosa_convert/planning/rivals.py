@@ -31,7 +31,7 @@ def against_published(search: Search, plan: Plan, target: float | None = None) -
         for name in methods:
             with suppress(TosaError):  # not for this model, or not at this budget
                 found[name] = fitted(search.model, name, plan.budget, search.share_of)
-            advance()
+            advance(name)
         if not found:
             return plan
         best = min(found, key=lambda name: _errors(search, found[name][0], 0).mean().item())

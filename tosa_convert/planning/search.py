@@ -25,12 +25,11 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import (
     Keep,
     Outputs,
-    check_keep,
-    default_keep,
     error,
     figures,
     losses,
     observe,
+    settled_keep,
 )
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
@@ -65,7 +64,7 @@ class Search:
         model: nn.Module,
         images: torch.Tensor,
         labels: torch.Tensor | None,
-        keep: Keep | None,
+        keep: str | None,
         segment: int | None,
         batch_size: int,
         progress: Progress,
@@ -84,8 +83,7 @@ class Search:
             with catching(model, max(self.starts)) as given:
                 self.wanted.append(observe(model, batch))
             self.given.append(given)
-        self.keep = keep or default_keep(model)
-        check_keep(model, self.keep, self.wanted[0])
+        self.keep = settled_keep(self.wanted[0], keep)
         self.share_of = MacsShare(model)
         self.options: dict = {}  # of the score
         self.parts: dict[tuple[str, str], float] = {}  # errors of the pairs that were tried

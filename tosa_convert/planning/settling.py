@@ -65,7 +65,7 @@ def _settle_on_options(search: Search, budget: float) -> None:
                 best = found
             else:
                 search.options = before
-            advance()
+            advance(" ".join(f"{name} {value}" for name, value in search.options.items()))
     search.build(score, bypass)
 
 

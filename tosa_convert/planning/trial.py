@@ -32,10 +32,12 @@ class Trial:
         steps = len(going) + min(SURVIVORS[0], len(going)) + min(SURVIVORS[1], len(going)) * max(self.parts - 2, 0)
         with self.progress.track(what, steps) as advance:
             for rung, survivors in zip(rungs, (*SURVIVORS, 1), strict=True):
-                for name in {*going, plain}:
+                done: list[str] = []
+                for name in dict.fromkeys([*going, plain]):
+                    done.append(name)
                     for part in rung:
                         self._measure(name, part)
-                        advance()
+                        advance(min(done, key=lambda each: self.scores(each).mean().item()))
                 going = sorted(going, key=lambda name: self.scores(name).mean().item())[:survivors]
         return going[0]
 

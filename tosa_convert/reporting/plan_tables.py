@@ -30,7 +30,8 @@ def plan_table(results: dict) -> Table:
         notes = []
     notes += [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
     notes.append(
-        f"{plan['images']} images of {results['data']}, equally weighted; error of what is kept: {_error(results)}"
+        f"{plan['images']} images of {results['data']}; error of what is kept: {_error(results)}; images with large "
+        "errors count less"
     )
     if "as many tokens as each image needs" in plan["rivals"]:
         notes.append("on these images thresholds gain nothing clear over numbers of tokens, so the plan has numbers")

@@ -185,7 +185,8 @@ def pareto_plot(results: dict, file: Path) -> Path:
     axis = {"macs": "share of the original's MACs"}
     if rows and "ms" in rows[0]:
         axis["ms"] = f"ms per image ({results['runtime']})"
-    kinds = [name for name in (*differences(), *KINDS) if any(name in row for row in rows)]
+    first = {"pooled": ("pooled", "class"), "logits": ("agreement",), "patches": ("patch",)}.get(results["keep"], ())
+    kinds = [name for name in (*first, *differences(), *KINDS) if any(name in row for row in rows)]
     kind = kinds[0] if kinds else "patch"
     written, lost = _error_of(kind)
     figure = Figure(figsize=(5.2 * len(axis), 4.6), layout="constrained")
