@@ -46,7 +46,7 @@ def derived(content: dict) -> list[float]:
         (row["method"], row["budget"]): row for row in content.get("rows", []) if {"patch", "method"} <= row.keys()
     }
     for (_, budget), row in methods.items():
-        for name in ("tome", "mpm", "mctf"):
+        for name in ("tome", "mpm", "mctf", "similarity/merge"):
             rival = methods.get((name, budget), row)
             values += [(1 - row[key]) / (1 - rival[key]) for key in ("patch", "class") if key in row]
     return values

@@ -32,6 +32,14 @@ def numbers(text: str, kind: type, option: str, least: int | None = None) -> lis
     return found
 
 
+def whole_number(text: str, option: str, least: int) -> int:
+    """An option's one number."""
+    found = numbers(text, int, option, least)
+    if len(found) != 1:
+        raise UsageError(f"{option} takes one number here, such as {found[0]}, not a list")
+    return found[0]
+
+
 def image_size(text: str) -> int | tuple[int, int]:
     """An image's side, or its height and width: 224, or 352x1120."""
     try:

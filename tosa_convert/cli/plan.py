@@ -20,7 +20,7 @@ from tosa_convert.cli.options import (
     stem,
 )
 from tosa_convert.cli.output import bar, say, show
-from tosa_convert.cli.parsing import at_least, names, numbers
+from tosa_convert.cli.parsing import at_least, names, numbers, whole_number
 
 By = StrEnum("By", ["macs", "latency"])
 Keep = StrEnum("Keep", ["patches", "pooled", "logits", "map"])
@@ -69,11 +69,10 @@ def plan(
         int, typer.Option(help="images per forward pass of the latency measurement", callback=at_least(1))
     ] = 1,
     segment: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             help="layers in a row that share one choice, which saves time beside the MACs",
             show_default="1, or searched for --by latency",
-            callback=at_least(1),
         ),
     ] = None,
     adaptive: Annotated[
@@ -113,7 +112,7 @@ def plan(
         threads=threads,
         batch_size=batch_size,
         target_ms=target_ms,
-        segment=segment,
+        segment=None if segment is None else whole_number(segment, "--segment", 1),
         adaptive=adaptive,
         max_macs=max_macs,
         checkpoint=checkpoint and str(checkpoint),

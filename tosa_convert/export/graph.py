@@ -78,6 +78,8 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
 def _summary(error: Exception) -> str:
     """What went wrong, of a message that is advice to those who write exporters for the most part."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if "data-dependent" in text:
+        return "its forward decides by the values of a tensor, which a graph cannot; --debug shows where"
     return " ".join(text.rpartition("## Exception summary")[2].split())[:200]
 
 

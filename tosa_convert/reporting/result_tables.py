@@ -137,8 +137,6 @@ def eval_table(results: dict) -> Table:
     if "predictions" in results:
         notes.append(f"wrote {results['predictions']['files']} maps to {results['predictions']['folder']}")
     notes += _these_images_notes(results)
-    if not figures:
-        notes.append("nothing to compare: the images have no labels and the original is not available")
     if "agreement" in figures:
         notes.append(
             "agreement, cosine: with the original; agreement: same top-1, of "

@@ -162,6 +162,11 @@ def eval_stage(
     if predictions is not None:
         how = {"flip": options.get("flip", False), "device": options.get("device"), "progress": progress}
         results["predictions"] = write_predictions(model, data, predictions, format, **how)
+    elif not any(results["models"].values()):
+        raise UsageError(
+            f"nothing can be measured: {results['data']} has no labels that the model can learn from, and there is no "
+            "original to compare it with; give labelled images, or a converted model"
+        )
     if keeps_any_number(model):
         results |= _on_these_images(model, source, data, progress)
     if runs.is_run(source):
