@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -18,6 +19,10 @@ from tosa_convert.export.verification import CHOSEN, hide_chosen, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.selection import forget, keeps_any_number, last_choices
+
+DECIDES = "data-dependent"
+"""What torch says of a forward that decides by the values of a tensor."""
+FEW = 64
 
 
 class _Graph(nn.Module):
@@ -53,9 +58,10 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
     graph = _Graph(model, ports)
     with torch.no_grad():
         names = list(graph(example))
-    try:
+
+    def export() -> Any:
         with silence(), _quick_rules(), torch.no_grad(), adapter.exporting():
-            program = torch.onnx.export(
+            return torch.onnx.export(
                 graph,
                 (example,),
                 input_names=["images"],
@@ -65,6 +71,15 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
                 dynamo=True,
                 verbose=False,
             )
+
+    try:
+        try:
+            program = export()
+        except Exception as error:
+            if DECIDES not in str(error):
+                raise
+            with _few_values_known(model):
+                program = export()
     except Exception as error:
         raise TosaError(f"torch.onnx could not export the model: {_summary(error)}") from error
     finally:
@@ -78,9 +93,28 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
 def _summary(error: Exception) -> str:
     """What went wrong, of a message that is advice to those who write exporters for the most part."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    if "data-dependent" in text:
+    if DECIDES in text:
         return "its forward decides by the values of a tensor, which a graph cannot; --debug shows where"
     return " ".join(text.rpartition("## Exception summary")[2].split())[:200]
+
+
+@contextlib.contextmanager
+def _few_values_known(model: nn.Module) -> Iterator[None]:
+    """Buffers of a few numbers as plain numbers: a model that decides by them, as EoMT does, then decides once and for
+    all."""
+    taken = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.ndim == 1 and buffer.is_floating_point() and len(buffer) <= FEW
+    ]
+    for module, name, buffer in taken:
+        module.__dict__[name] = buffer.tolist()  # found before the buffer
+    try:
+        yield
+    finally:
+        for module, name, _ in taken:
+            del module.__dict__[name]
 
 
 @contextlib.contextmanager
