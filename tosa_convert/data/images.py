@@ -96,6 +96,7 @@ class Images(Dataset):
         augment = Augmentation(augment) if isinstance(augment, str) else augment
         self.transform = _transform(preprocessing, augment)
         self.masks: Masks | None = None  # each image then brings its own as a last channel
+        self.outputs: int | None = None  # of the model; of a stream the labels show only as it comes
 
     @property
     def labelled(self) -> bool:
@@ -170,6 +171,9 @@ class _Stream(IterableDataset):
         images, broken = self.images, []
         begun = self.first // self.repeats
         for place, drawn in enumerate(images.reader.draws(images.seed, begun), start=begun):
+            if images.outputs is not None and drawn.label >= images.outputs:
+                beyond = f"{drawn.name} has label {drawn.label}, and the model has {images.outputs} outputs"
+                raise UsageError(f"{beyond}: labels count from 0; give another --num-classes, or train without labels")
             content = drawn.content.read()
             for position in range(place * self.repeats, (place + 1) * self.repeats):
                 try:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,14 +105,17 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     objective.train()
     schedule = make_schedule(optimizer, settings, steps)
-    first = min(_resume(stage, accelerator), steps) if stage.resume else 0
+    begun = _resume(stage, accelerator) if stage.resume else {}
+    first = min(begun.get("step", 0), steps)
     drawn = (first * per_step, steps * per_step)
     loader = training_loader(images, settings.batch_size, *drawn, settings.workers, stage.repeats)
     loader = accelerator.prepare(loader)
     recorder = _Recorder(stage, accelerator)
+    recorder.broken.update(begun.get("broken", []))
     stop = _CtrlC(enabled=stage.out is not None and world == 1)
     with stop, progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
-        for step, passes in enumerate(_grouped(loader, settings.accumulate), start=first + 1):
+        read = recorder.keeping(loader, world == 1)
+        for step, passes in enumerate(_grouped(read, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
             schedule(step - 1)
             for batch in passes:
@@ -128,6 +131,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                 average.update(stage.averaged, step)
             lr = max(group["lr"] for group in optimizer.param_groups)
             recorder.note(step, figures, lr, images=step * per_step, final=step == steps)
+            recorder.step = step
             recorder.checkpoint_when_due(step, final=step == steps)
             if stop.requested and step < steps:
                 recorder.checkpoint(step)
@@ -161,24 +165,34 @@ def _grouped(loader, size: int) -> Iterator[list[dict]]:
             group = []
 
 
-def _resume(stage: Stage, accelerator: Accelerator) -> int:
-    """Load the stage's newest whole checkpoint; the number of steps that are done."""
+def _resume(stage: Stage, accelerator: Accelerator) -> dict:
+    """Load the stage's newest whole checkpoint; what was noted with it, nothing if there is none.
+
+    Raises:
+        UsageError: it is of another number of processes, which would see other images.
+    """
     whole = {}
     for folder in (stage.out / CHECKPOINT, stage.out / f"{CHECKPOINT}.part"):
         if (folder / STEP_FILE).exists():  # written last
             noted = read_json(folder / STEP_FILE)
             if noted.get("stage") == stage.name:
-                whole[noted["step"]] = folder
-    step, folder = max(whole.items(), default=(0, None))
+                whole[noted["step"]] = folder, noted
+    step, (folder, noted) = max(whole.items(), default=(0, (None, {})))
+    world = accelerator.num_processes
+    if noted.get("processes", world) != world:
+        raise UsageError(
+            f"this training was begun with {noted['processes']} processes and would go on elsewhere in its data with "
+            f"{world}; resume it with as many (torchrun --nproc-per-node {noted['processes']})"
+        )
     if accelerator.is_main_process:
         cut_metrics(stage.out, stage.name, step)
     if folder is None:
-        return 0
+        return {}
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
         raise TosaError(f"cannot resume from {folder}: {gist(error)}; start anew with another --out") from error
-    return step
+    return noted
 
 
 class _CtrlC:
@@ -222,6 +236,7 @@ class _Recorder:
     def __init__(self, stage: Stage, accelerator: Accelerator):
         self.stage, self.accelerator = stage, accelerator
         self.broken: set[str] = set()
+        self.step = 0
         self.last: dict[str, float] = {}
         self.started = self.saved = time.monotonic()
 
@@ -247,6 +262,15 @@ class _Recorder:
                 },
             )
 
+    def keeping(self, batches: Iterable[dict], alone: bool) -> Iterator[dict]:
+        """The batches; if they cannot be read on, what was learnt is kept, so that training can be resumed."""
+        try:
+            yield from batches
+        except Exception:
+            if alone and self.stage.out and self.step:
+                self.checkpoint(self.step)
+            raise
+
     def checkpoint_when_due(self, step: int, final: bool) -> None:
         """Every few minutes, all processes together; the old checkpoint goes only when the new one is whole."""
         if self.stage.out is None or final:
@@ -265,9 +289,11 @@ class _Recorder:
             _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(fresh))
+        broken = sorted(set(gather_object(sorted(self.broken))))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(fresh / STEP_FILE, {"stage": self.stage.name, "step": step})
+            noted = {"stage": self.stage.name, "step": step, "processes": self.accelerator.num_processes}
+            write_json(fresh / STEP_FILE, {**noted, "broken": broken})
             _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()

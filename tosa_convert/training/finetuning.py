@@ -72,6 +72,8 @@ def finetune(
     _take_masks(images, masks_of(masks, boxes), settings, weights)
     _check_mixing(settings, weights, model)
     _check_known(images, weights, model)
+    if images.reader.streams and weights["labels"]:
+        images.outputs = outputs_of(model)
     if (settings.aa or settings.reprob) and task_of(model).differences:
         raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
     frozen = _freeze_backbone(model) if settings.head_only else []

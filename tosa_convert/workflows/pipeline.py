@@ -10,7 +10,7 @@ from tosa_convert.base import distributed as processes
 from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json, write_text
 from tosa_convert.base.progress import Progress
-from tosa_convert.config.recipe import Recipe, read_recipe
+from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
 from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
@@ -31,10 +31,9 @@ from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
-from tosa_convert.workflows.sources import converted, eval_source, to_finetune, train_source
+from tosa_convert.workflows.same_job import check_same_job
+from tosa_convert.workflows.sources import check_measured, converted, eval_source, to_finetune, train_source
 
-AFTERWARDS = ("convert.rho", "convert.kept")
-"""What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
 EXAMPLES = 32
 """Images over which multiply–adds are counted."""
 
@@ -95,10 +94,23 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
             f"{out} is a stage of a run, not the run; resume its parent folder: --out {out.parent} --resume"
         )
     check_recipe(recipe)
+    check_measured(recipe)
     if processes.is_main():
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", recipe.to_yaml())
-    results, options = {}, {"resume": resume, "device": device, "progress": progress}
+    try:
+        return _stage_by_stage(stages, recipe, out, resume, device, progress, report)
+    except UsageError:
+        if processes.is_main():
+            runs.discard(out)
+        raise
+
+
+def _stage_by_stage(
+    stages: list[str], recipe: Recipe, out: Path, resume: bool, device: str | None, progress, report: Callable
+) -> dict:
+    results: dict = {}
+    options = {"resume": resume, "device": device, "progress": progress}
     run = None
     for name in stages:
         if name == "convert":
@@ -276,38 +288,12 @@ def _original(model: nn.Module) -> nn.Module | None:
     return before if before is not None and outputs_of(before) == outputs_of(model) else None
 
 
-def _check_same_job(recipe: Recipe, path: Path) -> None:
-    """A run is resumed with the settings it was started with, or its result would belong to neither job."""
-    if not path.exists():
-        return
-    ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
-    changed = [
-        key
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in (AFTERWARDS if (path.parent / IMPACT).exists() else ())
-    ]
-    if changed:
-        raise UsageError(
-            f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
-            "command, or start a new run with another --out"
-        )
-
-
-def _flatten(content: dict, before: str = "") -> dict:
-    """Nested dictionaries as one, with dotted keys."""
-    flat = {}
-    for key, value in content.items():
-        name = f"{before}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
 def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
     settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
     verb = {"distill": distill, "finetune": finetune}[name]
     resolved = recipe.model_copy(update={"convert": model.tosa_config})
     if resume:
-        _check_same_job(resolved, out / "recipe.yaml")
+        check_same_job(resolved, out / "recipe.yaml")
     processes.join(device)
     if resume and runs.is_run(out):
         return read_json(out / "config.json")["results"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.data.reader import with_options
+from tosa_convert.data.reader import read, with_options
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
 from tosa_convert.selective.conversion import convert
@@ -46,3 +46,16 @@ def to_finetune(source: str, recipe: Recipe) -> nn.Module:
     if recipe.task not in (None, own):
         raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
     return model
+
+
+def check_measured(recipe: Recipe) -> None:
+    """What is read after training is opened before it.
+
+    Raises:
+        UsageError: it cannot be, or is a stream, which can be trained on only.
+    """
+    exported = recipe.export is not None and (eval_source(recipe) or train_source(recipe))
+    for source in dict.fromkeys(each for each in (recipe.data.eval and eval_source(recipe), exported) if each):
+        reader = read(source)
+        if reader.streams:
+            reader.open(0)

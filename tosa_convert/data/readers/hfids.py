@@ -6,12 +6,22 @@ import inspect
 import io
 from collections.abc import Iterator
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.data.reader import Drawn, Reader
 from tosa_convert.data.readers.hfds import bytes_of, labels_of, numbers_of, opened
 
 BUFFER = 1000
 """Images among which the next one is drawn."""
+
+
+ROW = "row of the stream"
+"""A column with the number of each row, as the files have them: by which broken ones are found again."""
+
+
+def _whole_numbers():
+    from datasets import Value
+
+    return Value("int64")
 
 
 class Hfids(Reader):
@@ -21,6 +31,10 @@ class Hfids(Reader):
     def __init__(self, place):
         self.name, self.data, self.image = opened(place, streaming=True)
         self.labels, self.names = labels_of(self.data)
+        columns = {**self.data.features, ROW: _whole_numbers()}
+        self.data = self.data.map(
+            lambda row, index: {ROW: index}, with_indices=True, features=type(self.data.features)(columns)
+        )
         self.numbered = bool(self.labels) and not self.names
         self.classes = ["0"] if self.numbered else self.names  # how many numbers there are shows when they come
 
@@ -34,7 +48,7 @@ class Hfids(Reader):
         epoch = 0
         while True:
             passed = 0
-            for found in self._shuffled(seed + epoch):
+            for found in self._whole(self._shuffled(seed + epoch)):
                 passed += 1
                 if first > 0:
                     first -= 1
@@ -44,13 +58,28 @@ class Hfids(Reader):
                 raise UsageError(f"the stream {self.name} holds no images")
             epoch += 1
 
+    def _whole(self, rows: Iterator[Drawn]) -> Iterator[Drawn]:
+        """
+        Raises:
+            UsageError: the files of the stream are damaged.
+        """
+        try:
+            yield from rows
+        except UsageError:
+            raise
+        except Exception as error:  # of whatever reads the files
+            raise UsageError(
+                f"the stream {self.name} cannot be read on ({gist(error)}): a file of it is damaged; get it again, or "
+                "leave it out"
+            ) from error
+
     def _shuffled(self, seed: int) -> Iterator[Drawn]:
         # From one file at a time: datasets 5 otherwise waits five seconds for more of them, at each pass.
         known = inspect.signature(self.data.shuffle).parameters
         one = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
-        for index, row in enumerate(self.data.shuffle(seed=seed, buffer_size=BUFFER, **one)):
-            label = self._label(row, index)
-            name = (row[self.image] or {}).get("path") or f"{self.name}[{index}]"
+        for row in self.data.shuffle(seed=seed, buffer_size=BUFFER, **one):
+            label = self._label(row, row[ROW])
+            name = (row[self.image] or {}).get("path") or f"{self.name}[{row[ROW]}]"
             yield Drawn(io.BytesIO(bytes_of(row[self.image])), label, name)
 
     def _label(self, row: dict, index: int) -> int:

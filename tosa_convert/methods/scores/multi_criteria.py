@@ -49,4 +49,5 @@ class MultiCriteria(Score):
 
 def _little(values: torch.Tensor, temperature: float) -> torch.Tensor:
     """(B, N): one over each value, as a share of the largest such, to the power of one over the temperature."""
+    values = values.clamp(min=torch.finfo(values.dtype).tiny)  # attention may come out as nothing at all
     return (values.amin(1, keepdim=True) / values) ** (1 / temperature)

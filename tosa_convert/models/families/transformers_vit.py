@@ -123,9 +123,9 @@ class TransformersVit(Adapter):
 
     @property
     def gives_maps(self) -> bool:
-        """As backbones do, also those under a dense head."""
+        """As backbones do, also those under a dense head, and what BEiT's own head for segmentation reads."""
         kinds = (kind.__name__ for module in self.model.modules() for kind in type(module).__mro__)
-        return any(name.endswith("Backbone") for name in kinds)
+        return any(name.endswith(("Backbone", "ForSemanticSegmentation")) for name in kinds)
 
     @property
     def classifies_by_class_token(self) -> bool:

@@ -1,0 +1,40 @@
+"""Whether a run that is gone on with is the one that was started."""
+
+from pathlib import Path
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.recipe import Recipe, read_recipe
+from tosa_convert.training.impact import FILE as IMPACT
+
+AFTERWARDS = ("convert.rho", "convert.kept")
+"""What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
+MEASURED = ("data.eval", "export")
+"""Keys of what comes after a training, and may be mended before it is gone on with."""
+
+
+def check_same_job(recipe: Recipe, path: Path) -> None:
+    """A run is resumed with the settings it was started with, or its result would belong to neither job."""
+    if not path.exists():
+        return
+    ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
+    changed = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and not key.startswith(MEASURED)
+        and key not in (AFTERWARDS if (path.parent / IMPACT).exists() else ())
+    ]
+    if changed:
+        raise UsageError(
+            f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
+            "command, or start a new run with another --out"
+        )
+
+
+def _flatten(content: dict, before: str = "") -> dict:
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in content.items():
+        name = f"{before}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
