@@ -151,6 +151,7 @@ def check_resuming(train, make, folder, monkeypatch):
         train: of a model, ``train(model, out=..., resume=...)``, with a line of metrics and a checkpoint at each step.
         make: gives the model to train, the same each time.
     """
+    from tosa_convert.base.errors import UsageError
     from tosa_convert.runs.metrics_log import read_metrics
     from tosa_convert.training import engine
 
@@ -175,6 +176,11 @@ def check_resuming(train, make, folder, monkeypatch):
     train(resumed, out=folder / "cut", resume=True)
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    noted = folder / "cut/checkpoint/step.json"
+    if noted.exists():
+        noted.write_text(json.dumps({**json.loads(noted.read_text()), "processes": 2}))
+        with pytest.raises(UsageError, match=r"begun with 2 processes .* --nproc-per-node 2"):
+            train(make(), out=folder / "cut", resume=True)
     losses = [[line["loss"] for line in read_metrics(folder / name)] for name in ("whole", "cut")]
     assert losses[0] == losses[1]
     return whole

@@ -146,6 +146,25 @@ def test_an_interrupted_run_is_resumed_as_a_whole(labelled, tmp_path, monkeypatc
         pipeline.run_recipe(recipe, tmp_path / "all", report=print)
 
 
+@pytest.mark.parametrize("source", ["nowhere", "wds:nowhere"])
+def test_what_is_measured_after_a_training_is_opened_before_it(source, labelled, tosa, tmp_path):
+    text = f"model: quickstart\ndata: {{train: {labelled}, eval: '{source}'}}\ndistill: {{steps: 1}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    code, _, err = tosa("run", "mine.yaml", "--out", "all")
+    assert code == 2
+    assert "nowhere" in err
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_refused_run_leaves_no_folder(photos, tosa, tmp_path):
+    text = f"model: quickstart\ndata: {{train: {photos}}}\nfinetune: {{steps: 1, mixup: 0.8}}\n"
+    (tmp_path / "mine.yaml").write_text(text + "convert: {method: tome}\n")
+    code, _, err = tosa("run", "mine.yaml", "--out", "all")
+    assert code == 2
+    assert "none to learn from" in err
+    assert not (tmp_path / "all").exists()
+
+
 @pytest.mark.parametrize(("key", "value"), [("opt", "adamww"), ("opt", "adahessian"), ("aa", "garbage")])
 def test_what_timm_does_not_know_is_told_before_the_first_stage(key, value, labelled, tosa, tmp_path):
     text = f"model: quickstart\ndata: {{train: {labelled}}}\ndistill: {{steps: 1}}\n"

@@ -223,7 +223,7 @@ def test_a_stream_is_trained_on_and_nothing_else(sources, tmp_path):
     with pytest.raises(UsageError, match="can be trained on only; elsewhere use hfds:"):
         evaluate(model, sources["hfids"])
     stream = read(sources, "hfids", augment="crop")
-    stream.reader.data.info.splits = None  # as most streams come
+    stream.reader.told = None  # as most streams come
     with pytest.raises(UsageError, match="give steps, not epochs"):
         len(stream)
 
@@ -238,6 +238,37 @@ def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
     assert [len(batch["images"]) for batch in batches] == [3] * 4
     assert sorted(name for batch in batches for name in batch["broken"]) == ["0.png", "0.png", "3.png", "3.png"]
     assert not images.labelled
+
+
+def stream_of(tmp_path, labels: list, broken: tuple = ()) -> str:
+    datasets = pytest.importorskip("datasets")
+    stored = [{"bytes": b"broken" if i in broken else png(i), "path": None} for i in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": stored, "label": labels}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    return f"hfids:{tmp_path}"
+
+
+def test_broken_images_of_a_stream_are_told_by_their_row(tmp_path):
+    source = stream_of(tmp_path, [0] * 9, broken=(2, 7))
+    figures = finetune(convert(load("quickstart"), ratio=0.5), source, FinetuneSettings(steps=6, batch_size=4))
+    assert figures["broken"] == [f"{tmp_path}[2]", f"{tmp_path}[7]"]
+
+
+def test_a_label_of_a_stream_beyond_the_outputs_is_one_line_and_what_was_learnt_is_kept(tmp_path):
+    source = stream_of(tmp_path, [0] * 19 + [500])
+    model = convert(load("quickstart"), ratio=0.5)
+    settings = FinetuneSettings(steps=20, batch_size=1)
+    with pytest.raises(UsageError, match=r"\[19\] has label 500, and the model has 10 outputs"):
+        finetune(model, source, settings, seed=1, out=tmp_path / "out")
+    assert (tmp_path / "out/checkpoint/step.json").exists()
+
+
+def test_a_damaged_stream_is_one_line(tmp_path):
+    source = stream_of(tmp_path, [0] * 4)
+    (tmp_path / "train-2.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-200])
+    with pytest.raises(UsageError, match=r"get it again|cannot be loaded"):
+        finetune(convert(load("quickstart"), ratio=0.5), source, FinetuneSettings(steps=8, batch_size=4))
 
 
 def hub(tmp_path, name: str, **columns):

@@ -8,9 +8,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from families import CORE, FAMILIES
+from conftest import lively
+from families import CORE, FAMILIES, HF_SMALL
 from test_bypasses import _groups, _own_forward, built, photos
 from test_contract import close, first
+from transformers import BeitConfig, BeitForSemanticSegmentation
 
 from tosa_convert import UnsupportedModelError, UsageError, convert
 from tosa_convert.methods.bypass import Bypass
@@ -207,6 +209,23 @@ class _Reference:
         for token, group in zip(tokens, self.members[image], strict=True):
             result[group] = token
         return result
+
+
+def test_a_head_that_reads_several_layers_gets_every_token():
+    """BEiT's own for segmentation."""
+    config = BeitConfig(
+        **HF_SMALL, out_indices=[1, 2, 3, 4], pool_scales=[1, 2], num_labels=3, use_relative_position_bias=True
+    )
+    model = lively(BeitForSemanticSegmentation(config))
+    wanted = first(run(model, photos()))
+    for bypass in REDUCING:
+        if bypass != "drop":
+            converted = convert(
+                copy.deepcopy(model), score=SCORE.get(bypass, "similarity"), bypass=bypass, layers={2: 0.7, 4: 0.5}
+            )
+            found = first(run(converted, photos()))
+            assert found.shape == wanted.shape
+            assert not torch.equal(found, wanted)
 
 
 def test_each_bypass_is_claimed_by_several_families():

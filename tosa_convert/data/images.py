@@ -23,12 +23,9 @@ from tosa_convert.models.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-MOST_BROKEN = 1000
-"""Images in a row of a stream that may not be readable."""
-SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
-"""The everyday ones among them."""
-BEYOND = -math.inf
-"""In a batch of maps of different sizes: beyond an image's own edges."""
+MOST_BROKEN = 1000  # images in a row of a stream that may not be readable
+SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket")  # the everyday ones among them
+BEYOND = -math.inf  # in a batch of maps of different sizes: beyond an image's own edges
 
 
 def built_in_photos() -> Path:
@@ -172,8 +169,10 @@ class _Stream(IterableDataset):
         begun = self.first // self.repeats
         for place, drawn in enumerate(images.reader.draws(images.seed, begun), start=begun):
             if images.outputs is not None and drawn.label >= images.outputs:
-                beyond = f"{drawn.name} has label {drawn.label}, and the model has {images.outputs} outputs"
-                raise UsageError(f"{beyond}: labels count from 0; give another --num-classes, or train without labels")
+                beyond = (
+                    f"{drawn.name} has label {drawn.label}, and the model has {images.outputs} outputs: labels count"
+                )
+                raise UsageError(f"{beyond} from 0; give another --num-classes, or train without labels")
             content = drawn.content.read()
             for position in range(place * self.repeats, (place + 1) * self.repeats):
                 try:
@@ -249,6 +248,7 @@ def sample(
         TosaError: none of them can be read.
     """
     images = make(source, preprocessing)
+    images.reader.check_whole()
     if not crops and source is not None:
         count = min(count, len(images))
     if len(images) >= count and source is not None:
@@ -346,4 +346,5 @@ def training_loader(
 
 def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
     """Batches of every image once, in order."""
+    images.reader.check_whole()
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)

@@ -33,6 +33,7 @@ class Reader(ABC):
         classes: names of the classes in the order of the labels; empty where there are no labels.
         ambiguous: what makes the labels ambiguous, if anything does.
         streams: whether images come in one order only, that of :meth:`draws`.
+        stored: of a stream, the source of the same images that is none.
         numbered: whether labels are numbers without names; the classes are then those up to the largest.
         takes: what may be given beside the place, such as "list"; the argument of the same name.
     """
@@ -41,6 +42,7 @@ class Reader(ABC):
     classes: list[str]
     ambiguous: str = ""
     streams: ClassVar[bool] = False
+    stored: str = ""
     numbered: bool = False
     takes: ClassVar[tuple[str, ...]] = ()
 
@@ -78,6 +80,14 @@ class Reader(ABC):
         if 0 < len(known) < len(labels):
             odd = next(index for index, label in enumerate(labels) if label is None)
             self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            UsageError: it is a stream, whose images cannot be counted and measured one by one.
+        """
+        if self.streams:
+            raise UsageError(f"a stream can be trained on only; elsewhere use {self.stored}")
 
     def draws(self, seed: int, first: int) -> Iterator[Drawn]:
         """The images of a stream in a seeded order, again and again, from the one at ``first`` on."""

@@ -30,7 +30,10 @@ class Hfids(Reader):
 
     def __init__(self, place):
         self.name, self.data, self.image = opened(place, streaming=True)
+        self.stored = f"hfds:{place}"
         self.labels, self.names = labels_of(self.data)
+        split = (self.data.info.splits or {}).get(str(self.data.split))
+        self.told = None if split is None else split.num_examples  # most streams do not tell
         columns = {**self.data.features, ROW: _whole_numbers()}
         self.data = self.data.map(
             lambda row, index: {ROW: index}, with_indices=True, features=type(self.data.features)(columns)
@@ -39,10 +42,9 @@ class Hfids(Reader):
         self.classes = ["0"] if self.numbered else self.names  # how many numbers there are shows when they come
 
     def __len__(self):
-        split = (self.data.info.splits or {}).get(str(self.data.split))
-        if split is None or not split.num_examples:
+        if not self.told:
             raise UsageError(f"the stream {self.name} does not say how many images it has; give steps, not epochs")
-        return split.num_examples
+        return self.told
 
     def draws(self, seed, first):
         epoch = 0
@@ -91,7 +93,7 @@ class Hfids(Reader):
         return label
 
     def open(self, index):
-        raise UsageError(f"the stream {self.name} can be trained on only; elsewhere use hfds:{self.name}")
+        self.check_whole()
 
     def label(self, index):
         return self.open(index)
