@@ -1,8 +1,7 @@
 """Adapters: a model seen as a row of blocks over tokens, whatever library made it. They know nothing about methods.
 
 Each family is a file in :mod:`tosa_convert.models.families` that offers ``find(model) -> Adapter | None``; a new family
-is a new file, and there is no list to edit. What no family finds is proven or refused, see
-:mod:`tosa_convert.models.proven` and :mod:`tosa_convert.models.unsupported`.
+is a new file, and there is no list to edit. What none finds is proven (:mod:`tosa_convert.models.proven`) or refused.
 """
 
 import functools
@@ -315,9 +314,9 @@ class Adapter(ABC):
         return math.prod(self.grid(size))
 
     def fits(self, size: tuple[int, int]) -> bool:
-        """Whether images of this size (H, W) are cut into whole patches."""
-        whole = not any(side % patch for side, patch in zip(size, self.patch, strict=True))
-        return whole or tuple(size) == tuple(self.preprocessing().size)  # the model's own, where patches overlap
+        """Whether images of this size (H, W) are cut into whole patches, or are of the model's own size."""
+        own = tuple(size) == tuple(self.preprocessing().size)  # where patches overlap
+        return own or not any(side % patch for side, patch in zip(size, self.patch, strict=True))
 
 
 def adapter_of(model: nn.Module) -> Adapter:
