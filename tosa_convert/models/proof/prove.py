@@ -83,7 +83,9 @@ def _not_alone(model: nn.Module, name: str, error: Exception) -> str:
     others = [each for each in names_of(type(model).forward) if each not in (name, *SWITCHES) and "kwargs" not in each]
     said = f"{type(model).__name__} does not run on an image alone ({gist(error)})"
     if "input_ids" in others:
-        return f"{said}; convert its vision part"
+        parts = ((each, names_of(type(part).forward)) for each, part in model.named_modules() if each)
+        seeing = next((each for each, taken in parts if name in taken and "input_ids" not in taken), None)
+        return f"{said}; convert its vision part{(seeing and f', model.{seeing}') or ''}"
     return f"{said}: it also takes {', '.join(others)}" if others else f"{said}: it takes something else as {name}"
 
 
