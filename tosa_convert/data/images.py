@@ -346,5 +346,4 @@ def training_loader(
 
 def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
     """Batches of every image once, in order."""
-    images.reader.check_whole()
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
