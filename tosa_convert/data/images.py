@@ -248,7 +248,7 @@ def sample(
         TosaError: none of them can be read.
     """
     images = make(source, preprocessing)
-    images.reader.check_whole()
+    images.reader.check_stored()
     if not crops and source is not None:
         count = min(count, len(images))
     if len(images) >= count and source is not None:

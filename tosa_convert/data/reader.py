@@ -81,7 +81,7 @@ class Reader(ABC):
             odd = next(index for index, label in enumerate(labels) if label is None)
             self.classes, self.ambiguous = [], f"{self.filename(odd)} has no label, unlike others"
 
-    def check_whole(self) -> None:
+    def check_stored(self) -> None:
         """
         Raises:
             UsageError: it is a stream, whose images cannot be counted and measured one by one.

@@ -57,10 +57,10 @@ def write_features(
     device = pick_device(device)
     model = model.to(device).eval()
     images = task_of(model).read(data, preprocessing_of(model))
+    images.reader.check_stored()
     names = [images.reader.filename(index) for index in range(len(images))]
     broken: list[str] = []
     with atomic(out) as fresh, _Growing(out.parent, TYPES[dtype][0]) as arrays:
-        images.reader.check_whole()
         batches = loader(images, batch_size, workers)
         with (progress or Progress()).track("features", len(batches), unit="images", per_step=batch_size) as advance:
             for batch in batches:

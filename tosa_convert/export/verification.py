@@ -69,7 +69,7 @@ class Verifier:
         self.model, self.task, self.labelled, self.original = model, task, labelled, original
         self.settings, self.progress = settings, progress
         self.ports = Ports(preprocessing_of(model), settings.raw_input)
-        images.reader.check_whole()
+        images.reader.check_stored()
         self.images = torch.utils.data.Subset(images, spread(len(images), settings.images))
         # In INT8 an image's ranges depend on those beside it: it is judged by itself.
         self.at_once = 1 if keeps_any_number(model) or settings.precision != "float32" else 8

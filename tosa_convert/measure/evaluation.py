@@ -58,7 +58,7 @@ def evaluate(
     first = next(iter(models.values()))
     task = task_of(first)
     images = task.read(data, preprocessing_of(first))
-    images.reader.check_whole()
+    images.reader.check_stored()
     if reference is not None and reference not in models:
         raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
     labelled = labels and task.has_labels(images, first)

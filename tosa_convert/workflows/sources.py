@@ -56,4 +56,4 @@ def check_measured(recipe: Recipe) -> None:
     """
     exported = recipe.export is not None and (eval_source(recipe) or train_source(recipe))
     for source in dict.fromkeys(each for each in (recipe.data.eval and eval_source(recipe), exported) if each):
-        read(source).check_whole()
+        read(source).check_stored()

@@ -93,7 +93,7 @@ class Hfids(Reader):
         return label
 
     def open(self, index):
-        self.check_whole()
+        self.check_stored()
 
     def label(self, index):
         return self.open(index)
