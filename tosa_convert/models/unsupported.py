@@ -54,7 +54,7 @@ def why_not(model: nn.Module) -> str:
             reason = PACKED
         elif reason is None and not any(each in name for name in taken for each in IMAGES):
             reason = NO_IMAGES
-        elif reason is None and image_config(model) is None:
+        elif reason is None and image_config(model) is None and _first_seen(model):
             reason = NO_SIZES
     else:
         return (
