@@ -36,8 +36,14 @@ NOT_CLAIMED = (
 """Why a bypass after which tokens are gone is not for a family."""
 
 
-@pytest.mark.parametrize(("bypass", "how"), CASES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "bypass", "how"),
+    [
+        pytest.param(name, *case, marks=[pytest.mark.long] if case[0] == "local_mean" and name not in CORE else [])
+        for case in CASES
+        for name in FAMILIES
+    ],
+)
 def test_it_equals_the_originals_blocks_with_loops(name, bypass, how):
     """Or it says which property of the family it is not for."""
     model, images = built(name), photos()
