@@ -179,6 +179,7 @@ def test_a_dense_model_exports_at_any_batch(head, tmp_path, small_crfs):
     assert check.metrics["abs_rel"]["onnx"] == pytest.approx(check.metrics["abs_rel"]["torch"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_light_heads_export_at_any_size(tmp_path):
     model = convert(depth_model("light"), score="similarity", bypass="merge", layers={2: 0.6})
     assert export_onnx(model, tmp_path, settings=ExportSettings(any_size=True, images=2)).passed
@@ -375,6 +376,7 @@ def cli(*arguments) -> None:
     assert not stop.value.code, arguments
 
 
+@pytest.mark.long
 def test_the_command_line_takes_depth_the_whole_way(tmp_path, capsys):
     write_pairs(tmp_path / "data", 9)
     data, run_folder = f"depth:{tmp_path / 'data'}", tmp_path / "whole"

@@ -223,6 +223,7 @@ def test_what_a_selective_layer_adds_to_the_graph(tmp_path):
     assert not {operator: count for operator, count in (before - after).items() if operator in HEAVY}
 
 
+@pytest.mark.long
 def test_one_graph_serves_every_image_size():
     """K and the query rows follow from the size the graph runs at, not from the one it was traced at."""
     vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3, dynamic_img_size=True)

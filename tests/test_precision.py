@@ -156,6 +156,7 @@ def test_what_hurts_stays_in_float_and_nothing_else(photos, tmp_path):
     assert list(weights[products[0].input[1]]) == [256, 64]
 
 
+@pytest.mark.long
 def test_operators_are_chosen_anew_where_some_images_did_not_tell(photos, tmp_path, monkeypatch):
     """As if all operators had been near enough on the first images."""
     seen, real = [], chain.within_tolerance

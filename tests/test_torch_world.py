@@ -131,7 +131,7 @@ def test_jit_trace_with_its_check(family, parts):
         assert close(traced(OTHERS), wanted)
 
 
-@pytest.mark.parametrize(("family", "parts"), split(CASES, FOUR_FAMILIES))
+@pytest.mark.parametrize(("family", "parts"), split(CASES, FEW))
 def test_one_graph_for_torch_compile(family, parts):
     """The eager backend needs no compiler."""
     model, inputs, others = made(family, parts)
