@@ -114,6 +114,7 @@ def test_the_table_of_a_benchmark_is_legible_at_80_columns(several, capsys):
     assert set(expected) <= set(words)
 
 
+@pytest.mark.long
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     save(converted(), tmp_path / "run")
     few, many = (

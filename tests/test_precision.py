@@ -293,6 +293,7 @@ def test_calibration_needs_images_that_differ(count, message, backbone, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_weights_too_large_for_one_file_lie_beside_it(backbone, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LIMIT", 2**16)
     images, folder = torch.randn(2, 3, 32, 32), tmp_path / "out"

@@ -23,6 +23,8 @@ from tosa_convert.selective.selection import last_choices, selective_blocks
 
 REDUCING = [name for name, part in every(Bypass).items() if part.acts is not Acts.AROUND]
 CASES = [*((name, {}) for name in REDUCING), ("pool", {"attention": "precise"})]
+NEAR_OTHERS = [("local_mean", {}), ("average", {}), ("pool", {"attention": "precise"})]
+"""What differs little from another bypass, so that the core families are enough by default."""
 SCORE = {"fuse": "class_attention", "pool": "multi_criteria", "local_mean": "received"}
 """Where the bypass needs a certain one; similarity otherwise."""
 NOT_CLAIMED = (
@@ -39,7 +41,7 @@ NOT_CLAIMED = (
 @pytest.mark.parametrize(
     ("name", "bypass", "how"),
     [
-        pytest.param(name, *case, marks=[pytest.mark.long] if case[0] == "local_mean" and name not in CORE else [])
+        pytest.param(name, *case, marks=[pytest.mark.long] if case in NEAR_OTHERS and name not in CORE else [])
         for case in CASES
         for name in FAMILIES
     ],
