@@ -170,7 +170,8 @@ def test_a_run_of_a_dense_model_opens_again(head, tmp_path, small_crfs):
         assert torch.equal(original(opened)(PIXELS), depth_model(head, "hf Dinov2Model")(PIXELS))
 
 
-@pytest.mark.parametrize("head", ["dpt", pytest.param("newcrfs", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("head", ["dpt", "newcrfs"])
 def test_a_dense_model_exports_at_any_batch(head, tmp_path, small_crfs):
     model = convert(depth_model(head), score="similarity", bypass="merge", layers={2: 0.6, 4: 0.5})
     write_pairs(tmp_path / "data", 3)
