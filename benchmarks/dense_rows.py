@@ -1,6 +1,7 @@
 """What the benchmarks of dense models share: a method at a budget of the backbone, and figures with their errors."""
 
 import copy
+import statistics
 
 import torch
 
@@ -57,3 +58,17 @@ def _with_errors(values: dict, originals: dict, metrics) -> dict:
         change = values[key] - originals[key]
         figures |= {f"{key}_change": change.mean().item(), f"{key}_error": (change.std() / len(change) ** 0.5).item()}
     return figures
+
+
+def means(rows: dict) -> dict:
+    """Of each row's figures, over the seeds that there are."""
+    groups: dict[str, list[dict]] = {}
+    for name, figures in rows.items():
+        if "refused" not in figures:
+            groups.setdefault(name.rpartition(" seed ")[0], []).append(figures)
+    shared = {name: set.intersection(*map(set, group)) for name, group in groups.items()}
+    return {
+        name: {key: statistics.mean(figures[key] for figures in group) for key in sorted(shared[name])}
+        | {"seeds": len(group)}
+        for name, group in groups.items()
+    }

@@ -17,7 +17,6 @@ stand beside them. Goes on where it was.
 import argparse
 import copy
 import json
-import statistics
 import time
 import warnings
 from functools import partial
@@ -26,7 +25,7 @@ from pathlib import Path
 import record
 import timm
 import torch
-from dense_rows import converted, measured
+from dense_rows import converted, means, measured
 from safetensors.torch import save_file
 
 import tosa_convert as tc
@@ -117,20 +116,6 @@ def seed_rows(given, seed: int, done: dict, keep) -> None:
         note({f"untrained {m} {budget}": partial(converted, model, m, budget, pixels) for m in UNTRAINED})
     for method in TRAINED:
         note({f"trained {method}": partial(trained, model, method, given, seed, pixels)})
-
-
-def means(rows: dict) -> dict:
-    """Of each row's figures, over the seeds that there are."""
-    groups: dict[str, list[dict]] = {}
-    for name, figures in rows.items():
-        if "refused" not in figures:
-            groups.setdefault(name.rpartition(" seed ")[0], []).append(figures)
-    shared = {name: set.intersection(*map(set, group)) for name, group in groups.items()}
-    return {
-        name: {key: statistics.mean(figures[key] for figures in group) for key in sorted(shared[name])}
-        | {"seeds": len(group)}
-        for name, group in groups.items()
-    }
 
 
 def trained(model, method: str, given, seed: int, pixels):

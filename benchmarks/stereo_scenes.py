@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import record
-from dense_rows import converted, measured
+from dense_rows import converted, means, measured
 from PIL import Image
 from skimage.data import stereo_motorcycle
 
@@ -87,16 +87,6 @@ def rows(given, seed: int, scratch: Path) -> dict:
     return {name: {key: values[key] for key in SHOWN} for name, values in figures.items()}
 
 
-def means(done: dict[str, dict]) -> dict:
-    """Of each figure over the seeds, of the models that all of them have."""
-    seeds = list(done.values())
-    names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
-    return {
-        name: {key: sum(seed[name][key] for seed in seeds) / len(seeds) for key in SHOWN if key in seeds[0][name]}
-        for name in names
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="timm.safetensors of real_dinov2.py")
@@ -110,8 +100,9 @@ def main() -> None:
         if seed not in done:
             with tempfile.TemporaryDirectory() as scratch:
                 done[seed] = rows(given, int(seed), Path(scratch))
+            each = {f"{name} seed {seed}": row for seed, found in done.items() for name, row in found.items()}
             counts = {"train": TRAINED, "test": TESTED}
-            record.write(given.out, {"images": counts, "means": means(done), "results": done})
+            record.write(given.out, {"images": counts, "means": means(each), "results": done})
 
 
 if __name__ == "__main__":

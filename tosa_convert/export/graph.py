@@ -22,7 +22,7 @@ from tosa_convert.selective.selection import forget, keeps_any_number, last_choi
 
 DECIDES = "data-dependent"
 """What torch says of a forward that decides by the values of a tensor."""
-FEW = 64
+FEW = 64  # numbers that a forward may decide by
 
 
 class _Graph(nn.Module):

@@ -52,10 +52,9 @@ def find(model: nn.Module) -> Adapter | None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or image_config(model) is None:
         return None
+    # A reason that is known says more than a proof that fails.
     packed_row = unsupported.GRIDS in names_of(type(model).forward)
-    if (
-        packed_row or model.config.model_type in unsupported.TRANSFORMERS
-    ):  # a reason that is known says more than a proof that fails
+    if packed_row or model.config.model_type in unsupported.TRANSFORMERS:
         return None
     structure = prove(in_float32(model))
     model.tosa_proof = structure.model_dump()

@@ -54,6 +54,6 @@ def check_measured(recipe: Recipe) -> None:
     Raises:
         UsageError: it cannot be, or is a stream, which can be trained on only.
     """
-    exported = recipe.export is not None and (eval_source(recipe) or train_source(recipe))
-    for source in dict.fromkeys(each for each in (recipe.data.eval and eval_source(recipe), exported) if each):
-        read(source).check_stored()
+    measured = eval_source(recipe) or (recipe.export and train_source(recipe))
+    if measured:
+        read(measured).check_stored()
