@@ -2,13 +2,11 @@
 
 import io
 import math
-import random
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
+from tosa_convert.base.seeding import random_state, seed_transforms, set_random_state
 from tosa_convert.data.masks import Masks
 from tosa_convert.data.reader import read
 from tosa_convert.models.preprocessing import Preprocessing
@@ -116,7 +115,7 @@ class Images(Dataset):
         if not self.training:
             return self._read(draw)
         position, index = draw
-        seed_everything(self.seed + 1_000_003 * (position + 1))
+        seed_transforms(self.seed + 1_000_003 * (position + 1))
         noted = None
         for offset in range(len(self)):
             image, label, broken = self._read((index + offset) % len(self))
@@ -132,7 +131,7 @@ class Images(Dataset):
     def _read(self, index: int):
         try:
             content = self.reader.open(index)
-            state = None if self.masks is None else _random_state()
+            state = None if self.masks is None else random_state()
             image = self.decoded(content)
         except UNREADABLE:
             return None, None, self.reader.filename(index)
@@ -145,10 +144,10 @@ class Images(Dataset):
         with self.reader.open(index) as content, Image.open(content) as opened:
             size = opened.size
         mask = self.masks.mask(self.reader.filename(index), size).convert(self.preprocessing.mode)
-        after = _random_state()
-        _set_random_state(state)
+        after = random_state()
+        set_random_state(state)
         seen = self.transform(mask)[:1]
-        _set_random_state(after)
+        set_random_state(after)
         return seen * self.preprocessing.std[0] + self.preprocessing.mean[0]
 
     def decoded(self, content: BinaryIO) -> torch.Tensor:
@@ -178,7 +177,7 @@ class _Stream(IterableDataset):
                 try:
                     for at, name in [*broken, (position, None)]:
                         if self.first <= at < self.last:
-                            seed_everything(images.seed + 1_000_003 * (at + 1))
+                            seed_transforms(images.seed + 1_000_003 * (at + 1))
                             yield images.decoded(io.BytesIO(content)), drawn.label, name
                     broken = []
                 except UNREADABLE:
@@ -271,22 +270,6 @@ def spread(length: int, count: int) -> list[int]:
 
 def _name(images: Images, index: int) -> str:
     return Path(images.reader.filename(index)).stem
-
-
-def _random_state() -> tuple:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_random_state(state: tuple) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class Draws(Sampler):

@@ -13,8 +13,9 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
+from tosa_convert.base.seeding import seed_everything
 from tosa_convert.config.settings import DistillSettings
-from tosa_convert.data.images import Images, seed_everything
+from tosa_convert.data.images import Images
 from tosa_convert.methods.scores.impact import KEPT, Impact
 from tosa_convert.models.adapter import Adapter, adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
