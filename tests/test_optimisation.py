@@ -167,6 +167,7 @@ def test_impossible_settings_are_refused(settings, message):
     ("settings", "message"),
     [
         ({"mixup": 0.8}, "mix labels of classes, and there are none to learn from"),
+        ({"aa": "rand-m9-foo"}, r"'rand-m9-foo' is not understood by timm \(foo has no number\)"),
         ({"opt": "adamww"}, r"timm has no optimiser 'adamww'; did you mean 'adamw'\?"),
         ({"drop_path": 0.1}, None),
     ],

@@ -63,6 +63,9 @@ def check_augmentation(augmentation: Augmentation) -> None:
         UsageError: timm does not understand its string.
     """
     try:
+        for part in (augmentation.aa or "").split("-")[1:]:
+            if not part.startswith("t") and not any(map(str.isdigit, part)):  # timm passes over it
+                raise ValueError(f"{part} has no number")
         create_transform(32, is_training=True, auto_augment=augmentation.aa)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UsageError(

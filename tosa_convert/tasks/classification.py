@@ -11,7 +11,7 @@ from tosa_convert.tasks.task import Metric, Task
 class Classification(Task):
     """For models with a classifier's head."""
 
-    wants = "sort it into class folders"
+    wants = "sort it into class folders, or store a label with each sample"
     metrics = {"top1": Metric("top-1", percent=True)}  # noqa: RUF012
 
     @classmethod

@@ -22,7 +22,9 @@ class Tar(Reader):
             self.found = ReaderImageInTar(place, cache_tarfiles=False, cache_tarinfo=False)
             check_whole(Path(place))
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UsageError(f"{place} is truncated, or no tar file ({error}); get it again") from None
+            raise UsageError(
+                f"{place} is truncated, or no tar file ({error}); get it again, or uncompress it first"
+            ) from None
         except ValueError:
             raise UsageError(f"{place} contains no images; give a .tar with .jpg or .png files in it") from None
         names = sorted(self.found.class_name_to_idx, key=self.found.class_name_to_idx.get)
