@@ -88,8 +88,7 @@ def train(arguments: argparse.Namespace) -> None:
     images, labels = read_idx(folder, "train")
     test_images, test_labels = read_idx(folder, "t10k")
     torch.manual_seed(arguments.seed)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(CLASSES), patch_drop_rate=0.5, **MODEL_ARGS)
-    patch_drop = model.patch_drop
+    model = timm.create_model(arguments.model, num_classes=len(CLASSES), patch_drop_rate=0.5, **MODEL_ARGS)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
@@ -106,7 +105,7 @@ def train(arguments: argparse.Namespace) -> None:
     for epoch in range(first, arguments.epochs):
         started = time.time()
         model.train()
-        model.patch_drop = patch_drop if epoch < arguments.epochs * 2 // 3 else torch.nn.Identity()
+        model.patch_drop.prob = 0.5 if epoch < arguments.epochs * 2 // 3 else 0.0
         generator = torch.Generator().manual_seed(arguments.seed * 1000 + epoch)
         torch.manual_seed(arguments.seed * 1000 + epoch)
         order = torch.randperm(len(labels), generator=generator)
@@ -134,7 +133,7 @@ def write_folder(model: torch.nn.Module, out: Path, arguments: argparse.Namespac
     """What ``timm.create_model("local-dir:...")`` reads, with how it came about and what it scores."""
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
     config = {
-        "architecture": "vit_tiny_patch16_224",
+        "architecture": arguments.model,
         "num_classes": len(CLASSES),
         "model_args": MODEL_ARGS,
         "pretrained_cfg": {
@@ -166,6 +165,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with the four .gz files")
     parser.add_argument("--out", required=True, help="folder to write; an unfinished training there continues")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="timm name, whose sizes are not taken over")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

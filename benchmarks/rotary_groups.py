@@ -1,0 +1,118 @@
+"""Where a group of merged tokens stands in a model of rotary positions: where the token stands that the others joined,
+as tosa-convert has it, or in the mean of all their places.
+
+    python benchmarks/train_fashion_vit.py --data /usr/share/datasets/fashion-mnist --out rotary \\
+        --model vit_small_patch16_rope_224 --epochs 9
+    python benchmarks/rotary_groups.py rotary --data /usr/share/datasets/fashion-mnist
+
+The model knows of places by rotation alone. Top-1 on all 10,000 test images of Fashion-MNIST without training after the
+conversion, and the mean Kullback–Leibler divergence to the original's output. Takes half an hour on one core, and its
+training as long.
+"""
+
+import argparse
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import record
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from train_fashion_vit import normalise, read_idx
+
+from tosa_convert import load
+from tosa_convert.measure.macs import count_macs
+from tosa_convert.methods import bypass
+from tosa_convert.methods.bypasses import persist, pool
+from tosa_convert.models.families.timm_eva import TimmEva
+from tosa_convert.planning.budget import at_budget
+
+METHODS = ("tome", "similarity/persist/constant", "mctf")
+BUDGETS = (0.8, 0.65, 0.5)
+BATCH = 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rotary_groups.json"))
+    arguments = parser.parse_args()
+    model = load(arguments.model).eval()
+    images, labels = read_idx(arguments.data, "t10k")
+    wanted = outputs(model, images)
+    rows = []
+    for budget in BUDGETS:
+        for name in METHODS:
+            converted = at_budget(model, name, budget)
+            row = {"method": name, "budget": budget, "macs": count_macs(converted) / count_macs(model)}
+            for kind, places in (("representative", contextlib.nullcontext()), ("mean", mean_places(converted))):
+                with places:
+                    given = outputs(converted, images)
+                row[kind] = {"top1": top1(given, labels), "kl": divergence(given, wanted)}
+            rows.append(row)
+            print(row, flush=True)
+            record.write(arguments.out, {"images": len(images), "original": top1(wanted, labels), "rows": rows})
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(normalise(part)) for part in images.split(BATCH)])
+
+
+def top1(given: torch.Tensor, labels: torch.Tensor) -> float:
+    return (given.argmax(-1) == labels).float().mean().item()
+
+
+def divergence(given: torch.Tensor, wanted: torch.Tensor) -> float:
+    return F.kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean").item()
+
+
+@contextlib.contextmanager
+def mean_places(model: nn.Module):
+    """Within this block groups stand in the mean of their tokens' places."""
+    members, plain = WeakTensorKeyDictionary(), TimmEva.arguments
+    angles = angles_of(model)
+
+    def noted(choice, groups, sizes):
+        after = bypass.merged(choice, groups, sizes)
+        members[after.at] = after.places
+        return after
+
+    def arguments(adapter, args, kwargs, places, sizes):
+        args, kwargs = plain(adapter, args, kwargs, places, sizes)
+        if places in members:
+            angle = mean_of_groups(members[places], angles, adapter.prefix, places.shape[1])
+            kwargs = {**kwargs, "rope": torch.cat([angle.sin(), angle.cos()], dim=-1)[:, None]}
+        return args, kwargs
+
+    with (
+        mock.patch.object(persist, "merged", noted),
+        mock.patch.object(pool, "merged", noted),
+        mock.patch.object(TimmEva, "arguments", arguments),
+    ):
+        yield
+
+
+def angles_of(model: nn.Module) -> torch.Tensor:
+    """(N, D) by which patches turn: places times frequencies, which a step in each direction tells."""
+    rows, columns = model.patch_embed.grid_size
+    sines, cosines = model.rope.get_embed().unflatten(0, (rows, columns)).chunk(2, dim=-1)
+    turned = torch.complex(cosines, sines)
+    first, down, across = turned[0, 0], turned[1, 0], turned[0, 1]
+    row, column = (torch.arange(count)[:, None] for count in (rows, columns))
+    angles = first.angle() + (row * (down / first).angle())[:, None] + (column * (across / first).angle())[None]
+    torch.testing.assert_close(torch.polar(torch.ones_like(angles), angles), turned, atol=1e-4, rtol=0)
+    return angles.flatten(0, 1)
+
+
+def mean_of_groups(places: torch.Tensor, angles: torch.Tensor, prefix: int, count: int) -> torch.Tensor:
+    """The mean angles (B, K, D) of the patches in each group; ``places`` (B, N) are the groups of all tokens."""
+    within = F.one_hot(places[:, prefix:] - prefix, count - prefix).to(angles.dtype)  # (B, N, K)
+    return within.transpose(1, 2) @ angles / within.sum(1)[..., None]
+
+
+if __name__ == "__main__":
+    main()
