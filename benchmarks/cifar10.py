@@ -58,6 +58,14 @@ METHODS = (
     "adaptive",
     *GATED,
 )
+DEEPER = {
+    "tome": "similarity/persist/geometric",
+    "mctf": "multi_criteria/pool/geometric",
+    "random/persist/constant": "random/persist/geometric",
+    "tosa": "attention/identity/all",
+    "random": "random/identity/all",
+}
+"""Where a published schedule cannot come down to a budget: the same in each layer, in place of as many in each."""
 SIZE = 168
 SHARED = {"batch_size": 32, "augment": "flip", "precision": "bf16", "checkpoint_minutes": 2.0}
 BASE = {**SHARED, "steps": 400, "lr": 3e-4, "layer_decay": 0.7, "weight_decay": 0.05}
@@ -160,7 +168,12 @@ def as_asked(base, name: str, budget: float, images, train: Path, settings: Fine
     if name in GATED:
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
         return at_mean(gated(base, name, train, lesson, settings, seed)[0], images, budget)
-    return copy.deepcopy(at_budget(base, name, budget))
+    try:
+        return copy.deepcopy(at_budget(base, name, budget))
+    except UsageError:
+        if name not in DEEPER:
+            raise
+        return copy.deepcopy(at_budget(base, DEEPER[name], budget))
 
 
 def top1(model, test: Path) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,6 +271,38 @@ def test_thresholds_are_moved_to_a_mean(method):
         at_mean(model, images, 0.01)
     with pytest.raises(UsageError, match="at_mean is for thresholds"):
         at_mean(convert(vit(), score="norm"), images, 0.5)
+
+
+def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled):
+    train = (
+        "finetune",
+        "quickstart",
+        "--method",
+        "spa",
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--data",
+        labelled[0],
+        "--teacher",
+    )
+    code, out, err = tosa(*train, "--mean-macs", 0.75, "--out", "moved", "--json")
+    assert code == 0, err
+    cost, moved = json.loads(out)["flops"], load("moved").tosa_config.threshold
+    assert 0.7 < cost["macs"] / cost["original"] <= 0.75
+    assert len({round(each, 4) for each in moved}) == 1
+    assert moved[0] != 0, "all by one number"
+    code, out, err = tosa(*train, "--mean-macs", 0.05, "--out", "kept")
+    assert code == 0
+    assert "note: thresholds stay where they were: even with the fewest tokens" in err
+    assert load("kept").tosa_config.threshold == 0
+    code, out, err = tosa(
+        "finetune", "quickstart", "--score", "norm", "--steps", 1, "--mean-macs", 0.7, "--out", "none"
+    )
+    assert code == 2
+    assert err.startswith("error: a mean of the MACs is for conversions with thresholds")
+    assert not Path("none").exists()
 
 
 def test_a_run_of_the_quickstart_model_keeps_its_gates(tmp_path):

@@ -57,6 +57,13 @@ Lr = Annotated[float | None, typer.Option(help="peak learning rate", show_defaul
 AugmentOption = Annotated[Augment | None, typer.Option(help="augmentation of the training images", show_default="crop")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="mixed precision", show_default="no")]
 Workers = Annotated[int | None, typer.Option(help="processes that load images", show_default="0", callback=at_least(0))]
+MeanMacs = Annotated[
+    float | None,
+    typer.Option(
+        help="with thresholds: share of the original's MACs that images take on average; moves the thresholds",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="random seed", show_default="0", callback=at_least(0))]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="a GPU if there is one")]
 Resume = Annotated[bool, typer.Option("--resume", help="resume the interrupted run in --out")]
@@ -92,7 +99,7 @@ def make_recipe(path: str | None, stage: str, options: dict):
         if "train" in given:  # of other images
             before = {name: value for name, value in before.items() if name not in ("list", "depth_scale")}
         plan["data"] = {**before, **given}
-    plan |= _given(options, ("model", "checkpoint", "img_size", "num_classes", "seed"))
+    plan |= _given(options, ("model", "checkpoint", "img_size", "num_classes", "mean_macs", "seed"))
     return build(Recipe, {**plan, **options.get("new_head", {})})
 
 

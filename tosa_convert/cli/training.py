@@ -18,6 +18,7 @@ from tosa_convert.cli.options import (
     ImgSize,
     Json,
     Lr,
+    MeanMacs,
     Model,
     NumClasses,
     Out,
@@ -59,6 +60,7 @@ def distill(
     augment: AugmentOption = None,
     precision: PrecisionOption = None,
     workers: Workers = None,
+    mean_macs: MeanMacs = None,
     seed: Seed = None,
     examples: Annotated[
         int | None,
@@ -138,6 +140,7 @@ def finetune(
     augment: AugmentOption = None,
     precision: PrecisionOption = None,
     workers: Workers = None,
+    mean_macs: MeanMacs = None,
     seed: Seed = None,
     device: Device = None,
     resume: Resume = False,

@@ -35,7 +35,11 @@ class Data(BaseModel):
 
 
 class Recipe(BaseModel):
-    """All that a piece of work needs. The stages that are present run, in this order: distill, finetune, export."""
+    """All that a piece of work needs. The stages that are present run, in this order: distill, finetune, export.
+
+    ``mean_macs``, of conversions with thresholds, is the share of the original's multiply–adds that the training images
+    take on average after each stage that trains: thresholds are moved for it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -47,6 +51,7 @@ class Recipe(BaseModel):
     head: str | None = None
     head_checkpoint: str | None = None
     max_depth: float | None = Field(default=None, gt=0)
+    mean_macs: float | None = Field(default=None, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
     data: Data = Data()
     convert: ConvertConfig = ConvertConfig()

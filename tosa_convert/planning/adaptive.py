@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
+from tosa_convert.base.progress import Progress
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
@@ -85,7 +86,7 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
     )
 
 
-def at_mean(model: nn.Module, images: torch.Tensor, budget: float) -> nn.Module:
+def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Progress | None = None) -> nn.Module:
     """A copy of a conversion with thresholds, all of them moved by one number so that the mean multiply–adds over
     images (B, C, H, W) are at most a share of the original's, and close to it.
 
@@ -103,17 +104,19 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float) -> nn.Module:
     scores = [value[value.isfinite()].abs().max().item() for value in blocks[0].selection.current.state.scores.values()]
     high = 2 * max(*scores, *map(abs, before)) + 1.0  # raised by so much no token reaches a threshold
     low, best = -high, None
-    for _ in range(HALVINGS):
-        by = (low + high) / 2
-        for block, threshold in zip(blocks, before, strict=True):
-            block.selection.threshold = threshold + by
-        share = share_of.of(moved, images)
-        if share > budget:
-            low = by
-            continue
-        high = best = by
-        if share > budget - NEAR:
-            break
+    with (progress or Progress()).track("thresholds", HALVINGS) as advance:
+        for _ in range(HALVINGS):
+            by = (low + high) / 2
+            for block, threshold in zip(blocks, before, strict=True):
+                block.selection.threshold = threshold + by
+            share = share_of.of(moved, images)
+            advance(f"{share:.3f} of the MACs")
+            if share > budget:
+                low = by
+                continue
+            high = best = by
+            if share > budget - NEAR:
+                break
     if best is None:
         raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
     for block, threshold in zip(blocks, before, strict=True):

@@ -33,6 +33,7 @@ from tosa_convert.training.finetuning import check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
 from tosa_convert.workflows.same_job import check_same_job
 from tosa_convert.workflows.sources import check_measured, converted, eval_source, to_finetune, train_source
+from tosa_convert.workflows.thresholds import check_thresholds, with_mean
 
 EXAMPLES = 32
 """Images over which multiply–adds are counted."""
@@ -47,13 +48,15 @@ def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 
 
 @writes_alone
-def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None) -> dict:
+def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Load and convert, for what needs no training; a run in ``out``."""
     if processes.is_main() and not (resume and runs.is_run(out)):
         model = converted(recipe)
         runs.prepare(out, resume)
+        check_thresholds(model, recipe)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
+        model = with_mean(model, recipe, progress)
         results = {"stage": "convert", "run": str(out), "flops": _cost(model, recipe)}
         _keep(model, out, results)
     processes.join(device)
@@ -114,7 +117,7 @@ def _stage_by_stage(
     run = None
     for name in stages:
         if name == "convert":
-            run, results[name] = out / name, convert_stage(recipe, out / name, resume=resume, device=device)
+            run, results[name] = out / name, convert_stage(recipe, out / name, **options)
         elif name in ("distill", "finetune"):
             source = str(run or recipe.model)
             try:
@@ -290,6 +293,7 @@ def _original(model: nn.Module) -> nn.Module | None:
 
 def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
     settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
+    check_thresholds(model, recipe)
     verb = {"distill": distill, "finetune": finetune}[name]
     resolved = recipe.model_copy(update={"convert": model.tosa_config})
     if resume:
@@ -310,6 +314,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         if processes.is_main() and not (out / IMPACT).exists():
             runs.discard(out)  # nothing was done yet
         raise
+    model = with_mean(model, recipe, progress)
     results = {"stage": name, "run": str(out), **figures, "flops": _cost(model, recipe)}
     if name == "finetune" and is_whole(model):
         model = as_it_is(model)

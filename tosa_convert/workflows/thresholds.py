@@ -1,0 +1,43 @@
+"""Thresholds for a share of the multiply–adds that a recipe asks for."""
+
+import warnings
+
+from torch import nn
+
+from tosa_convert.base.errors import TosaWarning, UsageError
+from tosa_convert.base.progress import Progress
+from tosa_convert.config.recipe import Recipe
+from tosa_convert.data.images import sample
+from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.selective.selection import keeps_any_number
+from tosa_convert.workflows.sources import train_source
+
+IMAGES = 48
+
+
+def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: a mean is asked of a conversion without thresholds.
+    """
+    if recipe.mean_macs is not None and not keeps_any_number(model):
+        raise UsageError(
+            "a mean of the MACs is for conversions with thresholds, by method spa, method impact or --threshold; leave "
+            "--mean-macs out, or take one of them"
+        )
+
+
+def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
+    """The conversion with its thresholds moved to the mean over training images that the recipe asks for; as it was,
+    with a warning, where moving them does not get there: what was learnt is worth keeping.
+    """
+    if recipe.mean_macs is None:
+        return model
+    device = next(model.parameters()).device
+    images = sample(train_source(recipe), preprocessing_of(model), IMAGES)[0]
+    try:
+        return at_mean(model, images.to(device), recipe.mean_macs, progress)
+    except UsageError as error:
+        warnings.warn(f"thresholds stay where they were: {error}", TosaWarning, stacklevel=2)
+        return model
