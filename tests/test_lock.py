@@ -3,10 +3,11 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tosa_convert import UsageError
+from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, finetune, load
 from tosa_convert.cli.main import main
 from tosa_convert.runs.lock import alone
 
@@ -48,7 +49,18 @@ def test_a_second_process_is_refused_until_the_first_is_gone(holder, tmp_path, c
 def test_a_folder_is_free_again_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), alone(tmp_path):
         raise ZeroDivisionError
-    with alone(tmp_path), pytest.raises(UsageError, match="another"), alone(tmp_path):
-        pass
+    with alone(tmp_path):
+        with alone(tmp_path):
+            pass  # by whoever holds it
+        with ThreadPoolExecutor(1) as other, pytest.raises(UsageError, match="another"):
+            other.submit(alone(tmp_path).__enter__).result()
     with alone(tmp_path):
         pass
+
+
+def test_training_in_python_holds_its_folder_too(holder, tmp_path):
+    model = convert(load("quickstart"), score="norm")
+    with pytest.raises(UsageError, match="another tosa-convert is writing to"):
+        finetune(model, settings=FinetuneSettings(steps=1), out=tmp_path / "run")
+    with pytest.raises(UsageError, match="another tosa-convert is writing to"):
+        distill(convert(load("quickstart")), settings=DistillSettings(steps=1), out=tmp_path / "run")

@@ -12,6 +12,7 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.runs.lock import writes_alone
 from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import task_of
@@ -19,6 +20,7 @@ from tosa_convert.training.engine import Stage, make_accelerator, train
 from tosa_convert.training.impact import learn_impact
 
 
+@writes_alone
 def distill(
     model: nn.Module,
     data: str | Path | None = None,

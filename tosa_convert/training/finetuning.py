@@ -20,6 +20,7 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.runs.lock import writes_alone
 from tosa_convert.selective.conversion import is_converted, is_whole, original
 from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.tasks.task import task_of
@@ -32,6 +33,7 @@ GATES_RATE = 30.0
 """How many times the learning rate of the model gates have."""
 
 
+@writes_alone
 def finetune(
     model: nn.Module,
     data: str | Path | None = None,
