@@ -152,11 +152,13 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])
     settings = BenchSettings(runtimes=["onnx"], rounds=20)
     timed = bench({"original": base, "converted": converted}, settings, data=test)
+    macs, speedup = cost.macs / cost.original, timed["cases"][0]["models"]["converted"]["speedup"]
     return {
-        "macs": cost.macs / cost.original,
+        "macs": macs,
         "before": before,
         "top1": top1(converted, test),
-        "speedup": timed["cases"][0]["models"]["converted"]["speedup"],
+        "speedup": speedup,
+        "of_promised": speedup * macs,
         "convert": f"{parts.score} × {parts.bypass} × {parts.schedule}",
     }
 

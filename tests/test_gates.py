@@ -331,6 +331,16 @@ def test_masks_are_found_by_the_folders_of_their_images(tmp_path):
     assert np.asarray(flat.mask("a/0.jpg", (4, 4))).sum() == 4 * 255, "0 and 1 are labels"
     with pytest.raises(UsageError, match=r"has one 0 for a/0\.jpg, b/0\.jpg"):
         flat.check(["a/0.jpg", "b/0.jpg"])
+    with pytest.raises(TosaError, match="is 4×4 and the image 5×4"):
+        flat.look_at({"a/0.jpg": (5, 4)})
+    flat.look_at({"a/0.jpg": (4, 4)})
+    seen = np.zeros((4, 4, 4), np.uint8)
+    seen[..., :3], seen[:2, :, 3] = 255, 255
+    Image.fromarray(seen, "RGBA").save(tmp_path / "flat" / "0.png")
+    assert np.asarray(flat.mask("a/0.jpg", (4, 4))).sum() == 8 * 255, "what nobody sees does not matter"
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(UsageError, match="nothing matters in"):
+        flat.look_at({"a/0.jpg": (4, 4)})
     (tmp_path / "flat" / "0.png").write_bytes(b"no image")
     with pytest.raises(TosaError, match="cannot read the mask"):
         flat.mask("0.jpg", (4, 4))

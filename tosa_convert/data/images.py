@@ -142,11 +142,14 @@ class Images(Dataset):
             image = torch.cat([image, self._mask(index, state)])
         return image, self.label(index), None
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(width, height) of an image file."""
+        with self.reader.open(index) as content, Image.open(content) as opened:
+            return opened.size
+
     def _mask(self, index: int, state: tuple) -> torch.Tensor:
         """(1, H, W) in 0 to 1: the mask of an image, cropped and mirrored as the image was."""
-        with self.reader.open(index) as content, Image.open(content) as opened:
-            size = opened.size
-        mask = self.masks.mask(self.reader.filename(index), size).convert(self.preprocessing.mode)
+        mask = self.masks.mask(self.reader.filename(index), self.size_of(index)).convert(self.preprocessing.mode)
         after = random_state()
         set_random_state(state)
         seen = self.transform(mask)[:1]

@@ -54,6 +54,19 @@ class Masks(ABC):
                 f"{self.place} has one {twice} for {', '.join(same[:3])}; name masks with the folders of the images"
             )
 
+    def look_at(self, sizes: dict[str, tuple[int, int]]) -> None:
+        """Open the masks of some images, by name and (width, height), before a training finds them.
+
+        Raises:
+            TosaError: one cannot be read, or is of another size than its image.
+            UsageError: in none of them anything matters.
+        """
+        brightest = [self.mask(name, size).getextrema()[1] for name, size in sizes.items()]
+        if brightest and not max(brightest):
+            raise UsageError(
+                f"nothing matters in {self.place}, by {len(sizes)} masks that were looked at; make white what does"
+            )
+
 
 class MaskFolder(Masks):
     """A folder of PNG files: a pixel matters that is above half, or that is not 0 where there are only 0 and 1."""
@@ -72,7 +85,7 @@ class MaskFolder(Masks):
         try:
             with Image.open(file) as opened:
                 deep = opened.mode.startswith("I")
-                values = np.asarray(opened if deep else opened.convert("L"))
+                values = np.asarray(opened if deep else _opaque(opened).convert("L"))
         except OSError as error:
             raise TosaError(f"cannot read the mask {file} ({type(error).__name__}); give another PNG file") from None
         if values.shape[::-1] != size:
@@ -82,6 +95,14 @@ class MaskFolder(Masks):
             )
         half = 0 if values.max() <= 1 else (65535 if deep else 255) / 2
         return Image.fromarray(np.where(values > half, 255, 0).astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """On black: a pixel that nobody sees does not matter."""
+    if "A" not in image.getbands():
+        return image
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "black"), seen)
 
 
 class Boxes(Masks):

@@ -149,6 +149,9 @@ def flops_on(
     if data is None and not keeps_any_number(model):
         return flops(model).to_dict()
     pixels, folder, _ = sample(data, preprocessing_of(model), images)
+    if data is not None and len(folder) < images:  # as they are, rather than crops of them
+        images = len(folder)
+        pixels, folder, _ = sample(data, preprocessing_of(model), images)
     name = folder.name if len(folder) >= images and data is not None else f"{folder.name}, in crops"
     return {**flops(model, images=pixels, progress=progress).to_dict(), "data": name}
 

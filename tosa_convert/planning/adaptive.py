@@ -46,18 +46,9 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
         UsageError: too few images to learn from how they differ, or a bound below the budget.
     """
     images = torch.cat(search.batches)
-    if len(images) < FEWEST:
-        raise UsageError(
-            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
-            "the kind that the model will see"
-        )
     fixed = convert(light_copy(search.model), plan.config)
     budget = search.share_of.of(fixed)
-    if most is not None and not budget < most <= 1:
-        raise UsageError(
-            f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
-            "above the budget"
-        )
+    check_adaptive(images, budget, most)
     wanted = observe(search.model, images)
 
     def errors_of(model: nn.Module) -> torch.Tensor:
@@ -84,6 +75,23 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
         rivals={"as many tokens for every image": before.mean().item()},
         spread=spread,
     )
+
+
+def check_adaptive(images: torch.Tensor, budget: float | None, most: float | None) -> None:
+    """
+    Raises:
+        UsageError: too few images to learn from how they differ, or a bound below the budget.
+    """
+    if len(images) < FEWEST:
+        raise UsageError(
+            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
+            "the kind that the model will see"
+        )
+    if most is not None and budget is not None and not budget < most <= 1:
+        raise UsageError(
+            f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
+            "above the budget"
+        )
 
 
 def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Progress | None = None) -> nn.Module:

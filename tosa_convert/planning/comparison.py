@@ -90,19 +90,28 @@ def compare(
         ).items():
             if name == ADAPTIVE and not keeps_any_number(found):
                 notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
+            elif name == ADAPTIVE:
+                each = share_of.of_each(found, samples)
+                notes.append(
+                    f"adaptive at {budget}: these images take {share:.3f} of the MACs on average, {min(each):.3f} to "
+                    f"{max(each):.3f}; its thresholds were set on the built-in photos"
+                )
             if distill_steps and _learns(found):
                 distill(found, data, DistillSettings(steps=distill_steps), device=device)
             converted[name, budget], shares[name, budget] = found, share
     for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found)):
         how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"
         notes.append(f"{name}: its selectors are {how}")
+    for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found, "finetune")):
+        notes.append(f"{name}: its gates are untrained, so they choose by chance; finetune trains them")
     if not converted:
         raise UsageError(f"nothing can be compared at these budgets: {notes[before]}")
     seen = mean_figures(model, {"original": model, **converted}, samples, truths, progress)
     times = {}
     if runtime is not None:
         labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
-        times = time_models({"original": model, **labelled_models}, Conditions(runtime), progress)
+        measured = data if any(map(keeps_any_number, converted.values())) else None
+        times = time_models({"original": model, **labelled_models}, Conditions(runtime), progress, data=measured)
     rows = []
     for name, budget in converted:
         row = {"method": name, "budget": budget, "macs": shares[name, budget], **seen[name, budget]}
@@ -124,9 +133,10 @@ def compare(
     }
 
 
-def _learns(model: nn.Module) -> bool:
+def _learns(model: nn.Module, *stages: str) -> bool:
+    """In distillation, or in one of these stages."""
     score = model.tosa_config.part(Score)
-    return score.learns and score.learns_in != "finetune"
+    return score.learns and (score.learns_in in stages if stages else score.learns_in != "finetune")
 
 
 def _at_budgets(

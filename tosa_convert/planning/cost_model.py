@@ -3,6 +3,7 @@
 import copy
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -155,9 +156,13 @@ def _shares(
 
 
 def time_models(
-    models: dict[str, nn.Module], conditions: Conditions, progress: Progress, rounds: int = 15
+    models: dict[str, nn.Module],
+    conditions: Conditions,
+    progress: Progress,
+    rounds: int = 15,
+    data: str | Path | None = None,
 ) -> dict[str, float]:
-    """Milliseconds per forward pass of each model, in turn."""
+    """Milliseconds per forward pass of each model, in turn; on images of a folder if there is one."""
     settings = BenchSettings(
         runtimes=[conditions.runtime],
         precisions=[conditions.precision],
@@ -166,5 +171,5 @@ def time_models(
         rounds=rounds,
         memory=False,
     )
-    case = bench(models, settings, progress=progress)["cases"][0]
+    case = bench(models, settings, data=data, progress=progress)["cases"][0]
     return {name: found["ms"] for name, found in case["models"].items()}

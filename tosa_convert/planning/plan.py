@@ -9,7 +9,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
-from tosa_convert.planning.adaptive import adapted
+from tosa_convert.planning.adaptive import adapted, check_adaptive
 from tosa_convert.planning.cost_model import Conditions
 from tosa_convert.planning.latency import share_for, within_latency
 from tosa_convert.planning.outcome import Plan
@@ -92,6 +92,8 @@ def find_plan(
         raise UsageError(f"segment {segment} is out of range; give 1 layer or more")
     if max_macs is not None and not adaptive:
         raise UsageError("max-macs bounds single images of an adaptive plan; give adaptive too, or leave it out")
+    if adaptive:
+        check_adaptive(images, budget if target_drop is None else None, max_macs)
     if max_macs is not None and not 0 < max_macs <= 1:
         raise UsageError(f"max-macs {max_macs:g} is out of range; give a share of the original's MACs such as 0.9")
     training = model.training

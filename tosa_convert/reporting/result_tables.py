@@ -14,7 +14,7 @@ def training_table(results: dict) -> Table:
     """What a distill or finetune stage ended with."""
     cost = results["flops"]
     figures = [
-        [name, percent(value) if name == "overlap" else f"{value:.4f}"]
+        [name, percent(value) if name == "overlap" else f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.2g}"]
         for name, value in results.items()
         if isinstance(value, float)
     ]
@@ -50,17 +50,28 @@ def _cost_rows(cost: dict) -> list[list[str]]:
 def _cost_notes(cost: dict) -> list[str]:
     notes = _image_notes(cost)
     if cost["selectors"] and cost["saved"] <= 0:
-        notes.append("the selectors cost more than they save; try a lower --ratio or a higher --threshold")
+        notes.append("the selectors cost more than they save; try a lower --ratio, a higher --threshold or --mean-macs")
     return notes
 
 
 def _image_notes(cost: dict) -> list[str]:
     """How the multiply–adds differ from image to image, if they do."""
-    if not cost.get("images") or cost["least"] == cost["most"]:
+    if not cost.get("images"):
         return []
+    if cost["least"] == cost["most"]:
+        where = f" of {cost['data']}" if "data" in cost else ""
+        return [f"means over {cost['images']} images{where}, which all take the same{_extreme(cost)}"]
     least, most = (percent(cost[name] / cost["original"]) for name in ("least", "most"))
     where = f" of {cost['data']}" if "data" in cost else ""
     return [f"means over {cost['images']} images{where}; one image takes {least} to {most} of the original"]
+
+
+def _extreme(cost: dict) -> str:
+    """Why thresholds make no difference, where every patch reaches them or none."""
+    patches = {layer["tokens"] for layer in cost["layers"]}
+    if patches == {max(patches)}:
+        return ": every patch reaches the threshold, so none is skipped; raise it"
+    return ": no patch reaches the threshold, so one is kept; lower it" if min(patches) <= 1 else ""
 
 
 def flops_table(cost: dict, source: str) -> Table:

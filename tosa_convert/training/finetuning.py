@@ -1,6 +1,7 @@
 """Stage 2: the model learns to work with its layers selective; the selectors do not move."""
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.dense import DenseImages
-from tosa_convert.data.images import Augmentation, Images, check_augmentation
+from tosa_convert.data.images import UNREADABLE, Augmentation, Images, check_augmentation
 from tosa_convert.data.masks import Masks, masks_of
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
@@ -29,6 +30,8 @@ from tosa_convert.training.loss import Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
 from tosa_convert.training.optimisation import check_optimiser, drop_path, layer_scales
 
+MASKS = 1000
+"""Most masks that are looked at before a training."""
 GATES_RATE = 30.0
 """How many times the learning rate of the model gates have."""
 
@@ -177,6 +180,17 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
         )
     masks.check([images.reader.filename(index) for index in range(len(images))])
     images.masks = masks
+    masks.look_at(_sizes(images))
+
+
+def _sizes(images: Images) -> dict[str, tuple[int, int]]:
+    """Of some images spread over all, by name; those left out that cannot be read."""
+    sizes, count = {}, min(len(images), MASKS)
+    for place in range(count):
+        index = place * len(images) // count
+        with suppress(*UNREADABLE):
+            sizes[images.reader.filename(index)] = images.size_of(index)
+    return sizes
 
 
 def _check_mixing(settings: FinetuneSettings, weights: dict[str, float], model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Stage 1 of token impact (DL-ViT, arXiv 2305.14840, section 3): what the loss does without each token, and a filter
 that learns which ones it would miss. The model itself does not move."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tosa_convert.base.distributed import pick_device
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.seeding import seed_everything
@@ -148,7 +149,7 @@ def _examples(
     progress: Progress,
 ) -> tuple[list[Example], list[str]]:
     """Of ``count`` images spread over all. What was found before an interruption is in ``known``."""
-    labelled = task.has_labels(images, model)
+    labelled = _has_labels(task, images, model)
     device = next(model.parameters()).device
     count = min(count, len(images))
     found: dict[int, Example] = {}
@@ -173,6 +174,16 @@ def _examples(
     if file is not None:
         _write(found, file)
     return [found[index] for index in sorted(found)], broken
+
+
+def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
+    """Labels of other classes than the model's say nothing of its loss."""
+    try:
+        return task.has_labels(images, model)
+    except UsageError as error:
+        message = f"labels are left out ({str(error).partition(';')[0]}): the KL to the model's own output is the loss"
+        warnings.warn(message, TosaWarning, stacklevel=2)
+        return False
 
 
 def _indices(stored: dict[str, torch.Tensor]) -> list[int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.recipe import Recipe, read_recipe
+from tosa_convert.runs.folder import is_run
 from tosa_convert.training.impact import FILE as IMPACT
 
 AFTERWARDS = ("convert.rho", "convert.kept")
@@ -17,12 +18,12 @@ def check_same_job(recipe: Recipe, path: Path) -> None:
     if not path.exists():
         return
     ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
+    undecided = (path.parent / IMPACT).exists() and not is_run(path.parent)
+    afterwards = AFTERWARDS if undecided else ()
     changed = [
         key
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-        and not key.startswith(MEASURED)
-        and key not in (AFTERWARDS if (path.parent / IMPACT).exists() else ())
+        if ours.get(key) != theirs.get(key) and not key.startswith(MEASURED) and key not in afterwards
     ]
     if changed:
         raise UsageError(

@@ -28,7 +28,7 @@ class Impact(Score):
             kept: share of all tokens that is labelled to be kept, those with the largest impact; without either half.
         """
 
-        rho: float | None = None
+        rho: float | None = Field(default=None, allow_inf_nan=False)
         kept: Annotated[float, Field(gt=0, lt=1)] | None = None
 
         @model_validator(mode="after")
