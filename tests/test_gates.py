@@ -22,6 +22,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.comparison import compare
 from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen_tokens, selective_blocks
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.impact import FILE, impact_of
@@ -377,3 +378,26 @@ def test_what_cannot_be_traced_or_exported_says_so():
     with pytest.raises(Exception, match="give an example of batch 1"):
         torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert first(run(model, images[:0])).shape == (0, 5)
+
+
+def test_impact_goes_by_the_output_where_labels_are_of_other_classes(tosa, labelled):
+    train = ("distill", "quickstart", "--method", "impact", "--steps", 1, "--examples", 3, "--data", labelled[0])
+    code, out, err = tosa(*train, "--out", "run")
+    assert code == 0, err
+    assert "labels are left out" in err
+    assert "has 5 classes but the model has 10 outputs" in err
+    code, out, err = tosa(*train, "--kept", 0.9, "--out", "run", "--resume")
+    assert code == 2
+    assert "run was started with other settings (convert.kept)" in err
+
+
+@pytest.mark.parametrize(("threshold", "why"), [(1e9, "no patch reaches"), (-1e9, "every patch reaches")])
+def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why):
+    code, out, err = tosa("flops", "quickstart", "--score", "norm", "--threshold", threshold)
+    assert code == 0, err
+    assert f"which all take the same: {why} the threshold" in " ".join(out.split())
+
+
+def test_gates_that_are_untrained_are_compared_as_such():
+    found = compare(vit(), budgets=[0.85], methods=["spa"], images=4, runtime=None)
+    assert "spa: its gates are untrained, so they choose by chance; finetune trains them" in found["notes"]
