@@ -92,6 +92,8 @@ def flops(
     Raises:
         UsageError: it is such a conversion, and there are no images.
     """
+    if images is not None and not isinstance(images, torch.Tensor):
+        raise UsageError(f"images are a {type(images).__name__}; give a tensor (B, C, H, W), preprocessed")
     if images is not None and (images.ndim != 4 or not len(images)):
         raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
     if images is not None and keeps_any_number(model):
