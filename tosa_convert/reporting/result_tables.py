@@ -58,12 +58,11 @@ def _image_notes(cost: dict) -> list[str]:
     """How the multiply–adds differ from image to image, if they do."""
     if not cost.get("images"):
         return []
+    over = f"means over {cost['images']} images" + (f" of {cost['data']}" if "data" in cost else "")
     if cost["least"] == cost["most"]:
-        where = f" of {cost['data']}" if "data" in cost else ""
-        return [f"means over {cost['images']} images{where}, which all take the same{_extreme(cost)}"]
+        return [f"{over}, which all take the same{_extreme(cost)}"]
     least, most = (percent(cost[name] / cost["original"]) for name in ("least", "most"))
-    where = f" of {cost['data']}" if "data" in cost else ""
-    return [f"means over {cost['images']} images{where}; one image takes {least} to {most} of the original"]
+    return [f"{over}; one image takes {least} to {most} of the original"]
 
 
 def _extreme(cost: dict) -> str:

@@ -52,8 +52,8 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
     """Load and convert, for what needs no training; a run in ``out``."""
     if processes.is_main() and not (resume and runs.is_run(out)):
         model = converted(recipe)
-        runs.prepare(out, resume)
         check_thresholds(model, recipe)
+        runs.prepare(out, resume)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         write_text(out / "recipe.yaml", resolved.to_yaml())
         model = with_mean(model, recipe, progress)
