@@ -43,7 +43,7 @@ NAMES = (
     "idle",
     "original",
 )
-SETTINGS = {"batch_size": 128, "augment": "flip", "checkpoint_minutes": 2.0}
+SETTINGS = {"batch_size": 128, "augment": "flip", "precision": "bf16", "checkpoint_minutes": 2.0}
 FINETUNE = {**SETTINGS, "epochs": 10.0, "lr": 3e-4, "weight_decay": 0.05}
 
 

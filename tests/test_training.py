@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, check_resuming, lively, write_images
+from torch.overrides import TorchFunctionMode
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
 from tosa_convert.data.images import Draws
@@ -249,3 +250,24 @@ def test_seeds_reach_the_selectors_and_the_control(tmp_path):
 def test_fp16_on_a_cpu_is_refused(photos):
     with pytest.raises(UsageError, match="needs a GPU"):
         distill(converted(), photos, DistillSettings(steps=1, precision="fp16"), device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_attention_is_in_float32_where_a_cpu_trains_the_rest_in_bf16(photos, monkeypatch, precision):
+    attended, projected = set(), set()
+
+    class Outside(TorchFunctionMode):
+        """Hears what reaches torch at last."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                attended.update(each.dtype for each in (*args[:3], result))
+            return result
+
+    model = converted(score="norm", bypass="merge")
+    adapter_of(model).blocks[1].mlp.fc1.register_forward_hook(lambda _, given, made: projected.add(made.dtype))
+    with Outside():
+        finetune(model, photos, FinetuneSettings(steps=1, batch_size=2, precision=precision))
+    assert attended == {torch.float32}
+    assert projected == {torch.bfloat16 if precision == "bf16" else torch.float32}

@@ -28,6 +28,7 @@ from tosa_convert.base.seeding import seed_everything
 from tosa_convert.config.settings import TrainSettings
 from tosa_convert.data.images import Images, training_loader
 from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
+from tosa_convert.training.float32_attention import attention_precision
 from tosa_convert.training.optimisation import make_optimizer, make_schedule
 
 CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
@@ -114,7 +115,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     recorder = _Recorder(stage, accelerator)
     recorder.broken.update(begun.get("broken", []))
     stop = _CtrlC(enabled=stage.out is not None and world == 1)
-    with stop, progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step) as advance:
+    track = progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step)
+    with stop, attention_precision(accelerator), track as advance:
         read = recorder.keeping(loader, world == 1)
         for step, passes in enumerate(_grouped(read, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
