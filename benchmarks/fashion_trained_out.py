@@ -7,7 +7,7 @@ The data is the original four IDX files (Debian: ``apt install dataset-fashion-m
 the 60,000 training images for ten epochs with a cosine to zero, from the same weights and with the same settings;
 ToSA's selectors are distilled first. "original" is the unconverted model, trained on in the same way. A run takes half
 an hour on one core; each is kept in the work folder with its checkpoints and added to the results as it ends, so the
-script may be stopped and started again, and ``--names`` and ``--seeds`` do part of the work.
+script may be stopped and started again, and ``--names``, ``--budgets`` and ``--seeds`` do part of the work.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--names", nargs="+", default=NAMES)
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fashion_trained_out.json"))
     arguments = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     for seed in arguments.seeds:
         for name in arguments.names:
-            for budget in (1.0,) if name == "original" else BUDGETS:
+            for budget in (1.0,) if name == "original" else arguments.budgets:
                 key = {"name": name, "budget": budget, "seed": seed}
                 if any(key.items() <= row.items() for row in rows):
                     continue
