@@ -282,6 +282,7 @@ def test_a_threshold_that_keeps_all_is_the_original(vit):
         ({"bypass": "drop", "score": "class_attention"}, "takes a number of tokens, not a threshold"),
         ({"selection": "per_head"}, "takes a number of tokens"),
         ({"threshold": [1.0, 2.0], "layers": [2, 4, 6]}, "2 thresholds for 3 selective layers"),
+        ({"threshold": [1.0, 2.0]}, "2 thresholds for layers that are not named"),
         ({"threshold": float("nan")}, "out of range"),
         ({"threshold": "high"}, "threshold"),
     ],

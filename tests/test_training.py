@@ -271,3 +271,10 @@ def test_attention_is_in_float32_where_a_cpu_trains_the_rest_in_bf16(photos, mon
         finetune(model, photos, FinetuneSettings(steps=1, batch_size=2, precision=precision))
     assert attended == {torch.float32}
     assert projected == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+def test_the_learning_rate_is_logged_as_it_was_asked_for(labelled, tmp_path):
+    """Whatever gates, or layers, make of it."""
+    settings = FinetuneSettings(steps=2, batch_size=2, lr=1e-3, layer_decay=0.5, warmup=0.0, log_every=1)
+    finetune(convert(load("quickstart"), method="spa"), labelled, settings, out=tmp_path / "run")
+    assert [line["lr"] for line in read_metrics(tmp_path / "run")][0] == pytest.approx(5e-4)  # of one step of warm-up

@@ -159,10 +159,10 @@ class ConvertConfig(BaseModel):
             raise ValueError(
                 f"{len(self.ratio)} ratios for {len(self.layers)} selective layers; give one, or one per layer"
             )
-        if isinstance(self.threshold, list) and (self.layers is None or len(self.threshold) != len(self.layers)):
+        if isinstance(self.threshold, list) and len(self.threshold) != len(self.layers or []):
+            those = f"{len(self.layers)} selective layers" if self.layers else "layers that are not named"
             raise ValueError(
-                f"{len(self.threshold)} thresholds for {len(self.layers or [])} selective layers; give one, or one "
-                "per layer with layers named"
+                f"{len(self.threshold)} thresholds for {those}; give one, or name the layers, one for each"
             )
         return self
 

@@ -132,7 +132,8 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                 recorder.broken.update(batch["broken"])
             if average is not None:
                 average.update(stage.averaged, step)
-            lr = max(group["lr"] for group in optimizer.param_groups)
+            group = optimizer.param_groups[0]
+            lr = group["lr"] / group.get("lr_scale", 1.0)  # as it was asked for, whatever a group makes of it
             recorder.note(step, figures, lr, images=step * per_step, final=step == steps)
             recorder.step = step
             recorder.checkpoint_when_due(step, final=step == steps)
