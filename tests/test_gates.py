@@ -359,6 +359,18 @@ def test_boxes_that_are_none(tmp_path, box):
         Boxes(tmp_path / "boxes.json")
 
 
+def test_boxes_are_held_to_the_sizes_that_their_file_names(tmp_path):
+    """Before any image is opened: a training would come to the last one late."""
+    images = [{"id": 1, "file_name": "0.jpg", "width": 40, "height": 30}]
+    content = {"images": images, "annotations": [{"image_id": 1, "bbox": [30, 5, 11, 5]}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert Boxes(tmp_path / "boxes.json").mask("0.jpg", (40, 30)).getextrema() == (0, 255)
+    content["annotations"][0]["bbox"][2] = 12
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(TosaError, match="a box of 0, 30,5 12×5, is outside the image of 40×30"):
+        Boxes(tmp_path / "boxes.json")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -124,26 +124,39 @@ class Boxes(Masks):
             ) from None
         if not boxes:
             raise UsageError(f"{place} has no boxes at all, so nothing would matter; give a file with annotations")
+        said = {  # a file need not say how large its images are
+            names[image["id"]]: (image["width"], image["height"])
+            for image in content["images"]
+            if isinstance(image.get("width"), int) and isinstance(image.get("height"), int)
+        }
         self.boxes: dict[str, list[list[float]]] = {name: [] for name in names.values()}
         for name, box in boxes:
             if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
                 raise UsageError(
                     f"{place}: a box of {name} is {box}; boxes are left, top, width and height in pixels, above 0"
                 )
+            if name in said:
+                _check_inside(name, box, said[name])
             self.boxes[name].append(box)
         super().__init__(place, list(self.boxes))
 
     def mask(self, name, size):
         found = Image.new("L", size, 0)
-        for left, top, width, height in self.boxes[str(self.find(name))]:
-            if left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1:
-                raise TosaError(
-                    f"a box of {name}, {left:g},{top:g} {width:g}×{height:g}, is outside the image of "
-                    f"{size[0]}×{size[1]}; boxes are left, top, width and height in pixels"
-                )
+        for box in self.boxes[str(self.find(name))]:
+            _check_inside(name, box, size)
+            left, top, width, height = box
             right, bottom = max(left, left + width - 1), max(top, top + height - 1)
             ImageDraw.Draw(found).rectangle((left, top, right, bottom), fill=255)
         return found
+
+
+def _check_inside(name: str, box: list[float], size: tuple[int, int]) -> None:
+    left, top, width, height = box
+    if left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1:
+        raise TosaError(
+            f"a box of {name}, {left:g},{top:g} {width:g}×{height:g}, is outside the image of {size[0]}×{size[1]}; "
+            "boxes are left, top, width and height in pixels"
+        )
 
 
 def masks_of(masks: str | Path | None, boxes: str | Path | None) -> Masks | None:
