@@ -64,7 +64,7 @@ def test_halving_finds_what_is_better_on_every_image_and_measures_nothing_twice(
     candidates = {str(level): {1: level} for level in levels}
     plain = next(iter(candidates))
     assert trial.candidates.get(trial.halve(candidates, plain, "")) == {1: min(levels)}
-    assert len(trial.scores(plain)) == 3 * parts, "the plain one is known on all images"
+    assert len(trial.errors(plain)) == 3 * parts, "the plain one is known on all images"
     assert trial.halve(candidates, plain, "") == str(min(levels))
     assert len(measured) == len(set(measured))
 

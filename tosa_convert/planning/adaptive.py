@@ -20,7 +20,7 @@ from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
 from tosa_convert.planning.outcome import Plan, Spread
 from tosa_convert.planning.search import Search
-from tosa_convert.planning.trial import ahead
+from tosa_convert.planning.trial import ahead, typical
 from tosa_convert.selective.conversion import convert, light_copy, original
 from tosa_convert.selective.selection import Selection, choosing_blocks, keeps_any_number, selective_blocks
 
@@ -52,7 +52,7 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
     wanted = observe(search.model, images)
 
     def errors_of(model: nn.Module) -> torch.Tensor:
-        # Not weighted as in the search: which images get more tokens is the point.
+        # Not compared by their roots as in the search: which images get more tokens is the point.
         return error(observe(model, images), wanted, search.keep)
 
     before, found = errors_of(fixed), dict[float, tuple[nn.Module, Spread, torch.Tensor]]()
@@ -64,8 +64,7 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
         found[after.mean().item()] = converted, spread, after
     measured, (converted, spread, after) = min(found.items())
     if not ahead(after, before):
-        rivals = {"as many tokens as each image needs": measured}
-        return replace(plan, measured=before.mean().item(), rivals=rivals)
+        return replace(plan, rivals={**plan.rivals, "as many tokens as each image needs": typical(after)})
     return replace(
         plan,
         config=converted.tosa_config,

@@ -54,8 +54,8 @@ class Plan:
         by, keep, budget: what was asked for.
         drop: its drop on the images, see :meth:`Search.drop`.
         cost: predicted share of the original's cost.
-        measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error`; a mean weighted by one
-            over the root of each image's level of error.
+        measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error` and
+            :func:`~tosa_convert.planning.trial.typical`.
         rivals: name → the same of the plain ramp at this budget, and of the best published method.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many images.

@@ -107,8 +107,8 @@ def find_plan(
             return within_latency(search, budget, conditions, target_ms)
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
         if adaptive:
-            return adapted(search, found, max_macs)
-        alone = by == "macs" and (segment or 1) == 1
+            found = adapted(search, found, max_macs)
+        alone = by == "macs" and (segment or 1) == 1 and found.spread is None
         return against_published(search, found, target_drop) if alone else found
     finally:
         model.train(training)

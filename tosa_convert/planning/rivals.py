@@ -14,43 +14,41 @@ from tosa_convert.methods.score import Acts, Score
 from tosa_convert.planning.budget import Fitted, fitted
 from tosa_convert.planning.outcome import Plan
 from tosa_convert.planning.search import Search
-from tosa_convert.planning.trial import ahead
-from tosa_convert.selective.conversion import convert, light_copy
+from tosa_convert.planning.trial import typical
 
 NEAREST = 3
 """Methods that are measured on all images: a handful tells some apart by chance."""
 
 
 def against_published(search: Search, plan: Plan, target: float | None = None) -> Plan:
-    """A plan, or the published method that is ahead of it on its images. All of them are measured on the first images,
-    the nearest on all; the error of the best joins the plan's rivals.
+    """A plan, or the published method that is ahead of it on its images, by however little: the plan was fitted to them
+    and the method was not. All of them are measured on the first images, the nearest on all; the error of the best
+    joins the plan's rivals.
 
     Args:
         target: the largest drop allowed.
     """
-    methods = lasting(search.keep in (Keep.PATCHES, Keep.MAP))
+    ways = _ways(lasting(search.keep in (Keep.PATCHES, Keep.MAP)))
     found: dict[str, Fitted] = {}
-    with search.progress.track("published methods", len(methods) + 1) as advance:
-        for name in methods:
-            for way in (name, _evenly(name)):
-                with suppress(TosaError):  # not for this model, or not at this budget
-                    found[way] = fitted(search.model, way, plan.budget, search.share_of)
-                    break
+    with search.progress.track("published methods", len(ways) + 1) as advance:
+        for name in ways:
+            with suppress(TosaError):  # not for this model, or not at this budget
+                found[name] = fitted(search.model, name, plan.budget, search.share_of)
             advance(name)
         if not found:
             return plan
-        nearest = sorted(found, key=lambda name: _errors(search, found[name][0], 0).mean().item())[:NEAREST]
+        nearest = sorted(found, key=lambda name: typical(_errors(search, found[name][0], 0)))[:NEAREST]
         on_all = {name: _on_all(search, found[name][0]) for name in nearest}
-        best = min(nearest, key=lambda name: on_all[name].mean().item())
+        best = min(nearest, key=lambda name: typical(on_all[name]))
         (rival, share), errors = found[best], on_all[best]
-        rivals = {**plan.rivals, best: errors.mean().item()}
-        if errors.mean() >= plan.measured or not ahead(errors, _on_all(search, _planned(search, plan))):
+        rivals = {**plan.rivals, best: typical(errors)}
+        if typical(errors) >= plan.measured:
             return replace(plan, rivals=rivals)
     drop = search.lost([observe(rival, batch) for batch in search.batches])
     if target is not None and drop > target:
         return replace(plan, rivals=rivals)
     rivals = {**plan.rivals, "the plan without it": plan.measured}
-    measured = errors.mean().item()
+    measured = typical(errors)
     return replace(plan, config=rival.tosa_config, cost=share, drop=drop, measured=measured, rivals=rivals)
 
 
@@ -70,21 +68,19 @@ def lasting(every_patch: bool) -> list[str]:
     ]
 
 
-def _evenly(name: str) -> str:
-    """A published method with the same share gone in each layer, which comes down to budgets where as many tokens in
-    each would be more than there are."""
-    method = published()[name]
-    return f"{method.score}/{method.bypass}/geometric"
-
-
-def _planned(search: Search, plan: Plan):
-    return convert(light_copy(search.model), plan.config)
+def _ways(names: list[str]) -> list[str]:
+    """Published methods, and each with the same share gone in each layer: it comes down to budgets where as many tokens
+    in each would be more than there are, and can be nearer to the original above them too."""
+    methods = {name: published()[name] for name in names}
+    known = {f"{method.score}/{method.bypass}/{method.schedule}" for method in methods.values()}
+    evenly = dict.fromkeys(f"{method.score}/{method.bypass}/geometric" for method in methods.values())
+    return [*methods, *(way for way in evenly if way not in known)]
 
 
 def _errors(search: Search, model, part: int) -> torch.Tensor:
-    """Weighted errors of the images of a batch."""
+    """The errors of the images of a batch."""
     seen = observe(model, search.batches[part])
-    return error(seen, search.wanted[part], search.keep) * search.weights[part]
+    return error(seen, search.wanted[part], search.keep)
 
 
 def _on_all(search: Search, model) -> torch.Tensor:

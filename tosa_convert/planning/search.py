@@ -39,7 +39,7 @@ from tosa_convert.planning.cost_model import Conditions, Prices, price
 from tosa_convert.planning.outcome import Plan
 from tosa_convert.planning.resuming import Given, catching, resumed
 from tosa_convert.planning.shapes import PLAIN, Shapes, starts
-from tosa_convert.planning.trial import Trial, ahead
+from tosa_convert.planning.trial import Trial, ahead, roots, typical
 from tosa_convert.selective.conversion import convert, light_copy, set_ratios
 from tosa_convert.tasks.task import task_of
 
@@ -87,7 +87,6 @@ class Search:
         self.share_of = MacsShare(model)
         self.options: dict = {}  # of the score
         self.parts: dict[tuple[str, str], float] = {}  # errors of the pairs that were tried
-        self.weights: list[torch.Tensor] = []
         self.shares: dict[tuple, float] = {}
 
     def build(self, score: str, bypass: str) -> None:
@@ -120,17 +119,6 @@ class Search:
     def error_of(self, allocation: Allocation, part: int) -> torch.Tensor:
         """The error of each image of a batch."""
         return error(self._observe(allocation, part), self.wanted[part], self.keep)
-
-    def _weigh(self, allocation: Allocation) -> list[torch.Tensor]:
-        """Let images with large errors, with an allocation, count less from here on: otherwise the few with the largest
-        would decide the plan. Gives the weighted errors of the allocation, per batch."""
-        errors = [self.error_of(allocation, part) for part in range(len(self.batches))]
-        mean = torch.cat(errors).mean().clamp(min=1e-12)
-        self.weights = [(mean / each.clamp(min=0.01 * mean.item())).sqrt() for each in errors]
-        return [each * weights for each, weights in zip(errors, self.weights, strict=True)]
-
-    def _weighted_mean(self, errors: list[torch.Tensor]) -> float:
-        return torch.cat([each * weights for each, weights in zip(errors, self.weights, strict=True)]).mean().item()
 
     def drop(self, allocation: Allocation) -> float:
         """What an allocation loses: with labels in the first metric of the model's task, such as top-1; without them of
@@ -186,26 +174,25 @@ class Search:
         shapes = Shapes(self.layers, self.starts, self.spans)
         candidates = self._fitted(shapes.first(), budget) or self.refuse(budget)
         plain = candidates.get(PLAIN) or next(iter(candidates.values()))
-        trial = Trial(self._weighted, len(self.batches), self.progress)
-        for part, errors in enumerate(self._weigh(plain)):
-            trial.found[PLAIN, part] = errors
+        trial = Trial(self.error_of, len(self.batches), self.progress)
         best = trial.halve({**candidates, PLAIN: plain}, PLAIN, "ramps")
         for _ in range(STEPS):
             last, near = best, self._fitted(shapes.near(best), budget)
             best = trial.halve({**near, best: trial.candidates[best]}, PLAIN, "ramps near the best")
             if best == last:
                 break
-        better = trial.candidates[best] if ahead(trial.scores(best), trial.scores(PLAIN)) else plain
+        scores = (roots(trial.errors(name)) for name in (best, PLAIN))
+        better = trial.candidates[best] if ahead(*scores) else plain
         allocation = self._to_budget(better, budget)
         # At this size a ratio near 1 may skip no token.
         chosen = Allocation(
             {layer: ratio for layer, ratio in allocation.ratios.items() if self.prices.skips(ratio)}, allocation.span
         )
         found = [self._observe(chosen, part) for part in range(len(self.batches))]
-        measured = self._weighted_mean([error(*pair, self.keep) for pair in zip(found, self.wanted, strict=True)])
+        measured = typical(torch.cat([error(*pair, self.keep) for pair in zip(found, self.wanted, strict=True)]))
         rival = self._to_budget(plain, budget)
         same = rival == allocation
-        by_rival = measured if same else self._weighted_mean([self.error_of(rival, p) for p in range(len(found))])
+        by_rival = measured if same else typical(torch.cat([self.error_of(rival, p) for p in range(len(found))]))
         parts = self._set(chosen).tosa_config
         return Plan(
             config=ConvertConfig(
@@ -227,9 +214,6 @@ class Search:
             parts={" × ".join(pair): value for pair, value in self.parts.items()},
             images=sum(map(len, self.batches)),
         )
-
-    def _weighted(self, allocation: Allocation, part: int) -> torch.Tensor:
-        return self.error_of(allocation, part) * self.weights[part]
 
     def _share(self, allocation: Allocation) -> float:
         """Of the original's cost; multiply–adds are counted, latencies go by the prices."""

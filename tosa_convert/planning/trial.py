@@ -37,21 +37,31 @@ class Trial:
                     done.append(name)
                     for part in rung:
                         self._measure(name, part)
-                        advance(min(done, key=lambda each: self.scores(each).mean().item()))
-                going = sorted(going, key=lambda name: self.scores(name).mean().item())[:survivors]
+                        advance(min(done, key=lambda each: typical(self.errors(each))))
+                going = sorted(going, key=lambda name: typical(self.errors(name)))[:survivors]
         return going[0]
 
     def _measure(self, name: str, part: int) -> None:
         if (name, part) not in self.found:
             self.found[name, part] = self.measure(self.candidates[name], part)
 
-    def scores(self, name: str) -> torch.Tensor:
+    def errors(self, name: str) -> torch.Tensor:
         """The errors of a candidate, image by image, as far as they were measured."""
         return torch.cat([self.found[name, part] for part in range(self.parts) if (name, part) in self.found])
 
 
+def roots(errors: torch.Tensor) -> torch.Tensor:
+    """What errors of images are compared by: in a mean of the errors themselves the few largest would decide."""
+    return errors.clamp(min=0).sqrt()  # cosines are rounded
+
+
+def typical(errors: torch.Tensor) -> float:
+    """The error that has the mean root of the errors of images."""
+    return roots(errors).mean().square().item()
+
+
 def ahead(scores: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether the first errors, image by image, are lower by more than twice the standard error of the difference:
+    """Whether the first scores, image by image, are lower by more than twice the standard error of the difference:
     crops of one photo are similar, so one standard error would be too little."""
     gain = others - scores
     spread = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())

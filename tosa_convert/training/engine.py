@@ -116,7 +116,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     recorder.broken.update(begun.get("broken", []))
     stop = _CtrlC(enabled=stage.out is not None and world == 1)
     track = progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step)
-    with stop, attention_precision(accelerator), track as advance:
+    with stop, attention_precision(accelerator.device.type, accelerator.mixed_precision), track as advance:
         read = recorder.keeping(loader, world == 1)
         for step, passes in enumerate(_grouped(read, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)

@@ -4,18 +4,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch.overrides import TorchFunctionMode
 
 
-def attention_precision(accelerator: Accelerator) -> AbstractContextManager:
+def attention_precision(device: str, precision: str) -> AbstractContextManager:
     """The context that a training runs in: attention in float32 for bf16 on a CPU, unchanged elsewhere.
 
     torch's fused attention for CPUs goes back through bf16 in 1.5 to 13 times the time that float32 takes, so that
     bf16 as a whole was slower than float32 for small models (``benchmarks/cpu_training.py``).
     """
-    on_cpu = accelerator.device.type == "cpu"
-    return Float32Attention() if on_cpu and accelerator.mixed_precision == "bf16" else nullcontext()
+    return Float32Attention() if (device, precision) == ("cpu", "bf16") else nullcontext()
 
 
 class Float32Attention(TorchFunctionMode):
