@@ -1,12 +1,14 @@
 """What a plan keeps: logits, patches, pooled features or an embedding, a map."""
 
 import copy
+from dataclasses import replace
 
 import onnxruntime
 import pytest
 import torch
 from conftest import lively
 from families import FAMILIES, HF_SMALL
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from transformers import YolosConfig, YolosForObjectDetection
 
@@ -97,6 +99,24 @@ def test_each_model_has_something_to_keep_and_an_error_of_it(name, keep, others)
         assert error(found, wanted, each).shape == (6,)
         assert torch.allclose(sum(losses(found, wanted, each)), error(found, wanted, each))
     assert find_plan(model, PHOTOS, 0.8).keep == keep.value
+
+
+def test_logits_are_kept_by_the_features_that_they_are_made_from():
+    """Of DeiT's distillation token too; where they are made from no features, by their KL."""
+    for distilled in (False, True):
+        options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+        model = lively((VisionTransformerDistilled if distilled else VisionTransformer)(**options))
+        converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.4})
+        wanted, found = observe(model, PHOTOS), observe(converted, PHOTOS)
+        features = [each.forward_features(PHOTOS) for each in (converted, model)]
+        heads = [each[:, :2].flatten(1) if distilled else each[:, 0] for each in features]
+        cosines = torch.nn.functional.cosine_similarity(*heads)
+        assert torch.allclose(error(found, wanted, Keep.LOGITS), 1 - cosines, atol=1e-5)
+        bare = [replace(each, pooled=None) for each in (found, wanted)]
+        kl = torch.nn.functional.kl_div(
+            *(each.output.log_softmax(-1) for each in bare), reduction="none", log_target=True
+        )
+        assert torch.allclose(error(*bare, Keep.LOGITS), kl.sum(-1), atol=1e-6)
 
 
 def test_a_plan_keeps_what_it_is_asked_to():

@@ -20,13 +20,13 @@ from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning import cost_model, latency
+from tosa_convert.planning import cost_model, latency, rivals
 from tosa_convert.planning.allocation import FINE, Allocation, bent_ramp, fit
 from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.cost_model import Conditions, Prices
 from tosa_convert.planning.resuming import catching, resumed
 from tosa_convert.planning.search import Search
-from tosa_convert.planning.trial import Trial, ahead
+from tosa_convert.planning.trial import Trial, ahead, typical
 from tosa_convert.selective.conversion import is_converted, set_ratios
 
 LINE = Prices("macs", (0.2, 1.0), (0.08, 0.0))
@@ -114,6 +114,29 @@ def check_plan(model, photos, planned):
         search.measure(Allocation(ratios)), rel=1e-3
     )
     assert not hasattr(model, "tosa_config"), "the model is left as it is"
+
+
+def test_a_published_method_is_the_plan_where_it_is_ahead_by_however_little(small, planned, monkeypatch):
+    for errors, chosen in ((planned.measured - 1e-6, True), (planned.measured + 1e-6, False)):
+        monkeypatch.setattr(rivals, "_errors", lambda *_, level=errors: torch.full((3,), level))
+        found = find_plan(*small, 0.8)
+        assert ("the plan without it" in found.rivals) is chosen
+        assert (found.config == planned.config) is not chosen
+        assert found.measured == pytest.approx(min(errors, planned.measured))
+
+
+def test_no_image_with_a_large_error_decides_alone():
+    assert typical(torch.tensor([0.25, 0.25])) == pytest.approx(0.25)
+    assert typical(torch.tensor([0.01, 0.01, 0.01, 0.4])) < typical(torch.tensor([0.09, 0.09, 0.09, 0.09]))
+    assert typical(torch.tensor([-1e-7, 0.0])) == 0, "cosines are rounded"
+
+
+def test_published_methods_are_tried_with_one_share_in_each_layer_too_and_none_twice():
+    ways = rivals._ways(["tome", "mctf", "mctf_fast", "pitome"])
+    assert ways == [
+        *("tome", "mctf", "mctf_fast", "pitome"),
+        *("similarity/persist/geometric", "multi_criteria/pool/geometric"),
+    ]
 
 
 def test_a_plan_is_the_same_again(small, planned):
