@@ -65,7 +65,7 @@ def _spread_rows(plan: dict) -> list[list[str]]:
 SPREAD = ("mean", "deviation", "least", "most", "bound")
 
 ERRORS = {
-    "logits": "KL divergence of the logits",
+    "logits": "1 − cosine of the features that the logits are made from (their KL where there are none)",
     "patches": "1 − cosine of the patch tokens, plus that of the class token",
     "pooled": "1 − cosine of the pooled features or the embedding",
 }
