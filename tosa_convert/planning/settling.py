@@ -9,11 +9,13 @@ from tosa_convert.methods.score import Acts, Score
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.planning.allocation import Allocation, bent_ramp
 from tosa_convert.planning.search import Search
-from tosa_convert.planning.trial import ahead
+from tosa_convert.planning.trial import ahead, roots, typical
 
 
 def settle_on_parts(search: Search, budget: float) -> None:
-    """The pair of score and bypass that does best on a ramp, over all layers or over the second half of them."""
+    """The pair of score and bypass that does best on a ramp, over all layers or over the second half of them. All are
+    measured on the first images; of these a handful can mislead, so another score than the one that bypasses are
+    compared with has to be clearly ahead of it on all."""
     scores, bypasses = _scores_and_bypasses(search)
     # Bypasses are compared with the score that has most to offer them.
     lead = max(scores, key=lambda name: (every(Score)[name].finds_partners, len(every(Score)[name].variants)))
@@ -21,20 +23,27 @@ def settle_on_parts(search: Search, budget: float) -> None:
 
         def best_of(pairs: list[tuple[str, str]]) -> tuple[str, str]:
             for pair in pairs:
-                search.parts[pair] = _of_ramps(search, *pair, budget)
+                search.parts[pair] = typical(_of_ramps(search, *pair, budget, 1))
                 advance(" × ".join(min(search.parts, key=search.parts.__getitem__)))
             return min(search.parts, key=search.parts.__getitem__)
 
         _, bypass = best_of([(lead, bypass) for bypass in bypasses])
         score, bypass = best_of([(score, bypass) for score in scores if score != lead])
+    if score != lead:
+        whole = len(search.batches)
+        errors = (roots(_of_ramps(search, each, bypass, budget, whole)) for each in (score, lead))
+        score = score if ahead(*errors) else lead
     search.build(score, bypass)
     _settle_on_options(search, budget)
 
 
-def _of_ramps(search: Search, score: str, bypass: str, budget: float) -> float:
-    """The least error of two ramps that skip about as much as the budget asks for, on the first images."""
+def _of_ramps(search: Search, score: str, bypass: str, budget: float, parts: int) -> torch.Tensor:
+    """Errors of so many batches on the better, by the first batch, of two ramps that skip about as much as the budget
+    asks for."""
     search.build(score, bypass)
-    return min(search.error_of(ramp, 0).mean().item() for ramp in _two_ramps(search, budget))
+    first = [(ramp, search.error_of(ramp, 0)) for ramp in _two_ramps(search, budget)]
+    ramp, errors = min(first, key=lambda pair: typical(pair[1]))
+    return torch.cat([errors, *(search.error_of(ramp, part) for part in range(1, parts))])
 
 
 def _two_ramps(search: Search, budget: float) -> list[Allocation]:
