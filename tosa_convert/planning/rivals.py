@@ -22,24 +22,34 @@ NEAREST = 3
 
 def against_published(search: Search, plan: Plan, target: float | None = None) -> Plan:
     """A plan, or the published method that is ahead of it on its images, by however little: the plan was fitted to them
-    and the method was not. All of them are measured on the first images, the nearest on all; the error of the best
-    joins the plan's rivals.
+    and the method was not. All of them are measured on the first images, the nearest and those that cannot come down to
+    the budget also with one share of tokens gone in each layer, then the nearest on all; the error of the best joins
+    the plan's rivals.
 
     Args:
         target: the largest drop allowed.
     """
-    ways = _ways(lasting(search.keep in (Keep.PATCHES, Keep.MAP)))
+    methods = lasting(search.keep in (Keep.PATCHES, Keep.MAP))
     found: dict[str, Fitted] = {}
-    with search.progress.track("published methods", len(ways) + 1) as advance:
-        for name in ways:
+    first: dict[str, float] = {}
+    with search.progress.track("published methods", len(methods) + 2) as advance:
+
+        def try_out(name: str) -> None:
             with suppress(TosaError):  # not for this model, or not at this budget
                 found[name] = fitted(search.model, name, plan.budget, search.share_of)
+                first[name] = typical(_errors(search, found[name][0], 0))
+
+        for name in methods:
+            try_out(name)
             advance(name)
+        near = _nearest(first)
+        for name in _evenly([name for name in methods if name in near or name not in found]):
+            try_out(name)
+        advance("one share in each layer")
         if not found:
             return plan
-        nearest = sorted(found, key=lambda name: typical(_errors(search, found[name][0], 0)))[:NEAREST]
-        on_all = {name: _on_all(search, found[name][0]) for name in nearest}
-        best = min(nearest, key=lambda name: typical(on_all[name]))
+        on_all = {name: _on_all(search, found[name][0]) for name in _nearest(first)}
+        best = min(on_all, key=lambda name: typical(on_all[name]))
         (rival, share), errors = found[best], on_all[best]
         rivals = {**plan.rivals, best: typical(errors)}
         if typical(errors) >= plan.measured:
@@ -68,13 +78,15 @@ def lasting(every_patch: bool) -> list[str]:
     ]
 
 
-def _ways(names: list[str]) -> list[str]:
-    """Published methods, and each with the same share gone in each layer: it comes down to budgets where as many tokens
-    in each would be more than there are, and can be nearer to the original above them too."""
-    methods = {name: published()[name] for name in names}
-    known = {f"{method.score}/{method.bypass}/{method.schedule}" for method in methods.values()}
-    evenly = dict.fromkeys(f"{method.score}/{method.bypass}/geometric" for method in methods.values())
-    return [*methods, *(way for way in evenly if way not in known)]
+def _nearest(errors: dict[str, float]) -> list[str]:
+    return sorted(errors, key=errors.__getitem__)[:NEAREST]
+
+
+def _evenly(names: list[str]) -> list[str]:
+    """Published methods with the same share of tokens gone in each layer, but for those that are so already: it comes
+    down to budgets where as many tokens in each would be more than there are, and can be nearer above them too."""
+    methods = [published()[name] for name in names if published()[name].schedule != "geometric"]
+    return list(dict.fromkeys(f"{method.score}/{method.bypass}/geometric" for method in methods))
 
 
 def _errors(search: Search, model, part: int) -> torch.Tensor:
