@@ -47,6 +47,7 @@ BUDGETS = (0.65, 0.5, 0.8)
 GATED = ("spa", "impact")
 METHODS = (
     "plan",
+    "plan by threes",
     "tome",
     "mctf",
     "random/persist/constant",
@@ -170,8 +171,9 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
 
 
 def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int):
-    if name in ("plan", "adaptive"):
-        found = find_plan(base, images, budget, adaptive=name == "adaptive")
+    if name in ("plan", "plan by threes", "adaptive"):  # of which three layers share a choice, for speed
+        segment = 3 if name == "plan by threes" else None
+        found = find_plan(base, images, budget, segment=segment, adaptive=name == "adaptive")
         return convert(copy.deepcopy(base), found.config)
     if name in GATED:
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
