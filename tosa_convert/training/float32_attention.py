@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 def attention_precision(device: str, precision: str) -> AbstractContextManager:
     """The context that a training runs in: attention in float32 for bf16 on a CPU, unchanged elsewhere.
 
-    torch's fused attention for CPUs goes back through bf16 in 1.5 to 13 times the time that float32 takes, so that
-    bf16 as a whole was slower than float32 for small models (``benchmarks/cpu_training.py``).
+    torch's fused attention for CPUs goes back through bf16 in a multiple of the time that float32 takes, so that bf16
+    as a whole was slower than float32 for small models (``benchmarks/cpu_training.py``).
     """
     return Float32Attention() if (device, precision) == ("cpu", "bf16") else nullcontext()
 
