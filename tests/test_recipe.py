@@ -54,6 +54,7 @@ def test_everything_wrong_is_reported_at_once_with_lines(tmp_path):
         ("- a\n- b\n", "is not a recipe"),
         ("", "is not a recipe"),
         ("convert: {}\n", "model: Field required"),
+        ("model: a\ndata: {train.: b}\n", "data.train.: unknown key; did you mean 'train'?"),
         ("model: a\nmodel: b\n", "line 2: model: is given twice"),
         ("model: a\nconvert: {layers: [1]}\n", "layer 1 cannot be selective"),
         ("model: a\nconvert: {layers: [2, 3]}\n", "neighbours"),

@@ -141,7 +141,7 @@ def read_recipe(path: Path) -> Recipe:
     except (ValidationError, TypeError) as error:
         found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error), "type": ""}]
         # A union reports once per member that did not fit; the first says enough.
-        firsts = {_key(item["loc"]): item for item in reversed(found)}
+        firsts = {".".join(_names(item["loc"])): item for item in reversed(found)}
         problems += [(_line(tree, item["loc"]), _describe(item)) for item in firsts.values()]
     if problems:
         lines = [f"line {line}: {text}" for line, text in sorted(problems)]
@@ -150,8 +150,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _describe(item: dict) -> str:
-    key = _key(item["loc"])
-    names = key.split(".")
+    names = _names(item["loc"])
+    key = ".".join(names)
     if item["type"] == "extra_forbidden":
         known = _fields(names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
@@ -165,10 +165,10 @@ def _describe(item: dict) -> str:
     return f"{key}: {message}{given}"
 
 
-def _key(location: tuple) -> str:
-    """A location as dotted keys, without what pydantic adds of the types it tried ("constrained-int", "list[...]")."""
+def _names(location: tuple) -> list[str]:
+    """The keys of a location, without what pydantic adds of the types it tried ("constrained-int", "list[...]")."""
     types = ("int", "float", "str", "constrained-int", "constrained-float")
-    return ".".join(str(part) for part in location if part not in types and "[" not in str(part))
+    return [str(part) for part in location if part not in types and "[" not in str(part)]
 
 
 def _fields(path: list[str]) -> list[str]:

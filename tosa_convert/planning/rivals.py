@@ -85,8 +85,10 @@ def _nearest(errors: dict[str, float]) -> list[str]:
 def _evenly(names: list[str]) -> list[str]:
     """Published methods with the same share of tokens gone in each layer, but for those that are so already: it comes
     down to budgets where as many tokens in each would be more than there are, and can be nearer above them too."""
-    methods = [published()[name] for name in names if published()[name].schedule != "geometric"]
-    return list(dict.fromkeys(f"{method.score}/{method.bypass}/geometric" for method in methods))
+    methods = [published()[name] for name in names]
+    known = {f"{method.score}/{method.bypass}/{method.schedule}" for method in methods}
+    evenly = dict.fromkeys(f"{method.score}/{method.bypass}/geometric" for method in methods)
+    return [way for way in evenly if way not in known]
 
 
 def _errors(search: Search, model, part: int) -> torch.Tensor:
