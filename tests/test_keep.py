@@ -10,7 +10,7 @@ from conftest import lively
 from families import FAMILIES, HF_SMALL
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from transformers import YolosConfig, YolosForObjectDetection
+from transformers import BeitConfig, BeitForImageClassification, YolosConfig, YolosForObjectDetection
 
 from tosa_convert import UsageError, convert, evaluate, find_plan
 from tosa_convert.export.graph import write_graph
@@ -117,6 +117,17 @@ def test_logits_are_kept_by_the_features_that_they_are_made_from():
             *(each.output.log_softmax(-1) for each in bare), reduction="none", log_target=True
         )
         assert torch.allclose(error(*bare, Keep.LOGITS), kl.sum(-1), atol=1e-6)
+
+
+def test_what_was_measured_can_be_trained_afterwards():
+    """transformers' BEiT remembers what it first made in inference mode."""
+    config = BeitConfig(
+        **{**HF_SMALL, "image_size": 40, "patch_size": 8}, use_relative_position_bias=True, num_labels=3
+    )
+    model, photos = lively(BeitForImageClassification(config)), torch.randn(2, 3, 40, 40)
+    observe(model, photos)
+    run(model, photos)["logits"].sum().backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
 
 
 def test_a_plan_keeps_what_it_is_asked_to():
