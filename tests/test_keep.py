@@ -17,6 +17,7 @@ from tosa_convert.export.graph import write_graph
 from tosa_convert.measure.similarity import Keep, error, losses, observe, settled_keep
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.outputs import outputs_of, retrieval_agreement
+from tosa_convert.planning import rivals
 from tosa_convert.planning.comparison import mean_figures
 
 PHOTOS = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -88,8 +89,9 @@ def test_the_nearest_other_image_decides():
         ("hf DepthAnything", Keep.MAP, [Keep.PATCHES, Keep.POOLED]),
     ],
 )
-def test_each_model_has_something_to_keep_and_an_error_of_it(name, keep, others):
+def test_each_model_has_something_to_keep_and_an_error_of_it(name, keep, others, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(rivals, "lasting", lambda _: ["tome"])  # the others would only take time
     model = lively(FAMILIES[name]())
     converted = convert(copy.deepcopy(model), score="similarity", bypass="merge", layers={2: 0.4})
     wanted, found = observe(model, PHOTOS), observe(converted, PHOTOS)
@@ -130,7 +132,8 @@ def test_what_was_measured_can_be_trained_afterwards():
     assert model.classifier.weight.grad.abs().sum() > 0
 
 
-def test_a_plan_keeps_what_it_is_asked_to():
+def test_a_plan_keeps_what_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(rivals, "lasting", lambda _: ["tome"])
     model = lively(FAMILIES["timm vit"]())
     for keep in ("logits", "pooled", "patches"):
         assert find_plan(model, PHOTOS, 0.8, keep=keep).keep == keep

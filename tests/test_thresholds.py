@@ -23,6 +23,7 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.planning import adaptive as planning
+from tosa_convert.planning import rivals
 from tosa_convert.selective.containers import Containers, packed_into
 from tosa_convert.selective.conversion import original
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
@@ -311,8 +312,9 @@ def adaptive(small):
 def test_without_a_clear_gain_a_plan_keeps_its_numbers(small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "ahead", lambda *_: False)
+        patch.setattr(rivals, "lasting", lambda _: ["tome"])
         found = find_plan(*small, 0.8, adaptive=True)
-    assert found.config == find_plan(*small, 0.8).config
+        assert found.config == find_plan(*small, 0.8).config
     assert found.spread is None
     assert "as many tokens as each image needs" in found.rivals
 
