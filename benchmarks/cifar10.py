@@ -8,8 +8,7 @@ training and after the same short fine-tuning, and their measured speed in ONNX 
 First the model gets a head and is fine-tuned on CIFAR-10 itself; that is the original that the methods are held to. It
 comes out a little different on other processors, so each row says how good its own original is.
 Each step is kept in the work folder and each row of the results as it is measured, so the script may be stopped and
-started again; ``--methods`` and ``--budgets`` do part of the work. All of it takes a dozen hours on one core. With
-``--speed`` these methods are only timed, all in one interleaved run, for an idle machine.
+started again; ``--methods`` and ``--budgets`` do part of the work. All of it takes a dozen hours on one core.
 """
 
 import argparse
@@ -84,15 +83,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
     arguments = parser.parse_args()
     train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     base = fine_tuned_base(arguments.weights, train, arguments.work)
-    if arguments.speed:
-        known["speed"] = speeds(base, arguments.methods, arguments.budgets, train, test)
-        return record.write(arguments.out, {**_settings(), **known})
     original = kept_top1(base, test, arguments.work / "original.json")
     for budget in arguments.budgets:
         for name in arguments.methods:
@@ -173,26 +168,6 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
         "of_promised": speedup * macs,
         "convert": f"{parts.score} × {parts.bypass} × {parts.schedule}",
     }
-
-
-def speeds(base, methods: list[str], budgets: list[float], train: Path, test: Path) -> list[dict]:
-    """Speed-ups of conversions without training, which it does not depend on."""
-    images, settings = sample(train, preprocessing_of(base), 32)[0], FinetuneSettings(**FINETUNE)
-    models = {
-        (name, budget): as_asked(base, name, budget, images, train, settings, 0)
-        for budget in budgets
-        for name in methods
-    }
-    rounds = BenchSettings(runtimes=["onnx"], rounds=20)
-    named = {f"{name} {budget}": model for (name, budget), model in models.items()}
-    found = bench({"original": base, **named}, rounds, data=test)["cases"][0]["models"]
-    rows = []
-    for (name, budget), model in models.items():
-        cost, speedup = flops(model), found[f"{name} {budget}"]["speedup"]
-        macs = cost.macs / cost.original
-        rows.append({"method": name, "budget": budget, "macs": macs, "speedup": speedup, "of_promised": speedup * macs})
-        print(rows[-1], flush=True)
-    return rows
 
 
 def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int):

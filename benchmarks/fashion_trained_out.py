@@ -61,7 +61,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.names:
             for budget in (1.0,) if name == "original" else arguments.budgets:
-                key = {"name": name, "budget": budget, "seed": seed}
+                key = {"name": name, "budget": budget, "seed": seed, "precision": SETTINGS["precision"]}
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 place = arguments.work / f"{name.replace('/', '-')}-{budget}-{seed}"

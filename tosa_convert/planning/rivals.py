@@ -31,13 +31,13 @@ def against_published(search: Search, plan: Plan, target: float | None = None) -
     """
     methods = lasting(search.keep in (Keep.PATCHES, Keep.MAP))
     found: dict[str, Fitted] = {}
-    first: dict[str, float] = {}
+    first: dict[str, torch.Tensor] = {}
     with search.progress.track("published methods", len(methods) + 2) as advance:
 
         def try_out(name: str) -> None:
             with suppress(TosaError):  # not for this model, or not at this budget
                 found[name] = fitted(search.model, name, plan.budget, search.share_of)
-                first[name] = typical(_errors(search, found[name][0], 0))
+                first[name] = _errors(search, found[name][0], 0)
 
         for name in methods:
             try_out(name)
@@ -48,7 +48,7 @@ def against_published(search: Search, plan: Plan, target: float | None = None) -
         advance("one share in each layer")
         if not found:
             return plan
-        on_all = {name: _on_all(search, found[name][0]) for name in _nearest(first)}
+        on_all = {name: _on_all(search, found[name][0], first[name]) for name in _nearest(first)}
         best = min(on_all, key=lambda name: typical(on_all[name]))
         (rival, share), errors = found[best], on_all[best]
         rivals = {**plan.rivals, best: typical(errors)}
@@ -78,8 +78,8 @@ def lasting(every_patch: bool) -> list[str]:
     ]
 
 
-def _nearest(errors: dict[str, float]) -> list[str]:
-    return sorted(errors, key=errors.__getitem__)[:NEAREST]
+def _nearest(errors: dict[str, torch.Tensor]) -> list[str]:
+    return sorted(errors, key=lambda name: typical(errors[name]))[:NEAREST]
 
 
 def _evenly(names: list[str]) -> list[str]:
@@ -97,5 +97,5 @@ def _errors(search: Search, model, part: int) -> torch.Tensor:
     return error(seen, search.wanted[part], search.keep)
 
 
-def _on_all(search: Search, model) -> torch.Tensor:
-    return torch.cat([_errors(search, model, part) for part in range(len(search.batches))])
+def _on_all(search: Search, model, first: torch.Tensor) -> torch.Tensor:
+    return torch.cat([first, *(_errors(search, model, part) for part in range(1, len(search.batches)))])
