@@ -119,6 +119,11 @@ def test_files_are_read_in_one_sitting():
     assert {name: lines for name, lines in long.items() if lines > 350} == {}
 
 
+def test_nothing_is_made_in_inference_mode():
+    """transformers keeps some of what one model made first for all later ones, which could not be trained then."""
+    assert not [name for name, path in FILES.items() if "inference_mode()" in path.read_text()]
+
+
 def test_no_package_file_hides_code():
     for name, path in FILES.items():
         if name.endswith("__init__") and name != "__init__":

@@ -83,7 +83,7 @@ def write_features(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _features(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     adapter = adapter_of(model)
     tokens = adapter.tokens(images.to(next(model.parameters()).dtype))

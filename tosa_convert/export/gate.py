@@ -29,7 +29,7 @@ class Judge:
         self.model, self.task, self.settings, images = model, task, settings, list(images)
         ports = Ports(preprocessing_of(model), settings.raw_input)
         self.feeds = [ports.feed(image) for image in images]
-        with torch.inference_mode():
+        with torch.no_grad():
             self.wanted = [next(iter(run_model(model, image).items())) for image in images]
 
     def margin(self, file: Path, images: int | None = None) -> float:

@@ -165,7 +165,7 @@ def _beside(figures: dict[str, float], bounds: dict[str, float]) -> str:
     return ", ".join(f"{name} {figures[name]:.4f} (asked: {bound:g})" for name, bound in bounds.items())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _refuse_one_size(model: nn.Module) -> None:
     preprocessing = preprocessing_of(model)
     try:

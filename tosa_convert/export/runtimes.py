@@ -48,7 +48,7 @@ def torch_runner(model: nn.Module, batches: list[torch.Tensor], compiled: bool) 
     forward = torch.compile(adapter.forward, dynamic=False) if compiled else adapter.forward
 
     def runner() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             forward(**next(inputs))
         if batches[0].is_cuda:
             torch.cuda.synchronize()

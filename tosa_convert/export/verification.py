@@ -121,7 +121,7 @@ class Verifier:
     def _batch(self, batch: dict, opened: dict[str, "_File"], checks: dict[str, Check], sums: dict[str, Tally]) -> int:
         """Add what a batch of images says; gives how many of them have a label."""
         images = batch["images"]
-        with torch.inference_mode():
+        with torch.no_grad():
             wanted = run(self.model, images)
         kind, main = next(iter(wanted.items()))
         wanted, feed = self.ports.leaving(wanted), self.ports.feed(images)
@@ -156,7 +156,7 @@ class Verifier:
         for image in itertools.islice(good, count):
             yield image[None]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _check_other_sizes(self, session: onnxruntime.InferenceSession, check: Check) -> None:
         """The built-in photos, larger and smaller than the model has them, one by one; the worst agreement counts."""
         for size in other_sizes(self.model):

@@ -43,7 +43,7 @@ class Outputs:
 def observe(model: nn.Module, images: torch.Tensor) -> Outputs:
     """Run a model, converted or not, on (B, C, H, W)."""
     adapter = adapter_of(model)
-    with torch.inference_mode(), _behind(adapter.blocks[-1]) as caught, _around_linears(adapter) as calls:
+    with torch.no_grad(), _behind(adapter.blocks[-1]) as caught, _around_linears(adapter) as calls:
         found = adapter.outputs(images.to(next(model.parameters()).dtype))
     kind, output = next(iter(found.items()))
     tokens = adapter.taken(caught[0])

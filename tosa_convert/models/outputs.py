@@ -33,7 +33,7 @@ def _nearest(embeddings: torch.Tensor) -> torch.Tensor:
     return (normed @ normed.mT).fill_diagonal_(-2.0).argmax(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor, flip: bool = False) -> tuple[str, torch.Tensor]:
     """The output that models are compared by and its name: logits, tokens, or the head's own; with ``flip`` the mean of
     the maps of images and of their mirror images, mirrored back."""

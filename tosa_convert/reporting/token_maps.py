@@ -37,7 +37,7 @@ class View:
     partners: list[tuple[tuple[int, int], tuple[int, int]]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
     """For each image the views of all selective layers that skip tokens.
 
