@@ -157,7 +157,7 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     if name == "spa":  # gates go on learning, so their thresholds are set again
         converted = at_mean(converted, images, budget)
     parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])
-    settings = BenchSettings(runtimes=["onnx"], rounds=20)
+    settings = BenchSettings(runtimes=["onnx"], rounds=20, memory=False)
     timed = bench({"original": base, "converted": converted}, settings, data=test)
     macs, speedup = cost.macs / cost.original, timed["cases"][0]["models"]["converted"]["speedup"]
     return {

@@ -1,0 +1,64 @@
+"""How fast the conversions that cifar10.py judges are in ONNX Runtime, all in one interleaved run on test images, batch
+1, one thread. Nothing else should run beside it.
+
+    python benchmarks/cifar10_speed.py package dinov2/timm.safetensors --work cifar_work
+
+It takes the classifier that cifar10.py left in the work folder, and makes that first where there is none. What is
+trained afterwards changes no speed, except where a trained gate chooses how many tokens are kept:
+those methods are left out.
+"""
+
+import argparse
+from pathlib import Path
+
+import record
+from cifar10 import BUDGETS, FINETUNE, GATED, METHODS, SIZE, as_asked, fine_tuned_base, unpacked
+
+from tosa_convert import FinetuneSettings, UsageError, flops
+from tosa_convert.base.progress import Progress
+from tosa_convert.data.images import sample
+from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.models.provenance import preprocessing_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name not in (*GATED, "random")])
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10_speed.json"))
+    arguments = parser.parse_args()
+    train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
+    base = fine_tuned_base(arguments.weights, train, arguments.work)
+    preprocessing = preprocessing_of(base)
+    seen, met = sample(train, preprocessing, 32)[0], sample(test, preprocessing, 48)[0]
+    models, macs = {"original": base}, {}
+    for budget in arguments.budgets:
+        for name in arguments.methods:
+            try:
+                made = as_asked(base, name, budget, seen, train, FinetuneSettings(**FINETUNE), 0)
+            except UsageError as error:
+                print(f"{name} at {budget}: {error}")
+                continue
+            models[f"{name} {budget}"] = made
+            cost = flops(made, images=met)
+            macs[f"{name} {budget}"] = {"method": name, "budget": budget, "macs": cost.macs / cost.original}
+    settings = BenchSettings(runtimes=["onnx"], rounds=arguments.rounds, memory=False)
+    timed = bench(models, settings, data=test, images=48, progress=Progress())["cases"][0]["models"]
+    rows = [
+        {
+            **row,
+            "ms": timed[key]["ms"],
+            "speedup": timed[key]["speedup"],
+            "of_promised": timed[key]["speedup"] * row["macs"],
+        }
+        for key, row in macs.items()
+    ]
+    record.write(arguments.out, {"size": SIZE, "ms": timed["original"]["ms"], "rounds": arguments.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
