@@ -104,7 +104,7 @@ def test_so_does_one_of_three_axes(times, height, width, levels):
         assert found == {tuple(place * step for place in each) for each in kept}
 
 
-@given(prefix=st.integers(0, 3), patches=st.integers(2, 20), gone=st.integers(0, 10), seed=seeds)
+@given(prefix=st.integers(0, 3), patches=st.integers(1, 20), gone=st.integers(0, 10), seed=seeds)
 def test_bipartite_matching_is_tomes(prefix, patches, gone, seed):
     """Written out from the paper's section 3.2, over all tokens, with the prefix tokens held back."""
     count = prefix + patches
@@ -112,12 +112,10 @@ def test_bipartite_matching_is_tomes(prefix, patches, gone, seed):
     first = [place for place in range(0, count, 2) if place >= prefix]
     second = [place for place in range(1, count, 2) if place >= prefix]
     gone = min(gone, len(first)) if second else 0
-    if not second:
-        return
     choice = choose_bipartite(keys, prefix, patches - gone)
     for image in range(2):
         unit = keys[image] / keys[image].norm(dim=-1, keepdim=True)
-        best = {a: max(second, key=lambda b: (unit[a] @ unit[b]).item()) for a in first}
+        best = {a: max(second, key=lambda b: (unit[a] @ unit[b]).item(), default=a) for a in first}
         order = sorted(first, key=lambda a: -(unit[a] @ unit[best[a]]).item())
         wanted = [*range(prefix), *sorted(order[gone:]), *second]
         assert choice.attended[image].tolist() == wanted
@@ -208,3 +206,15 @@ def test_both_ways_the_heaviest_pairs_go_first(patches, prefix, batch, share, se
         assert {place - prefix: attended[into] - prefix for place, into in found} == {
             place: into for place, into in root.items() if place != into
         }
+
+
+@given(prefix=st.integers(0, 3), batch=st.integers(1, 3))
+def test_one_patch_stays(prefix, batch):
+    tokens = random(batch, prefix + 1, 4)
+    for choice in (
+        choose_bipartite(tokens, prefix, 1),
+        choose_by_energy(tokens, prefix, 1, 0.5),
+        choose_both_ways(random(batch, 1, 0), prefix, 1),
+    ):
+        assert choice.attended.tolist() == [list(range(prefix + 1))] * batch
+        assert choice.skipped.shape == (batch, 0)

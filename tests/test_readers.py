@@ -192,6 +192,22 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, sources):
         refused(f"hfds:{tmp_path / 'nowhere'}", "the dataset .*nowhere cannot be loaded")
 
 
+def test_folders_in_a_tar_file_are_classes_where_they_can_be(tmp_path):
+    def opened(*names):
+        with tarfile.open(tmp_path / "some.tar", "w") as archive:
+            for index, name in enumerate(names):
+                add(archive, name, png(index))
+        return Images(f"tar:{tmp_path / 'some.tar'}", preprocessing_of(FAMILIES["timm vit"]()))
+
+    assert opened("./a/1.png", "./b/1.png").classes == ["a", "b"]
+    assert not opened("./1.png", "./2.png").classes  # as by tar cf some.tar -C folder .
+    twice = opened("train/a/1.png", "train/b/1.png", "val/a/1.png")
+    assert "two folders have the same name" in twice.ambiguous
+    stray = opened("./a/1.png", "./1.png")
+    assert "next to the class folders" in stray.ambiguous
+    assert not stray.labelled
+
+
 def drawn(images, first: int, last: int, repeats: int = 1) -> list:
     batches = training_loader(images, 2, first, last, 0, repeats)
     return [(image, label) for batch in batches for image, label in zip(batch["images"], batch["labels"], strict=True)]
@@ -243,7 +259,9 @@ def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
 def stream_of(tmp_path, labels: list, broken: tuple = ()) -> str:
     datasets = pytest.importorskip("datasets")
     stored = [{"bytes": b"broken" if i in broken else png(i), "path": None} for i in range(len(labels))]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("string" if "cat" in labels else "int64")}
+    )
     rows = datasets.Dataset.from_dict({"image": stored, "label": labels}, features=features)
     rows.to_parquet(tmp_path / "train.parquet")
     return f"hfids:{tmp_path}"
@@ -262,6 +280,21 @@ def test_a_label_of_a_stream_beyond_the_outputs_is_one_line_and_what_was_learnt_
     with pytest.raises(UsageError, match=r"\[19\] has label 500, and the model has 10 outputs"):
         finetune(model, source, settings, seed=1, out=tmp_path / "out")
     assert (tmp_path / "out/checkpoint/step.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None, 1, -1], r"\[[13]\] has no label; set labels to 0"),
+        ([-1] * 4, "has no label; set labels to 0"),
+        (["dog", "cat", "dog", "cat"], "its labels are words, .* use hfds:.*, or set labels to 0"),
+    ],
+)
+def test_a_stream_with_labels_that_do_not_count_is_trained_on_without_them(labels, message, tmp_path):
+    source, model = stream_of(tmp_path, labels), convert(load("quickstart"), ratio=0.5)
+    with pytest.raises(UsageError, match=message):
+        finetune(model, source, FinetuneSettings(steps=4, batch_size=1, labels=1.0))
+    assert finetune(model, source, FinetuneSettings(steps=4, batch_size=1, labels=0.0))["logits"] >= 0
 
 
 def test_a_damaged_stream_is_one_line(tmp_path):
@@ -323,6 +356,16 @@ def test_what_belongs_together_in_a_shard(tmp_path):
     assert not opened(a_png=png(0), a_cls=b"-1").labelled
     with pytest.raises(UsageError, match="no number of a class"):
         opened(a_png=png(0), a_cls=b"3000000000")
+    for odd in (b"NaN", b"Infinity", b"-Infinity", b"0.5"):
+        with pytest.raises(UsageError, match="no number of a class"):
+            opened(a_png=png(0), a_json=b'{"label": ' + odd + b"}")
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        add(archive, "a.png", png(0))
+        for name, kind in (("b.png", tarfile.DIRTYPE), ("c.png", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.png"
+            archive.addfile(member)
+    assert len(Images(f"wds:{tmp_path / 'links.tar'}", preprocessing_of(FAMILIES["timm vit"]()))) == 1
     with tarfile.open(tmp_path / "dots.tar", "w") as archive:
         for name in ("img 1.0.png", "img 1.1.png"):
             add(archive, name, png(0))

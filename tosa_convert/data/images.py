@@ -17,7 +17,7 @@ from torchvision import transforms
 from tosa_convert.base.errors import TosaError, UsageError, gist
 from tosa_convert.base.seeding import random_state, seed_transforms, set_random_state
 from tosa_convert.data.masks import Masks
-from tosa_convert.data.reader import read
+from tosa_convert.data.reader import Drawn, read
 from tosa_convert.models.preprocessing import Preprocessing
 
 BUILT_IN = "built-in photos"
@@ -95,7 +95,7 @@ class Images(Dataset):
         augment = Augmentation(augment) if isinstance(augment, str) else augment
         self.transform = _transform(preprocessing, augment)
         self.masks: Masks | None = None  # each image then brings its own as a last channel
-        self.outputs: int | None = None  # of the model; of a stream the labels show only as it comes
+        self.outputs: int | None = None  # of the model, if labels count; of a stream they show only as it comes
 
     @property
     def labelled(self) -> bool:
@@ -130,6 +130,21 @@ class Images(Dataset):
     def label(self, index: int) -> int | torch.Tensor:
         """That of one image; −1 where there are none."""
         return self.reader.label(index) if self.labelled else -1
+
+    def check_label(self, drawn: Drawn) -> None:
+        """
+        Raises:
+            UsageError: the image of a stream has no label, or one beyond the model's outputs, where these are known.
+        """
+        if self.outputs is None:
+            return
+        if drawn.label < 0:
+            raise UsageError(f"{drawn.name} has no label; set labels to 0, or leave it out")
+        if drawn.label >= self.outputs:
+            raise UsageError(
+                f"{drawn.name} has label {drawn.label}, and the model has {self.outputs} outputs: labels count from 0; "
+                "give another --num-classes, or set labels to 0"
+            )
 
     def _read(self, index: int):
         try:
@@ -173,11 +188,7 @@ class _Stream(IterableDataset):
         images, broken = self.images, []
         begun = self.first // self.repeats
         for place, drawn in enumerate(images.reader.draws(images.seed, begun), start=begun):
-            if images.outputs is not None and drawn.label >= images.outputs:
-                beyond = (
-                    f"{drawn.name} has label {drawn.label}, and the model has {images.outputs} outputs: labels count"
-                )
-                raise UsageError(f"{beyond} from 0; give another --num-classes, or train without labels")
+            images.check_label(drawn)
             content = drawn.content.read()
             for position in range(place * self.repeats, (place + 1) * self.repeats):
                 try:

@@ -3,7 +3,7 @@ a path without such a beginning is a folder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -32,6 +32,7 @@ class Reader(ABC):
         example: how such a source is written.
         classes: names of the classes in the order of the labels; empty where there are no labels.
         ambiguous: what makes the labels ambiguous, if anything does.
+        remedy: what to do about that.
         streams: whether images come in one order only, that of :meth:`draws`.
         stored: of a stream, the source of the same images that is none.
         numbered: whether labels are numbers without names; the classes are then those up to the largest.
@@ -41,6 +42,7 @@ class Reader(ABC):
     example: ClassVar[str]
     classes: list[str]
     ambiguous: str = ""
+    remedy: str = "give images that are sorted by classes, and nothing else"
     streams: ClassVar[bool] = False
     stored: str = ""
     numbered: bool = False
@@ -92,6 +94,16 @@ class Reader(ABC):
     def draws(self, seed: int, first: int) -> Iterator[Drawn]:
         """The images of a stream in a seeded order, again and again, from the one at ``first`` on."""
         raise NotImplementedError(f"{type(self).__name__} is no stream")
+
+
+def unclear(folders: set[PurePath]) -> str:
+    """What makes labels ambiguous that are the names of the folders with images, if anything does."""
+    if len(folders) < 2:
+        return ""
+    if PurePath() in folders:
+        return "there are images next to the class folders"
+    twice = len({folder.name for folder in folders}) < len(folders)
+    return "two folders have the same name, as in train/ and val/ side by side" if twice else ""
 
 
 class MapReader(Reader):

@@ -224,6 +224,12 @@ def match(features: torch.Tensor, prefix: int, choice: Choice) -> Choice:
     return choice._replace(partners=nearest_one + prefix)
 
 
+def _everyone(batch: int, count: int, device: torch.device) -> Choice:
+    """That all tokens attend."""
+    places = torch.arange(count, device=device).expand(batch, count)
+    return Choice(places, places[:, :0], places[:, :0])
+
+
 def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
     """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3.2): the tokens alternate between two sets,
     and those of the first that are most similar to one of the second (cosine) are skipped.
@@ -240,6 +246,8 @@ def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
     start = prefix + prefix % 2  # the first token of the first set that is no prefix token
     first, second = features[:, start::2], features[:, 1::2]
     hidden = prefix // 2  # prefix tokens that would be in the second set
+    if is_none(second.shape[1] - hidden):  # of the one patch that is left
+        return _everyone(batch, count, features.device)
     similarity, partner = (first @ second[:, hidden:].mT).max(-1)
     surplus = count - prefix - kept
     order = ordered(similarity, descending=True).indices
@@ -269,9 +277,7 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
             f"score energy skips at most half of the patches of a layer, not {surplus} of {patches}; raise the ratio"
         )
     if is_none(surplus):
-        everyone = torch.arange(count, device=features.device).expand(batch, count)
-        nobody = everyone[:, :0]
-        return Choice(everyone, nobody, nobody)
+        return _everyone(batch, count, features.device)
     units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
     pairs, alone = ordered(energy_of(units, margin), descending=True).indices.split(
         [2 * surplus, patches - 2 * surplus], dim=1
@@ -303,6 +309,8 @@ def choose_both_ways(weights: torch.Tensor, prefix: int, kept: int) -> Choice:
     """
     batch, ones, others = weights.shape
     surplus = ones + others - kept
+    if is_none(surplus):
+        return _everyone(batch, prefix + kept, weights.device)
     there, back = surplus - surplus // 2, surplus // 2
     best, partner = weights.max(-1)
     gone, left = ordered(best, descending=True).indices.split([there, ones - there], dim=1)

@@ -23,9 +23,7 @@ class Classification(Task):
         if not (images.labelled or images.ambiguous):
             return False
         if images.ambiguous:
-            raise UsageError(
-                f"{images.name}: {images.ambiguous}; give images that are sorted by classes, and nothing else"
-            )
+            raise UsageError(f"{images.name}: {images.ambiguous}; {images.reader.remedy}")
         outputs, names = outputs_of(model), class_names(model)
         if images.reader.numbered and len(images.classes) <= outputs:  # the last classes may have no image here
             return True

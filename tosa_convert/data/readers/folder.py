@@ -5,7 +5,7 @@ from pathlib import Path
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader
+from tosa_convert.data.reader import Reader, unclear
 
 
 class Folder(Reader):
@@ -21,16 +21,7 @@ class Folder(Reader):
         self.root = Path(place)
         names = self.found.class_to_idx
         self.classes = [] if "" in names else sorted(names, key=names.get)
-        self.ambiguous = self._ambiguous()
-
-    def _ambiguous(self) -> str:
-        """Images next to class folders, or one class name in two places."""
-        folders = {Path(path).parent for path, _ in self.found.samples}
-        if self.classes and len({folder.name for folder in folders}) < len(folders):
-            return "two folders have the same name, as in train/ and val/ side by side"
-        if not self.classes and len(folders) > 1:
-            return "there are images next to the class folders"
-        return ""
+        self.ambiguous = unclear({Path(path).parent.relative_to(self.root) for path, _ in self.found.samples})
 
     def __len__(self):
         return len(self.found)

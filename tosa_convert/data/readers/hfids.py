@@ -32,6 +32,10 @@ class Hfids(Reader):
         self.name, self.data, self.image = opened(place, streaming=True)
         self.stored = f"hfds:{place}"
         self.labels, self.names = labels_of(self.data)
+        if self.labels and not self.names and self.data.features[self.labels].dtype == "string":
+            self.ambiguous = "its labels are words, and a stream does not tell which ones there are"
+            self.remedy = f"use {self.stored}, or set labels to 0"
+            self.labels = ""
         split = (self.data.info.splits or {}).get(str(self.data.split))
         self.told = None if split is None else split.num_examples  # most streams do not tell
         columns = {**self.data.features, ROW: _whole_numbers()}
@@ -80,17 +84,13 @@ class Hfids(Reader):
         known = inspect.signature(self.data.shuffle).parameters
         one = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
         for row in self.data.shuffle(seed=seed, buffer_size=BUFFER, **one):
-            label = self._label(row, row[ROW])
+            label = self._label(row)
             name = (row[self.image] or {}).get("path") or f"{self.name}[{row[ROW]}]"
             yield Drawn(io.BytesIO(bytes_of(row[self.image])), label, name)
 
-    def _label(self, row: dict, index: int) -> int:
-        if not self.labels:
-            return -1
-        (label,) = numbers_of([row[self.labels]], self.names)
-        if label is None:
-            raise UsageError(f"{self.name}[{index}] has no label, unlike others; train without labels, or leave it out")
-        return label
+    def _label(self, row: dict) -> int:
+        (label,) = numbers_of([row[self.labels]], self.names) if self.labels else (None,)
+        return -1 if label is None else label
 
     def open(self, index):
         self.check_stored()

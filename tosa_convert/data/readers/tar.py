@@ -2,12 +2,12 @@
 
 import io
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.data.reader import Reader
+from tosa_convert.data.reader import Reader, unclear
 from tosa_convert.data.tar_files import check_whole
 
 
@@ -27,10 +27,14 @@ class Tar(Reader):
             ) from None
         except ValueError:
             raise UsageError(f"{place} contains no images; give a .tar with .jpg or .png files in it") from None
+        # A tar file in it counts as a folder.
+        inside = {
+            (PurePath(inner.path).with_suffix("") if inner else PurePath(), file.path)
+            for file, _, inner in self.found.samples
+        }
+        self.ambiguous = unclear({(place / path).parent for place, path in inside})
         names = sorted(self.found.class_name_to_idx, key=self.found.class_name_to_idx.get)
-        self.classes = [] if names == [""] else names
-        if "" in self.classes:
-            self.classes, self.ambiguous = [], "there are images next to the class folders"
+        self.classes = [] if set(names) & {"", "."} else names
 
     def __len__(self):
         return len(self.found)

@@ -83,7 +83,7 @@ def _samples(shard: Path) -> Iterator[Sample]:
     labels: dict[str, dict[str, int]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
-            for member in archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
                 kind = member.name.rpartition("/")[-1].lower().partition(".")[2]
                 key = member.name[: len(member.name) - len(kind) - 1]
                 if f".{kind.rpartition('.')[-1]}" in get_img_extensions(as_set=True):
@@ -118,6 +118,6 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> int 
         raise UsageError(
             f"{member.name} in the shard {archive.name} holds no number as its label; write one in each .cls file"
         ) from None
-    if found != int(found) or found > MOST:
+    if not found <= MOST or found % 1:
         raise UsageError(f"{member.name} in the shard {archive.name} holds {found}, which is no number of a class")
     return int(found) if found >= 0 else None

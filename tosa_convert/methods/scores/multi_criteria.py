@@ -38,7 +38,7 @@ class MultiCriteria(Score):
         tau, patches = self.options, view.tokens.shape[1] - self.prefix
         units = F.normalize(view.tokens.narrow(1, self.prefix, patches).float(), dim=-1)
         little = _little(view.received.narrow(1, self.prefix, patches).float(), tau.tau_information)
-        few = 1.0 if view.sizes is None else _little(view.sizes.narrow(1, self.prefix, patches), tau.tau_size)
+        few = 1.0 if view.sizes is None else _little(view.sizes.narrow(1, self.prefix, patches).float(), tau.tau_size)
         # What one token brings to the weights of all of its pairs.
         own = little * few
         alike = ((units[:, ::2] @ units[:, 1::2].mT + 1) / 2).clamp(min=0) ** (1 / tau.tau_similarity)
