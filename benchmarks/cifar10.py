@@ -176,6 +176,7 @@ def as_asked(base, name: str, budget: float, images, train: Path, settings: Fine
         found = find_plan(base, images, budget, segment=segment, adaptive=name == "adaptive")
         return convert(copy.deepcopy(base), found.config)
     if name in GATED:
+        at_mean(convert(copy.deepcopy(base), method=name), images, budget)  # refused before the training, not after it
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
         return at_mean(gated(base, name, train, lesson, settings, seed)[0], images, budget)
     try:

@@ -14,10 +14,21 @@ from PIL import Image
 from test_contract import close, first
 from timm.models.vision_transformer import VisionTransformer
 
-from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
+from tosa_convert import (
+    DistillSettings,
+    FinetuneSettings,
+    TosaError,
+    UsageError,
+    convert,
+    distill,
+    finetune,
+    load,
+)
+from tosa_convert.base.errors import InterruptedTrainingError, TosaWarning
 from tosa_convert.data.images import Augmentation, Images
 from tosa_convert.data.masks import Boxes, MaskFolder, masks_of
 from tosa_convert.export.onnx import export_onnx
+from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
@@ -25,6 +36,7 @@ from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
 from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen_tokens, selective_blocks
 from tosa_convert.tasks.task import task_of
+from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of
 
 
@@ -107,6 +119,37 @@ def test_gates_learn_from_the_task_and_from_labels():
     assert choosing_blocks(model)[-1].selector.linear.weight.grad.abs().sum() > 0
 
 
+def test_gates_may_have_a_ratio_in_place_of_a_threshold():
+    model, images = gated(ratio=0.5).train(), photos()
+    current = choosing_blocks(model)[0].selection.current
+    first(run(model, images)).square().sum().backward()
+    assert all(block.selector.linear.weight.grad.abs().sum() > 0 for block in choosing_blocks(model))
+    first(run(model.eval(), images))
+    for block in choosing_blocks(model):
+        layer = block.selection.layer
+        best = current.state.gates[layer][:, 1:].topk(8).indices + 1
+        assert torch.equal(current.state.choices[layer].attended[:, 1:].sort().values, best.sort().values)
+
+
+def test_a_control_weighs_what_it_adds_as_the_gates_do():
+    images, model = photos(), gated()
+    control = random_control(model, seed=1)
+    seen = {}
+    for name, each in (("gates", model), ("control", control)):
+        block = choosing_blocks(each)[0]
+
+        def note(module, *_, name=name, block=block):
+            state, layer = block.selection.current.state, block.selection.layer
+            seen[name] = state.weights[layer].flatten()[state.choices[layer].attended[0]].sort().values
+
+        block.attn.register_forward_hook(note)
+        run(each, images)
+    assert close(seen["control"], seen["gates"])
+    assert not torch.equal(
+        *(choosing_blocks(each)[0].selection.current.state.choices[4].attended for each in (model, control))
+    )
+
+
 def test_the_file_of_a_gated_model(tmp_path):
     assert export_onnx(gated(), tmp_path).passed
 
@@ -167,6 +210,7 @@ def test_without_masks_the_original_s_attention_is_the_label(labelled):
         ({"masks": 1, "boxes": 2}, "leave out one of the two"),
         ({"masks": 1, "settings": {"mixup": 0.5}}, "crops and mirrors only"),
         ({"masks": 1, "convert": {"score": "norm"}}, "for score gate"),
+        ({"masks": 1, "settings": {"gates": 0.0}}, "gates 0 learns nothing from masks"),
     ],
 )
 def test_selection_labels_that_make_no_sense(labelled, options, message):
@@ -208,6 +252,48 @@ def test_impact_is_the_loss_without_a_token_less_the_loss_with_all():
             left[:, place + 1] = 0
             logits = model.forward_head(model.norm(model.blocks(left)))
             assert found.impact[place] == pytest.approx((loss(logits) - loss(whole)).item(), abs=1e-5)
+
+
+def test_impact_on_embeddings_is_an_angle_and_on_maps_a_distance(tmp_path):
+    clip = convert(lively(FAMILIES["hf CLIPModel"]()), method="impact")
+    found = impact_of(clip, task_of(clip), photos(1), None)
+    with torch.no_grad():
+        doubled = copy.deepcopy(clip)
+        doubled.visual_projection.weight *= 2
+    assert torch.allclose(impact_of(doubled, task_of(doubled), photos(1), None).impact, found.impact, atol=1e-5)
+    write_images(tmp_path / "images", 3)
+    write_images(tmp_path / "masks", 3)
+    for file in sorted((tmp_path / "masks").glob("*.png")):
+        Image.fromarray((np.arange(32 * 32).reshape(32, 32) % 2 * 255).astype(np.uint8)).save(file)
+    model = load("quickstart", task="segmentation")
+    convert(model, method="impact")
+    figures = distill(model, f"masks:{tmp_path}", DistillSettings(steps=2, examples=3, batch_size=2))
+    assert figures["images"] == 3
+
+
+def test_impact_in_half_precision(labelled):
+    settings = DistillSettings(steps=2, examples=3, batch_size=2)
+    assert distill(convert(vit(), method="impact").bfloat16(), labelled[0], settings)["images"] == 3
+    with pytest.raises(UsageError, match="the weights are float16"):
+        distill(convert(vit(), method="impact").half(), labelled[0], settings)
+
+
+def test_what_was_worked_out_of_the_impact_outlives_an_interruption(tmp_path, labelled, monkeypatch):
+    settings, work = DistillSettings(steps=2, examples=6, batch_size=4), impact_module.impact_of
+    seen = []
+
+    def interrupted(*given):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(work(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(impact_module, "impact_of", interrupted)
+    with pytest.raises(InterruptedTrainingError, match=r"interrupted after 4 of 6 images; .* --out .* --resume"):
+        distill(convert(vit(), method="impact"), labelled[0], settings, out=tmp_path / "run")
+    seen.clear()
+    assert distill(convert(vit(), method="impact"), labelled[0], settings, out=tmp_path / "run", resume=True)
+    assert len(seen) == 2, "the others were known"
 
 
 @torch.no_grad()
@@ -347,7 +433,29 @@ def test_masks_are_found_by_the_folders_of_their_images(tmp_path):
         flat.mask("0.jpg", (4, 4))
 
 
-@pytest.mark.parametrize("box", [[1, 2], [0, 0, 0, 5], [0, 0, float("nan"), 5], [10, 10, -4, -4]])
+def test_masks_with_colours_matter_where_they_are_not_black(tmp_path):
+    """As those of Pascal VOC: class 1 is (128, 0, 0)."""
+    (tmp_path / "masks").mkdir()
+    file, folder = tmp_path / "masks" / "0.png", None
+    classes = np.array([[0, 1], [2, 255]], np.uint8)
+    palette = Image.fromarray(classes, "P")
+    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * (252 * 3) + [224, 224, 192])
+    palette.save(file)
+    folder = MaskFolder(tmp_path / "masks")
+
+    def seen():
+        return (np.asarray(folder.mask("0", (2, 2))) > 0).tolist()
+
+    assert seen() == [[False, True], [True, True]]
+    palette.save(file, transparency=2)
+    assert seen() == [[False, True], [False, True]], "what nobody sees does not matter"
+    palette.convert("RGB").save(file)
+    assert seen() == [[False, True], [True, True]]
+    Image.fromarray(np.array([[0, 100], [200, 255]], np.uint8)).convert("P").save(file)
+    assert seen() == [[False, False], [True, True]], "grey levels count from half on, however they are stored"
+
+
+@pytest.mark.parametrize("box", [[1, 2], [0, 0, -1, 5], [0, 0, float("nan"), 5], [10, 10, -4, -4]])
 def test_boxes_that_are_none(tmp_path, box):
     annotations = [{"image_id": 1, "bbox": box}]
     content = {"images": [{"id": 1, "file_name": "x/0.jpg"}], "annotations": annotations}
@@ -359,13 +467,33 @@ def test_boxes_that_are_none(tmp_path, box):
         Boxes(tmp_path / "boxes.json")
 
 
+def test_boxes_without_area_count_for_nothing(tmp_path):
+    """COCO's own training boxes have one."""
+    content = {
+        "images": [{"id": 1, "file_name": "0.jpg"}],
+        "annotations": [{"image_id": 1, "bbox": box} for box in ([2, 2, 3, 0], [1, 1, 2, 2])],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.warns(TosaWarning, match="1 of 2 boxes have no area"):
+        boxes = Boxes(tmp_path / "boxes.json")
+    assert np.asarray(boxes.mask("0.jpg", (8, 8))).sum() == 4 * 255
+    content["annotations"] = content["annotations"][:1]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="no box has an area"):
+        Boxes(tmp_path / "boxes.json")
+
+
 def test_boxes_are_held_to_the_sizes_that_their_file_names(tmp_path):
     """Before any image is opened: a training would come to the last one late."""
     images = [{"id": 1, "file_name": "0.jpg", "width": 40, "height": 30}]
     content = {"images": images, "annotations": [{"image_id": 1, "bbox": [30, 5, 11, 5]}]}
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     assert Boxes(tmp_path / "boxes.json").mask("0.jpg", (40, 30)).getextrema() == (0, 255)
-    content["annotations"][0]["bbox"][2] = 12
+    content["annotations"][0]["bbox"] = [40, 5, 1, 5]  # next to it, within the pixel that rounding may take
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(TosaError, match="outside the image of 40×30"):
+        Boxes(tmp_path / "boxes.json")
+    content["annotations"][0]["bbox"] = [30, 5, 12, 5]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(TosaError, match="a box of 0, 30,5 12×5, is outside the image of 40×30"):
         Boxes(tmp_path / "boxes.json")

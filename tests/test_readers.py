@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,3 +375,21 @@ def test_what_belongs_together_in_a_shard(tmp_path):
     for prefix in ("tar", "wds", "hfds", "hfids"):
         with pytest.raises(UsageError, match=f"nothing is named behind {prefix}:; write {prefix}:"):
             Images(f"{prefix}:", preprocessing_of(FAMILIES["timm vit"]()))
+
+
+def test_thresholds_are_not_trained_on_a_stream_alone(tosa, tmp_path):
+    """Their multiply–adds are counted over images; a training that ends without any would have been for nothing."""
+    source = stream_of(tmp_path, list(range(9)))
+    code, _, err = tosa("finetune", "quickstart", "--method", "spa", "--steps", 1, "--data", source, "--out", "run")
+    assert code == 2
+    assert "a stream gives no sample of them; train on hfds:" in " ".join(err.split())
+    assert not Path("run").exists()
+    recipe = {
+        "model": "quickstart",
+        "convert": {"method": "spa"},
+        "finetune": {"steps": 1, "batch_size": 2, "labels": 0.0},
+        "data": {"train": source, "eval": source.replace("hfids", "hfds")},
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    code, _, err = tosa("run", "recipe.yaml", "--out", "run")
+    assert code == 0, err

@@ -1,8 +1,11 @@
 """Thresholds: each image of a batch keeps as many tokens as it needs, and is computed as if it were alone."""
 
 import copy
+from dataclasses import replace
 from unittest import mock
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import LAYERS, lively
@@ -15,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tosa_convert import TosaError, UsageError, convert, evaluate, find_plan, flops
+from tosa_convert.export.graph import write_graph
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
@@ -23,7 +27,9 @@ from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts, Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.planning import adaptive as planning
+from tosa_convert.planning import plan as plans
 from tosa_convert.planning import rivals
+from tosa_convert.planning.budget import at_budget
 from tosa_convert.selective.containers import Containers, packed_into
 from tosa_convert.selective.conversion import original
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
@@ -174,20 +180,21 @@ def test_the_file_keeps_as_many_tokens_as_torch_does(name, tmp_path):
     batch=st.integers(1, 4),
     patches=st.integers(1, 12),
     prefix=st.integers(0, 2),
-    most=st.integers(1, 12),
+    most=st.none() | st.integers(1, 12),
     threshold=st.floats(-3, 3),
 )
 def test_a_choice_above_a_threshold(seed, batch, patches, prefix, most, threshold):
     scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
-    choice = choose_above(scores, prefix, threshold, most)
+    most = patches if most is None else min(most, patches)
+    choice = choose_above(scores, prefix, threshold, None if most == patches else most)
     everyone = torch.cat([choice.attended, choice.skipped], 1)[0]
     assert sorted(everyone.tolist()) == list(range(scores.numel())), "each token attends or is skipped"
     for values, tokens in zip(scores, by_image(choice), strict=True):
         assert tokens.tolist() == sorted(tokens.tolist())
         assert tokens[:prefix].tolist() == list(range(prefix))
         mine, own = tokens[prefix:], values[prefix:]
-        assert 1 <= len(mine) <= max(1, most)
-        wanted = (own >= threshold).sum().clamp(1, min(most, patches))
+        assert 1 <= len(mine) <= most
+        wanted = (own >= threshold).sum().clamp(1, most)
         assert len(mine) == wanted
         assert set(mine.tolist()) == set((own.argsort(descending=True)[:wanted] + prefix).tolist())
 
@@ -357,6 +364,40 @@ def test_multiply_adds_need_images(small, adaptive):
     converted = convert(copy.deepcopy(small[0]), adaptive.config)
     with pytest.raises(UsageError, match="depend on the images"):
         flops(converted)
+
+
+def test_thresholds_that_do_not_come_down_leave_the_plan_with_numbers(small, monkeypatch):
+    def refuse(*_):
+        raise UsageError("no")
+
+    monkeypatch.setattr(rivals, "lasting", lambda _: ["tome"])
+    monkeypatch.setattr(planning._Thresholds, "at", refuse)
+    assert find_plan(*small, 0.8, adaptive=True).spread is None
+
+
+def test_an_adaptive_plan_is_held_to_published_methods(small, monkeypatch):
+    """Thresholds have to be ahead of them too, where they are ahead of the plan with numbers."""
+    compared = []
+    tome = at_budget(small[0], "tome", 0.8).tosa_config
+    monkeypatch.setattr(planning, "ahead", lambda _, others: compared.append(others) is not None)
+    for other in ({}, {"config": tome}):
+        monkeypatch.setattr(plans, "against_published", lambda _, plan, *__, other=other: replace(plan, **other))
+        found = find_plan(*small, 0.8, adaptive=True)
+    assert found.config == tome
+    assert not torch.allclose(*compared)
+
+
+def test_a_bound_on_the_tokens_of_an_image_holds_at_any_size(tmp_path):
+    converted = convert(built("timm vit"), score="norm", layers=[2, 4], threshold=-1e9, ratio=0.5)
+    write_graph(converted, tmp_path / "model.onnx", 20, any_size=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for size in (32, 48):
+        pictures = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad(), adapter_of(converted).any_size():
+            wanted = first(run(converted, pictures))
+        found = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[0]
+        assert np.allclose(found, wanted.numpy(), atol=1e-4)
+        assert len(last_choices(converted)[2].attended[0]) == 1 + (size // 8) ** 2 // 2
 
 
 def test_the_control_keeps_as_many_tokens(small):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -9,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
 
 
 class Masks(ABC):
@@ -69,7 +70,8 @@ class Masks(ABC):
 
 
 class MaskFolder(Masks):
-    """A folder of PNG files: a pixel matters that is above half, or that is not 0 where there are only 0 and 1."""
+    """A folder of PNG files. In one of grey levels a pixel matters that is above half, or that is not 0 where there are
+    only 0 and 1; in one with colours, as for classes, a pixel that is not black."""
 
     def __init__(self, place: str | Path):
         folder = Path(place)
@@ -85,7 +87,7 @@ class MaskFolder(Masks):
         try:
             with Image.open(file) as opened:
                 deep = opened.mode.startswith("I")
-                values = np.asarray(opened if deep else _opaque(opened).convert("L"))
+                values = np.asarray(opened) if deep else _levels(_opaque(opened))
         except OSError as error:
             raise TosaError(f"cannot read the mask {file} ({type(error).__name__}); give another PNG file") from None
         if values.shape[::-1] != size:
@@ -99,10 +101,19 @@ class MaskFolder(Masks):
 
 def _opaque(image: Image.Image) -> Image.Image:
     """On black: a pixel that nobody sees does not matter."""
-    if "A" not in image.getbands():
+    if "A" not in image.getbands() and "transparency" not in image.info:
         return image
     seen = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "black"), seen)
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """(H, W) in 0 to 255; of an image with colours 255 where it is not black."""
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    colours = np.asarray(image.convert("RGB"))
+    grey = (colours == colours[..., :1]).all()
+    return colours[..., 0] if grey else np.where(colours.any(-1), 255, 0)
 
 
 class Boxes(Masks):
@@ -130,14 +141,20 @@ class Boxes(Masks):
             if isinstance(image.get("width"), int) and isinstance(image.get("height"), int)
         }
         self.boxes: dict[str, list[list[float]]] = {name: [] for name in names.values()}
+        empty = 0
         for name, box in boxes:
-            if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
-                raise UsageError(
-                    f"{place}: a box of {name} is {box}; boxes are left, top, width and height in pixels, above 0"
-                )
+            if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+                raise UsageError(f"{place}: a box of {name} is {box}; boxes are left, top, width and height in pixels")
+            if min(box[2:]) == 0:  # as in COCO itself
+                empty += 1
+                continue
             if name in said:
                 _check_inside(name, box, said[name])
             self.boxes[name].append(box)
+        if empty == len(boxes):
+            raise UsageError(f"{place}: no box has an area; boxes are left, top, width and height in pixels")
+        if empty:
+            warnings.warn(f"{place}: {empty} of {len(boxes)} boxes have no area and count for nothing", TosaWarning, 2)
         super().__init__(place, list(self.boxes))
 
     def mask(self, name, size):
@@ -152,7 +169,8 @@ class Boxes(Masks):
 
 def _check_inside(name: str, box: list[float], size: tuple[int, int]) -> None:
     left, top, width, height = box
-    if left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1:
+    beyond = left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1
+    if beyond or min(left + width, top + height) <= 0 or left >= size[0] or top >= size[1]:
         raise TosaError(
             f"a box of {name}, {left:g},{top:g} {width:g}×{height:g}, is outside the image of {size[0]}×{size[1]}; "
             "boxes are left, top, width and height in pixels"

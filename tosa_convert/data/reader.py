@@ -168,6 +168,12 @@ def with_options(source: str | None, **options: Any) -> str | None:
 SPELT = {"list": "--list", "scale": "--depth-scale"}
 
 
+def is_stream(source: str | None) -> bool:
+    """Whether images of a source come in one order only."""
+    kind = str(source).partition(":")[0]
+    return kind in discovery.names(FOLDER) and _reader(kind).streams
+
+
 def _takes(kind: str) -> tuple[str, ...]:
     return _reader(kind).takes if kind in discovery.names(FOLDER) else ()
 

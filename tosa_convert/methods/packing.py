@@ -13,9 +13,9 @@ from tosa_convert.methods.matching import match, nearest
 from tosa_convert.methods.token_ops import Choice, Packed, is_one, ordered, pick
 
 
-def choose_above(scores: torch.Tensor, prefix: int, threshold: float, most: int) -> Choice:
-    """Every prefix token attends, and the patch tokens whose score is at least a threshold: the ``most`` best of them,
-    and in any case the best.
+def choose_above(scores: torch.Tensor, prefix: int, threshold: float, most: int | None = None) -> Choice:
+    """Every prefix token attends, and the patch tokens whose score is at least a threshold: of them the ``most`` best,
+    where that is given, and in any case the best.
 
     Args:
         scores: (B, N), one per token; those of prefix tokens are not looked at.
@@ -26,8 +26,8 @@ def choose_above(scores: torch.Tensor, prefix: int, threshold: float, most: int)
     batch, count = scores.shape
     patches = scores.narrow(1, prefix, count - prefix)
     attends = (patches >= threshold).scatter(1, patches.argmax(1, keepdim=True), True)
-    if isinstance(most, int) and most < count - prefix:
-        best = ordered(patches, descending=True).indices[:, :most]
+    if most is not None:
+        best = ordered(patches, descending=True).indices.narrow(1, 0, most)
         attends = attends & torch.zeros_like(attends).scatter(1, best, True)
     attends = torch.cat([attends.new_ones(batch, prefix), attends], dim=1)
     return in_a_row(attends)

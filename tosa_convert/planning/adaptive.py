@@ -7,13 +7,15 @@ skips there, found in one forward pass, since what a layer sees depends on what 
 
 import copy
 import functools
+import warnings
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import error, observe
@@ -32,22 +34,25 @@ HALVINGS = 20
 """How often the way is halved on which thresholds are moved."""
 NEAR = 0.002
 """Share of the MACs by which a plan may stay below its budget."""
+FAR = 0.02
+"""Share of the MACs below the budget from which that is said."""
 DIGITS = 6
 
 
-def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
-    """The plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search; as it
-    was where that is not clearly ahead. On some models images differ little in what they need.
+def adapted(search: Search, plan: Plan, best: Plan, most: float | None = None) -> Plan:
+    """A plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search; the
+    best one with numbers where that is not clearly ahead of it. On some models images differ little in what they need.
 
     Args:
+        best: the plan itself, or a published method that is ahead of it.
         most: share of the original's multiply–adds that no image may exceed.
 
     Raises:
         UsageError: too few images to learn from how they differ, or a bound below the budget.
     """
     images = torch.cat(search.batches)
-    fixed = convert(light_copy(search.model), plan.config)
-    budget = search.share_of.of(fixed)
+    fixed = convert(light_copy(search.model), best.config)
+    budget = search.share_of.of(convert(light_copy(search.model), plan.config))
     check_adaptive(images, budget, most)
     wanted = observe(search.model, images)
 
@@ -59,12 +64,15 @@ def adapted(search: Search, plan: Plan, most: float | None = None) -> Plan:
     for variant in ({}, *plan.config.part(Score).any_number_variants):
         thresholds = _Thresholds(search, plan, images, variant)
         caps = thresholds.capped(most) if most is not None else None
-        converted, spread = thresholds.at(budget, caps)
-        after = errors_of(converted)
-        found[after.mean().item()] = converted, spread, after
-    measured, (converted, spread, after) = min(found.items())
+        with suppress(UsageError):  # it does not come down to the budget on these images
+            converted, spread = thresholds.at(budget, caps)
+            after = errors_of(converted)
+            found[after.mean().item()] = converted, spread, after
+    if not found:
+        return best
+    measured, (converted, spread, after) = min(found.items(), key=lambda item: item[0])
     if not ahead(after, before):
-        return replace(plan, rivals={**plan.rivals, "as many tokens as each image needs": typical(after)})
+        return replace(best, rivals={**best.rivals, "as many tokens as each image needs": typical(after)})
     return replace(
         plan,
         config=converted.tosa_config,
@@ -107,6 +115,7 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
     blocks = choosing_blocks(moved)
     before = [block.selection.threshold for block in blocks]
+    below = 0.0
     observe(moved, images)
     scores = [value[value.isfinite()].abs().max().item() for value in blocks[0].selection.current.state.scores.values()]
     high = 2 * max(*scores, *map(abs, before)) + 1.0  # raised by so much no token reaches a threshold
@@ -121,11 +130,17 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             if share > budget:
                 low = by
                 continue
-            high = best = by
+            high, best, below = by, by, budget - share
             if share > budget - NEAR:
                 break
     if best is None:
         raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+    if below > FAR:
+        warnings.warn(
+            f"moving the thresholds goes in steps here: the mean is {budget - below:.3f} of the MACs, not {budget:g}",
+            TosaWarning,
+            stacklevel=2,
+        )
     for block, threshold in zip(blocks, before, strict=True):
         block.selection.threshold = threshold + best
     reached = [block.selection.threshold for block in selective_blocks(moved)]

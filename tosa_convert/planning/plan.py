@@ -106,9 +106,8 @@ def find_plan(
         if by == "latency" and target_drop is None:
             return within_latency(search, budget, conditions, target_ms)
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
-        if adaptive:
-            found = adapted(search, found, max_macs)
-        alone = by == "macs" and (segment or 1) == 1 and found.spread is None
-        return against_published(search, found, target_drop) if alone else found
+        alone = by == "macs" and (segment or 1) == 1
+        best = against_published(search, found, target_drop) if alone else found
+        return adapted(search, found, best, max_macs) if adaptive else best
     finally:
         model.train(training)

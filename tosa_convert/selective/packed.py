@@ -49,6 +49,10 @@ class Row:
         return heard
 
 
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""Of scaled_dot_product_attention, that may be given by place."""
+
+
 class _WithinImages(TorchFunctionMode):
     """Makes attention over a row attention within each of its images."""
 
@@ -59,17 +63,19 @@ class _WithinImages(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or args[0].shape[-2] != self.total:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        inputs, mask = [given.pop(name) for name in ARGUMENTS[:3]], given.pop("attn_mask", None)
+        if inputs[0].shape[-2] != self.total:
             return function(*args, **kwargs)
         self.asked = True
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        others = {name: value for name, value in kwargs.items() if name != "attn_mask"}
-        if self.container is not None and len(args) < 5:
-            return Containers(self.lengths, self.container, args[0].device).attend(*args[:3], mask, **others)
-        parts = [each.split(self.lengths, dim=-2) for each in args[:3]]
+        if self.container is not None:
+            return Containers(self.lengths, self.container, inputs[0].device).attend(*inputs, mask, **given)
+        parts = [each.split(self.lengths, dim=-2) for each in inputs]
         found = [
-            function(*qkv, given, *args[4:], **others)
-            for qkv, given in zip(zip(*parts, strict=True), self._parted(mask), strict=True)
+            function(*qkv, attn_mask=own, **given)
+            for qkv, own in zip(zip(*parts, strict=True), self._parted(mask), strict=True)
         ]
         return torch.cat(found, dim=-2)
 

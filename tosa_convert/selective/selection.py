@@ -176,8 +176,10 @@ class Selection:
         with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
             if self.threshold is not None:
                 worth = self._worth(score, view, state, arrival)
-                worth = worth if self.chance is None else self._by_chance(worth)
-                found = choose_above(worth, self.prefix, self.threshold_for(worth), kept)
+                most = kept if view.steps < RATIO_STEPS else None
+                found = choose_above(worth, self.prefix, self.threshold_for(worth), most)
+            elif score.gates:
+                found = choose_best(self._worth(score, view, state, arrival), self.prefix, kept)
             else:
                 found = score(view)
                 if not score.chooses:
@@ -198,17 +200,22 @@ class Selection:
                 state.features[self.layer] = worth.features
             if worth.logits is not None:
                 state.gates[self.layer], state.weights[self.layer] = worth.logits, worth.weights
-            return self._settled(worth.values, state, arrival).detach()
+            return self._by_chance(self._settled(worth.values, state, arrival).detach(), state)
         # Image by image, of those that attended in the layer that is read.
         each = [score(view._replace(reading=reading)).values for reading in view.reading]
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
-        return self._settled(values, state, arrival)
+        return self._by_chance(self._settled(values, state, arrival), state)
 
-    def _by_chance(self, worth: torch.Tensor) -> torch.Tensor:
-        """(B, N) with the values of the patches in another order, the same one in every image."""
+    def _by_chance(self, worth: torch.Tensor, state: ForwardState) -> torch.Tensor:
+        """(B, N); of a control with the values of the patches in another order, the same one in every image, and what
+        weighs them with them."""
+        if self.chance is None:
+            return worth
         generator = torch.Generator().manual_seed(1009 * self.chance + self.layer)
         order = torch.randperm(worth.shape[1] - self.prefix, generator=generator) + self.prefix
         order = torch.cat([torch.arange(self.prefix), order]).to(worth.device)
+        if self.layer in state.weights:
+            state.weights[self.layer] = state.weights[self.layer].index_select(1, order)
         return worth.index_select(1, order)
 
     def _settled(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival) -> torch.Tensor:

@@ -29,7 +29,7 @@ from tosa_convert.config.settings import TrainSettings
 from tosa_convert.data.images import Images, training_loader
 from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
 from tosa_convert.training.float32_attention import attention_precision
-from tosa_convert.training.optimisation import make_optimizer, make_schedule
+from tosa_convert.training.optimisation import check_weights, make_optimizer, make_schedule
 
 CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
 
@@ -93,10 +93,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     Raises:
         UsageError: weights in half precision, which small steps would not change.
     """
-    if any(parameter.dtype == torch.float16 for parameter in stage.objective.parameters()):
-        raise UsageError(
-            "the weights are float16, and training in it ends in nan; use model.float(), and precision bf16 for speed"
-        )
+    check_weights(stage.objective)
     settings, world = stage.settings, accelerator.num_processes
     if stage.out:
         stage.out.mkdir(parents=True, exist_ok=True)

@@ -171,6 +171,8 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
                 stacklevel=3,
             )
         return
+    if settings.gates == 0:
+        raise UsageError("gates 0 learns nothing from masks and boxes; leave out one of the two")
     if not weights.get("gates"):
         raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
     if settings.aa or settings.reprob or settings.mixup or settings.cutmix or images.reader.streams:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tosa_convert.base.distributed import pick_device
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.seeding import seed_everything
@@ -19,11 +19,12 @@ from tosa_convert.config.settings import DistillSettings
 from tosa_convert.data.images import Images
 from tosa_convert.methods.scores.impact import KEPT, Impact
 from tosa_convert.models.adapter import Adapter, adapter_of, run
+from tosa_convert.models.outputs import EMBEDDING, outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import Task, task_of
-from tosa_convert.training.optimisation import make_optimizer, make_schedule
+from tosa_convert.training.optimisation import check_weights, make_optimizer, make_schedule
 
 FILE = "impact.safetensors"
 AT_ONCE = 64
@@ -59,6 +60,7 @@ def learn_impact(
         did not learn from: how many of the tokens that pass are labelled, how many of the labelled ones pass, and which
         share of all passes.
     """
+    check_weights(model)
     task, home = task_of(model), next(model.parameters()).device
     images = task.read(data, preprocessing_of(model), None, seed)
     if images.reader.streams:
@@ -87,24 +89,28 @@ def impact_of(model: nn.Module, task: Task, image: torch.Tensor, label: int | No
     """
     adapter, block = adapter_of(model), choosing_blocks(model)[0]
     with torch.no_grad(), all_tokens(model), _Zeroing(adapter, block) as zeroing:
-        whole = _main(run(model, image))
+        kind, whole = _main(run(model, image))
         tokens = zeroing.seen[0, adapter.prefix :]
-        before, losses = _loss(whole, whole, label), []
+        before, losses = _loss(kind, whole, whole, label), []
         for places in torch.arange(len(tokens), device=image.device).split(AT_ONCE):
             zeroing.places = places + adapter.prefix
-            found = _main(run(model, image.expand(len(places), -1, -1, -1)))
-            losses.append(_loss(found, whole.expand(len(places), *whole.shape[1:]), label))
+            _, found = _main(run(model, image.expand(len(places), -1, -1, -1)))
+            losses.append(_loss(kind, found, whole.expand(len(places), *whole.shape[1:]), label))
     return Example(tokens.float().cpu(), (torch.cat(losses) - before).float().cpu())
 
 
-def _main(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return next(iter(outputs.values())).float()
+def _main(outputs: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    kind, output = next(iter(outputs.items()))
+    return kind, output.float()
 
 
-def _loss(found: torch.Tensor, whole: torch.Tensor, label: int | None) -> torch.Tensor:
-    """Per image: cross-entropy, KL to the whole model's output, or of what are no logits their distance, (B,)."""
+def _loss(kind: str, found: torch.Tensor, whole: torch.Tensor, label: int | None) -> torch.Tensor:
+    """Per image: cross-entropy, KL to the whole model's logits, of embeddings one less the cosine, or of other outputs
+    their distance, (B,)."""
     if label is not None:
         return F.cross_entropy(found, torch.full((len(found),), label, device=found.device), reduction="none")
+    if kind == EMBEDDING:
+        return 1 - F.cosine_similarity(found, whole)
     if found.ndim == 2:
         return F.kl_div(found.log_softmax(-1), whole.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     return (found - whole).square().flatten(1).mean(1) / whole.square().mean().clamp(min=1e-12)
@@ -157,27 +163,38 @@ def _examples(
         stored = load_file(known)
         found = {index: Example(stored[f"tokens.{index}"], stored[f"impact.{index}"]) for index in _indices(stored)}
     broken: list[str] = []
-    with progress.track("token impact", count, done=min(len(found), count), unit="images") as advance:
-        for place in range(count):
-            index = place * len(images) // count
-            if index not in found:
-                image, label, name = images[index]
-                if image is None:
-                    broken.append(name)
-                else:
-                    found[index] = impact_of(model, task, image[None].to(device), int(label) if labelled else None)
-                if file is not None and place % KEPT_EVERY == KEPT_EVERY - 1:
-                    _write(found, file)
-                advance()
+    try:
+        with progress.track("token impact", count, done=min(len(found), count), unit="images") as advance:
+            for place in range(count):
+                index = place * len(images) // count
+                if index not in found:
+                    image, label, name = images[index]
+                    if image is None:
+                        broken.append(name)
+                    else:
+                        found[index] = impact_of(model, task, image[None].to(device), int(label) if labelled else None)
+                    if file is not None and place % KEPT_EVERY == KEPT_EVERY - 1:
+                        _write(found, file)
+                    advance()
+    except KeyboardInterrupt:
+        if file is None or not found:
+            raise
+        raise InterruptedTrainingError(
+            f"interrupted after {len(found)} of {count} images; go on with the same command and --out {file.parent} "
+            "--resume"
+        ) from None
+    finally:
+        if file is not None and found:
+            _write(found, file)
     if not found:
         raise TosaError(f"none of the images in {images.name} can be read")
-    if file is not None:
-        _write(found, file)
     return [found[index] for index in sorted(found)], broken
 
 
 def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
-    """Labels of other classes than the model's say nothing of its loss."""
+    """Labels of other classes than the model's say nothing of its loss; maps are not learnt from."""
+    if not outputs_of(model):
+        return False
     try:
         return task.has_labels(images, model)
     except UsageError as error:
@@ -201,6 +218,7 @@ def _train(model: nn.Module, examples: list[Example], settings: DistillSettings,
     score: Impact = choosing_blocks(model)[0].selector
     device = next(model.parameters()).device
     tokens, impact = (torch.stack(each).to(device) for each in zip(*examples, strict=True))
+    tokens = tokens.to(next(score.parameters()).dtype)
     if len(tokens) < 2:
         raise UsageError("one image is too few: the filter is judged on images that it did not learn from; give more")
     rho = score.options.rho

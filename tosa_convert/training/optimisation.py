@@ -31,6 +31,17 @@ def check_optimiser(settings: TrainSettings) -> None:
         raise UsageError(f"optimiser {name!r} wants gradients of gradients, which training does not keep; take another")
 
 
+def check_weights(module: nn.Module) -> None:
+    """
+    Raises:
+        UsageError: weights in half precision, which small steps would not change.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in module.parameters()):
+        raise UsageError(
+            "the weights are float16, and training in it ends in nan; use model.float(), and precision bf16 for speed"
+        )
+
+
 def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.Parameter, float] | None = None):
     """timm's optimiser of a name, for what is trainable; weight decay is for matrices only.
 

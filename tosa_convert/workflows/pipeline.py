@@ -32,7 +32,14 @@ from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
 from tosa_convert.workflows.same_job import check_same_job
-from tosa_convert.workflows.sources import check_measured, converted, eval_source, to_finetune, train_source
+from tosa_convert.workflows.sources import (
+    check_measured,
+    converted,
+    counted_source,
+    eval_source,
+    to_finetune,
+    train_source,
+)
 from tosa_convert.workflows.thresholds import check_thresholds, with_mean
 
 EXAMPLES = 32
@@ -271,7 +278,7 @@ def _on_these_images(model: nn.Module, source: str, data: str | None, progress: 
 
 def _cost(model: nn.Module, recipe: Recipe) -> dict:
     """Multiply–adds, over images of the recipe where they differ from image to image."""
-    return flops_on(model, train_source(recipe) if keeps_any_number(model) else None)
+    return flops_on(model, counted_source(recipe) if keeps_any_number(model) else None)
 
 
 def _reading(settings) -> dict:

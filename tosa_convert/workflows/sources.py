@@ -6,7 +6,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.data.reader import read, with_options
+from tosa_convert.data.reader import is_stream, read, with_options
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
 from tosa_convert.selective.conversion import convert
@@ -22,6 +22,11 @@ def eval_source(recipe: Recipe) -> str | None:
     if recipe.data.eval is None:
         return None
     return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
+
+
+def counted_source(recipe: Recipe) -> str | None:
+    """Images for what is counted over images: those for training, or where these are a stream those for evaluation."""
+    return eval_source(recipe) if is_stream(recipe.data.train) else train_source(recipe)
 
 
 def converted(recipe: Recipe) -> nn.Module:

@@ -11,7 +11,7 @@ from tosa_convert.data.images import sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.selective.selection import keeps_any_number
-from tosa_convert.workflows.sources import train_source
+from tosa_convert.workflows.sources import counted_source
 
 IMAGES = 48
 
@@ -19,8 +19,13 @@ IMAGES = 48
 def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: a mean is asked of a conversion without thresholds.
+        UsageError: a mean is asked of a conversion without thresholds; or there are no images to count over.
     """
+    if keeps_any_number(model) and recipe.data.train is not None and counted_source(recipe) is None:
+        raise UsageError(
+            "with thresholds the MACs are counted over images, and a stream gives no sample of them; train on hfds: in "
+            "place of hfids:, or name images for evaluation in a recipe (data: eval)"
+        )
     if recipe.mean_macs is not None and not keeps_any_number(model):
         raise UsageError(
             "a mean of the MACs is for conversions with thresholds, by method spa, method impact or --threshold; leave "
@@ -35,7 +40,7 @@ def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None
     if recipe.mean_macs is None:
         return model
     device = next(model.parameters()).device
-    images = sample(train_source(recipe), preprocessing_of(model), IMAGES)[0]
+    images = sample(counted_source(recipe), preprocessing_of(model), IMAGES)[0]
     try:
         return at_mean(model, images.to(device), recipe.mean_macs, progress)
     except UsageError as error:

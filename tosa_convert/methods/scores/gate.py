@@ -48,7 +48,7 @@ class Gate(Score):
         logits = self.score(view)
         if not self.training:
             return Worth(logits, weights=logits.sigmoid(), logits=logits)
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noisy = logits + uniform.logit()  # the difference of two Gumbel variables is logistic
         soft = (noisy / self.options.temperature).sigmoid()
         return Worth(noisy, weights=logits.sigmoid() * (1 + soft - soft.detach()), logits=logits)

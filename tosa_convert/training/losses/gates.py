@@ -9,6 +9,10 @@ from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.training.loss import Loss
 
+MATTERS = 0.1
+"""Share of a pixel, as the model sees it, that has to matter for its patch to be labelled: what is small in a large
+image is less than a pixel of its own there."""
+
 
 class Gates(Loss):
     """The labels are masks or boxes of the images, rasterised to patches; without any, what the last layer of the
@@ -41,7 +45,7 @@ class Gates(Loss):
             patches = self.attended
         else:
             grid = self.current.state.grid
-            patches = F.adaptive_max_pool2d(self.masks[:, None], grid)[:, 0].flatten(1) > 0.5
+            patches = F.adaptive_max_pool2d(self.masks[:, None], grid)[:, 0].flatten(1) > MATTERS
         labels = patches.float()
         return torch.stack([F.binary_cross_entropy_with_logits(each.float(), labels) for each in logits]).sum()
 
