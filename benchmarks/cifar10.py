@@ -151,9 +151,9 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     except UsageError as error:
         return {"refused": str(error)}
     if name == "tosa":
-        distill(converted, train, DistillSettings(steps=100, **SHARED), out=place / "distill", seed=seed)
+        distill(converted, train, DistillSettings(steps=100, **SHARED), out=place / "distill", seed=seed, resume=True)
     before = top1(converted, test)
-    finetune(converted, train, settings, out=place / "finetune", seed=seed, progress=Progress())
+    finetune(converted, train, settings, out=place / "finetune", seed=seed, resume=True, progress=Progress())
     if name == "spa":  # gates go on learning, so their thresholds are set again
         converted = at_mean(converted, images, budget)
     parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])

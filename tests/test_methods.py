@@ -115,6 +115,8 @@ def test_pitome_is_the_papers():
             assert choice.attended[image, choice.partners[image, index]] == best + 2
     with pytest.raises(TosaError, match="at most half"):
         choose_by_energy(features, 2, 5, margin)
+    scores = [block.selector for block in selective_blocks(convert(FAMILIES["timm vit"](), method="pitome", ratio=0.8))]
+    assert [score.margin for score in scores] == pytest.approx([0.75, 0.6, 0.45, 0.3, 0.15, 0.0])
 
 
 def test_mutual_pair_merging_is_the_papers(images):

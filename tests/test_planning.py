@@ -375,8 +375,9 @@ def test_the_commands_leave_a_recipe_tables_and_plots(tmp_path, capsys):
     tool("run", f"{out}/short.yaml", "--out", run)
     assert load(f"{run}/convert").tosa_config.ratio == results["convert"]["ratio"]
     out = str(tmp_path / "compare")
-    table = tool("compare", model, "--budgets", "0.9", "--methods", "evit", "--images", "4", "--out", out)
+    table = tool("compare", model, "--budgets", "0.9", "--methods", "evit,mctf", "--images", "4", "--out", out)
     assert "random" in table
+    assert "mctf" in table
     assert (tmp_path / "compare" / "compare.png").stat().st_size > 100
     assert "evit" in (tmp_path / "compare" / "compare.md").read_text()
     for verb in ("plan", "compare"):

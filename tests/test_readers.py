@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +149,18 @@ def test_broken_images_are_left_out_and_counted(tmp_path):
         add(archive, "a/1.png", content)
         add(archive, "a/2.png", content[: len(content) // 2])
         add(archive, "b/3.png", b"")
-    for source, broken in ((f"tar:{tmp_path / 'some.tar'}", 2), (f"wds:{tmp_path / 'some.tar'}", 2)):
+    sources = [f"{kind}:{tmp_path / 'some.tar'}" for kind in ("tar", "wds")]
+    with suppress(ImportError):
+        import datasets
+
+        rows = {"image": [{"bytes": each, "path": None} for each in (content, content[:-99], b"")]}
+        stored = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+        stored.to_parquet(tmp_path / "hub.parquet")
+        sources.append(f"hfds:{tmp_path}")
+    for source in sources:
         batch = next(iter(loader(Images(source, preprocessing_of(FAMILIES["timm vit"]())), 8)))
         assert len(batch["images"]) == 1
-        assert len(batch["broken"]) == broken
+        assert len(batch["broken"]) == 2
 
 
 def _shard(path, **files: bytes):

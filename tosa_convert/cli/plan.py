@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tosa_convert.base import discovery
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.options import (
     IMAGES,
@@ -133,10 +134,10 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="plan, adaptive, tosa, tome, pitome, mpm, idle, evit, SCORE/BYPASS or SCORE/BYPASS/SCHEDULE, "
-            "comma-separated; random is added"
+            help=f"plan, adaptive, {', '.join(discovery.names('methods/published'))}, SCORE/BYPASS or "
+            "SCORE/BYPASS/SCHEDULE, comma-separated; random is added"
         ),
-    ] = "plan,similarity/merge,tome,pitome,mpm,evit,idle,tosa",
+    ] = "plan,similarity/merge,tome,mctf,pitome,mpm,frequency,evit,idle,tosa",
     data: Sample = None,
     map_options: dict | None = None,
     new_head: dict | None = None,

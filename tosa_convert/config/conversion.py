@@ -39,7 +39,8 @@ class ConvertConfig(BaseModel):
 
     Attributes:
         method: a published method by name, which sets score, bypass and schedule: "tosa" (the default
-            of all three), "tome", "pitome", "mpm", "mctf", "frequency", "idle", "evit", or "random", the control.
+            of all three), "tome", "pitome", "mpm", "mctf", "mctf_fast", "frequency", "idle", "evit", "spa", "impact",
+            or "random", the control.
         layers: the selective layers, counted from 1, or {layer: ratio}. None: the schedule's.
         ratio: share of the patch tokens that attend in a selective layer, one number or one per layer.
             With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
@@ -49,15 +50,16 @@ class ConvertConfig(BaseModel):
         score: which tokens attend. "attention" is ToSA's learned selector, "class_attention" takes the
             tokens that the class token looks at, "similarity" skips those that another one can stand
             in for, "mutual" one of each pair that are most like each other, "energy" those with much company, "norm"
-            takes those with the longest keys, "received" those that get the most attention, "random" is the control.
+            takes those with the longest keys, "received" those that get the most attention, "multi_criteria" is MCTF's,
+            "gate" SPA's, "impact" the filter of token impact, "random" the control.
         bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most
-            similar attended token; "merge": they are averaged into it before the layer and get its
-            update; all tokens leave such a layer, in order. Between attention and MLP: "drop": they are removed
-            (classification only); "fuse": they become one token (EViT), "local_mean": one for each window of the image;
-            "persist": they stay merged into their partner (ToMe), "average": the same without weights (MPM). Fused and
-            merged tokens come back after the last layer.
+            similar attended token; "merge": they are averaged into it before the layer and get its update; all tokens
+            leave such a layer, in order. Between attention and MLP: "drop": they are removed; "fuse": they become one token (EViT), "local_mean": one for each window of the image;
+            "persist": they stay merged into their partner (ToMe), "average": the same without weights (MPM). Before it:
+            "pool": they are fused, as is its attention (MCTF). Fused and merged tokens come back after the last layer.
         schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean),
-            "geometric" (PiToMe), "once" (MPM) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
+            "geometric" (PiToMe), "constant" (MCTF), "shifted" (MCTF-Fast), "once" (MPM), "later" (the second half),
+            "throughout" (one choice for all layers) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
         segment: how many selective layers in a row share one choice: 1, another number, or a list with the number of
             each segment, in order. The first layer chooses, and its groups run the others too, which saves choosing
             again. For bypasses that form groups, borrow and merge.

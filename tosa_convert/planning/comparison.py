@@ -97,7 +97,7 @@ def compare(
                     f"{max(each):.3f}; its thresholds were set on the built-in photos"
                 )
             if distill_steps and _learns(found):
-                distill(found, data, DistillSettings(steps=distill_steps), device=device)
+                distill(found, data, DistillSettings(steps=distill_steps), device=device, progress=progress)
             converted[name, budget], shares[name, budget] = found, share
     for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found)):
         how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"

@@ -29,10 +29,8 @@ def plan_table(results: dict) -> Table:
     else:
         notes = []
     notes += [f"error of {name} at the same budget: {value:.5f}" for name, value in plan["rivals"].items()]
-    notes.append(
-        f"{plan['images']} images of {results['data']}; error of what is kept: {_error(results)}; images with large "
-        "errors count less"
-    )
+    weighed = "" if plan.get("spread") else "; images with large errors count less"
+    notes.append(f"{plan['images']} images of {results['data']}; error of what is kept: {_error(results)}{weighed}")
     if "as many tokens as each image needs" in plan["rivals"]:
         notes.append("on these images thresholds gain nothing clear over numbers of tokens, so the plan has numbers")
     notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['plot']}")

@@ -58,7 +58,7 @@ class Consistency(Loss):
         distance = DISTANCE * (apart * sure).mean()
         if not self.settings.labels:
             return distance
-        return distance + self.task.loss(self.other, labels, self.settings)
+        return distance + self.settings.labels * self.task.loss(self.other, labels, self.settings)
 
     def close(self):
         self.handle.remove()
