@@ -52,11 +52,12 @@ class ConvertConfig(BaseModel):
             in for, "mutual" one of each pair that are most like each other, "energy" those with much company, "norm"
             takes those with the longest keys, "received" those that get the most attention, "multi_criteria" is MCTF's,
             "gate" SPA's, "impact" the filter of token impact, "random" the control.
-        bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most
-            similar attended token; "merge": they are averaged into it before the layer and get its update; all tokens
-            leave such a layer, in order. Between attention and MLP: "drop": they are removed; "fuse": they become one token (EViT), "local_mean": one for each window of the image;
-            "persist": they stay merged into their partner (ToMe), "average": the same without weights (MPM). Before it:
-            "pool": they are fused, as is its attention (MCTF). Fused and merged tokens come back after the last layer.
+        bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most similar attended
+            token; "merge": they are averaged into it before the layer and get its update; all tokens leave such a
+            layer, in order. Between attention and MLP: "drop": they are removed; "fuse": they become one token (EViT),
+            "local_mean": one for each window of the image; "persist": they stay merged into their partner (ToMe),
+            "average": the same without weights (MPM). Before the layer: "pool": they are fused, as is its attention
+            (MCTF). Fused and merged tokens come back after the last layer.
         schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean),
             "geometric" (PiToMe), "constant" (MCTF), "shifted" (MCTF-Fast), "once" (MPM), "later" (the second half),
             "throughout" (one choice for all layers) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
