@@ -38,9 +38,8 @@ class ConvertConfig(BaseModel):
     such as ``rows`` with score "attention"; each part's file says what it has (:mod:`tosa_convert.methods`).
 
     Attributes:
-        method: a published method by name, which sets score, bypass and schedule: "tosa" (the default
-            of all three), "tome", "pitome", "mpm", "mctf", "mctf_fast", "frequency", "idle", "evit", "spa", "impact",
-            or "random", the control.
+        method: a published method by name, which sets score, bypass and schedule: "tosa" (the default of all three),
+            "tome", "pitome", "mpm", "mctf", "mctf_fast", "frequency", "idle", "evit", "spa", "impact", or "random".
         layers: the selective layers, counted from 1, or {layer: ratio}. None: the schedule's.
         ratio: share of the patch tokens that attend in a selective layer, one number or one per layer.
             With a bypass between attention and MLP: share of the image's patch tokens that are left after the layer.
