@@ -155,3 +155,15 @@ def test_a_run_is_not_converted_anew_for_a_bench(quick_run, capsys):
         main(["bench", str(quick_run), "--ratio", "0.3"])
     assert stop.value.code == 2
     assert "are fixed" in capsys.readouterr().err
+
+
+def test_conversions_with_thresholds_are_timed_on_images():
+    """Of noise it cannot be said how many tokens it keeps."""
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+    model = convert(lively(model), score="norm", bypass="merge", layers=[2, 3], threshold=2.0)
+    settings = BenchSettings(runtimes=["eager", "onnx"], batch_sizes=[2], rounds=1, memory=False)
+    results = bench({"original": original(model), "converted": model}, settings, device="cpu", images=3)
+    assert [(case["runtime"], case["batch_size"]) for case in results["cases"]] == [("eager", 2)]
+    notes = " | ".join(results["notes"])
+    assert "on built-in photos, since the number of tokens differs" in notes
+    assert "onnx at batch 2 is left out: the file takes one image at a time" in notes

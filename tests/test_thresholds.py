@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from conftest import LAYERS, lively
 from families import CORE, FAMILIES
 from hypothesis import given
@@ -411,3 +413,23 @@ def test_the_control_keeps_as_many_tokens(small):
     assert (
         evaluate({"converted": converted, "control": control}, reference="converted")["models"]["control"]["cosine"] < 1
     )
+
+
+def test_an_adaptive_plan_by_command(tosa, labelled, monkeypatch):
+    """Its table says what single images take; so do show, flops and eval, which compares with the images at hand."""
+    monkeypatch.setattr(planning, "ahead", lambda *_: True)
+    monkeypatch.setattr(rivals, "lasting", lambda _: [])
+    code, out, err = tosa("plan", "quickstart", "--adaptive", "--images", 4, "--data", labelled, "--out", "plan")
+    assert code == 0, err
+    assert "MACs of single images" in out
+    assert "MACs of any image, at most" in out
+    recipe = yaml.safe_load(Path("plan/plan.yaml").read_text())
+    del recipe["export"]  # which takes a minute
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert tosa("run", "recipe.yaml", "--out", "run")[0] == 0
+    code, out, err = tosa("eval", "run/convert", "--data", labelled, "--no-labels")
+    assert code == 0, err
+    assert "of the original on average" in " ".join(out.split())
+    code, out, err = tosa("show", "run/convert", "--image", next(labelled.rglob("*.png")), "--out", "show.png")
+    assert code == 0, err
+    assert "MACs" in out + err
