@@ -147,7 +147,7 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     """One method at one budget."""
     images, settings = sample(train, preprocessing_of(base), 32)[0], FinetuneSettings(**FINETUNE)
     try:
-        converted = as_asked(base, name, budget, images, train, settings, seed)
+        converted = as_asked(base, name, budget, images, train, settings, seed, place)
     except UsageError as error:
         return {"refused": str(error)}
     if name == "tosa":
@@ -170,7 +170,7 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     }
 
 
-def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int):
+def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int, place: Path):
     if name in ("plan", "plan by threes", "adaptive"):  # of which three layers share a choice, for speed
         segment = 3 if name == "plan by threes" else None
         found = find_plan(base, images, budget, segment=segment, adaptive=name == "adaptive")
@@ -178,7 +178,7 @@ def as_asked(base, name: str, budget: float, images, train: Path, settings: Fine
     if name in GATED:
         at_mean(convert(copy.deepcopy(base), method=name), images, budget)  # refused before the training, not after it
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
-        return at_mean(gated(base, name, train, lesson, settings, seed)[0], images, budget)
+        return at_mean(gated(base, name, train, lesson, settings, seed, place / "gates")[0], images, budget)
     try:
         return copy.deepcopy(at_budget(base, name, budget))
     except UsageError:

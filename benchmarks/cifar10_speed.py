@@ -49,7 +49,7 @@ def main() -> None:
                 made = (
                     dropped(base, budget)
                     if name == DROPPED
-                    else as_asked(base, name, budget, seen, train, FinetuneSettings(**FINETUNE), 0)
+                    else as_asked(base, name, budget, seen, train, FinetuneSettings(**FINETUNE), 0, arguments.work)
                 )
             except UsageError as error:
                 print(f"{name} at {budget}: {error}")

@@ -87,13 +87,24 @@ def measured(model, name: str, *others) -> list[dict]:
         return [{"method": name, "refused": str(error)}]
 
 
-def gated(model, method: str, train: Path, lesson: DistillSettings, settings: FinetuneSettings, seed: int, **masks):
-    """A model with its filter or its gates trained, at a threshold of their own, and what the filter learnt."""
+def gated(
+    model,
+    method: str,
+    train: Path,
+    lesson: DistillSettings,
+    settings: FinetuneSettings,
+    seed: int,
+    out: Path | None = None,
+    **masks,
+):
+    """A model with its filter or its gates trained, at a threshold of their own, and what the filter learnt; kept in a
+    folder, if one is given, to go on with."""
     converted, learnt = convert(copy.deepcopy(model), method=method), {}
     if method == "impact":
-        learnt = distill(converted, train, lesson, seed=seed)
+        learnt = distill(converted, train, lesson, out=out, resume=out is not None, seed=seed)
     else:
-        finetune(converted, train, settings.model_copy(update={"gates": 1.0}), seed=seed, **masks)
+        taught = settings.model_copy(update={"gates": 1.0})
+        finetune(converted, train, taught, out=out, resume=out is not None, seed=seed, **masks)
     return converted, learnt
 
 
