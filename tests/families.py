@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import timm
 import transformers
 from timm.models._features import FeatureGetterNet
@@ -230,3 +231,5 @@ CORE = (
     "hf DPT",
 )
 """Those that differ in what the methods look at: prefix tokens, norms, positions, attention."""
+MOSTLY_LONG = [name if name in CORE else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+"""All families for what differs little between them: the others with ``-m long``."""

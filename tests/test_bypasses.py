@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from conftest import lively
-from families import FAMILIES
+from families import FAMILIES, MOSTLY_LONG
 from test_contract import close, first, sizes_of
 
 from tosa_convert import convert
@@ -55,7 +55,7 @@ def test_so_it_does_with_partners_of_a_matcher_and_at_other_sizes(family, score,
 
 
 @pytest.mark.parametrize("bypass", GROUPING)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MOSTLY_LONG)
 def test_so_do_layers_that_share_a_choice(name, bypass):
     compare_with_loops(built(name), "similarity", bypass, (32, 32), segment=[3, 1])
 

@@ -37,6 +37,7 @@ def test_help_names_every_command(tosa):
         assert command in out
 
 
+@pytest.mark.long
 def test_a_model_saved_from_python_goes_through_every_command(tosa, tmp_path):
     from tosa_convert import convert, save
 

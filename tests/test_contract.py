@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAYERS, lively
-from families import FAMILIES
+from families import FAMILIES, MOSTLY_LONG
 from timm.models.cait import TalkingHeadAttn
 from torch import nn
 
@@ -235,7 +235,7 @@ def checkpointing(model: nn.Module) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MOSTLY_LONG)
 def test_multiply_adds_fall_as_predicted(name):
     """What is linear in the tokens falls to the share that attends, what is quadratic to its square."""
     model = built(name)

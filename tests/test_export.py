@@ -56,7 +56,6 @@ MERGE = {"score": "similarity", "bypass": "merge"}
     ("name", "options"),
     [
         ("timm vit", {"method": "tome", "ratio": 0.7, "layers": [2, 4]}),
-        ("timm vit", {"method": "mctf", "ratio": 0.8, "layers": [2, 4]}),
         ("hf Dinov2Model", {**MERGE, "layers": {2: 0.7, 3: 0.4, 4: 0.4}, "segment": [1, 2]}),
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "frequency", "ratio": 0.7}, marks=pytest.mark.long),

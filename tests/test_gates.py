@@ -38,6 +38,7 @@ from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of
+from tosa_convert.workflows import thresholds
 
 
 def photos(count: int = 4) -> torch.Tensor:
@@ -360,7 +361,8 @@ def test_thresholds_are_moved_to_a_mean(method):
         at_mean(convert(vit(), score="norm"), images, 0.5)
 
 
-def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled):
+def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled, monkeypatch):
+    monkeypatch.setattr(thresholds, "IMAGES", 6)  # more would only take time
     train = (
         "finetune",
         "quickstart",

@@ -87,6 +87,7 @@ def test_a_push_that_cannot_be_says_why_in_one_line(hub, token, name, message, q
     assert not hub.repositories
 
 
+@pytest.mark.long
 def test_a_run_that_the_hub_does_not_show_is_said_to_be_so(hub, quick_run, tmp_path):
     """A private one, without a token: as the hub has it, there is none."""
     process(hub, tmp_path / "here", "-m", "tosa_convert", "push", str(quick_run), "someone/fast-vit")

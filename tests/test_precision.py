@@ -179,6 +179,7 @@ def test_operators_are_chosen_anew_where_some_images_did_not_tell(photos, tmp_pa
     assert len(check.left) == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_exports")
 def test_a_tolerance_that_no_mix_meets_fails_and_is_marked(backbone, photos, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
