@@ -7,8 +7,8 @@
 
 It takes the classifier that cifar10.py left in the work folder, and makes that first where there is none. What is
 trained afterwards changes no speed, except where a trained gate chooses how many tokens are kept: those methods are
-left out. "dropped" does nothing but run fewer tokens: some are dropped by chance in the first layer. No method can be
-expected to come nearer to what its multiply–adds promise.
+left out. "dropped" does nothing but run fewer tokens, some being dropped by chance in the first layer: what fewer
+tokens alone give.
 """
 
 import argparse

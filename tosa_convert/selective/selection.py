@@ -175,7 +175,7 @@ class Selection:
         view = view._replace(before=arrival.before)
         with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
             if self.threshold is not None:
-                worth = self._worth(score, view, state, arrival)
+                worth = self._by_chance(self._worth(score, view, state, arrival), state)
                 most = kept if view.steps < RATIO_STEPS else None
                 found = choose_above(worth, self.prefix, self.threshold_for(worth), most)
             elif score.gates:
@@ -200,11 +200,11 @@ class Selection:
                 state.features[self.layer] = worth.features
             if worth.logits is not None:
                 state.gates[self.layer], state.weights[self.layer] = worth.logits, worth.weights
-            return self._by_chance(self._settled(worth.values, state, arrival).detach(), state)
+            return self._settled(worth.values, state, arrival).detach()
         # Image by image, of those that attended in the layer that is read.
         each = [score(view._replace(reading=reading)).values for reading in view.reading]
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
-        return self._by_chance(self._settled(values, state, arrival), state)
+        return self._settled(values, state, arrival)
 
     def _by_chance(self, worth: torch.Tensor, state: ForwardState) -> torch.Tensor:
         """(B, N); of a control with the values of the patches in another order, the same one in every image, and what

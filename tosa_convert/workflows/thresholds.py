@@ -34,7 +34,7 @@ def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
 
 
 def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
-    """The conversion with its thresholds moved to the mean over training images that the recipe asks for; as it was,
+    """The conversion with its thresholds moved to the mean over its images that the recipe asks for; as it was,
     with a warning, where moving them does not get there: what was learnt is worth keeping.
     """
     if recipe.mean_macs is None:
