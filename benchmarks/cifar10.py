@@ -37,6 +37,7 @@ from tosa_convert import (
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.budget import at_budget
@@ -45,6 +46,8 @@ from tosa_convert.planning.plan import find_plan
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUDGETS = (0.65, 0.5, 0.8)
 GATED = ("spa", "impact")
+CONTROLS = {"random as spa": "spa", "random as impact": "impact"}
+"""As many tokens in each image as those of a method with gates, by chance."""
 METHODS = (
     "plan",
     "plan by threes",
@@ -59,6 +62,7 @@ METHODS = (
     "random",
     "adaptive",
     *GATED,
+    *CONTROLS,
 )
 DEEPER = {
     "tome": "similarity/persist/geometric",
@@ -94,8 +98,7 @@ def main() -> None:
             key = {"original": original, "method": name, "budget": budget, "seed": arguments.seed}
             if any(key.items() <= row.items() for row in known["rows"]):
                 continue
-            place = arguments.work / f"{name.replace('/', '-')}-{budget}-{arguments.seed}"
-            row = {**key, **one(base, name, budget, arguments.seed, train, test, place)}
+            row = {**key, **one(base, name, budget, arguments.seed, train, test, arguments.work)}
             print(row, flush=True)
             known["rows"].append(row)
             record.write(arguments.out, {**_settings(), **known})
@@ -143,18 +146,19 @@ def kept_top1(base, test: Path, file: Path) -> float:
     return json.loads(file.read_text())
 
 
-def one(base, name: str, budget: float, seed: int, train: Path, test: Path, place: Path) -> dict:
-    """One method at one budget."""
+def one(base, name: str, budget: float, seed: int, train: Path, test: Path, work: Path) -> dict:
+    """One method at one budget. Gates are trained once for all budgets: their thresholds are set afterwards."""
+    place = work / f"{name.replace('/', '-')}-{budget}-{seed}"
     images, settings = sample(train, preprocessing_of(base), 32)[0], FinetuneSettings(**FINETUNE)
     try:
-        converted = as_asked(base, name, budget, images, train, settings, seed, place)
+        converted = as_asked(base, name, budget, images, train, settings, seed, work)
     except UsageError as error:
         return {"refused": str(error)}
     if name == "tosa":
         distill(converted, train, DistillSettings(steps=100, **SHARED), out=place / "distill", seed=seed, resume=True)
     before = top1(converted, test)
     finetune(converted, train, settings, out=place / "finetune", seed=seed, resume=True, progress=Progress())
-    if name == "spa":  # gates go on learning, so their thresholds are set again
+    if name.endswith("spa"):  # gates go on learning, so their thresholds are set again
         converted = at_mean(converted, images, budget)
     parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])
     settings = BenchSettings(runtimes=["onnx"], rounds=20, memory=False)
@@ -170,15 +174,19 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, plac
     }
 
 
-def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int, place: Path):
+def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int, work: Path):
     if name in ("plan", "plan by threes", "adaptive"):  # of which three layers share a choice, for speed
         segment = 3 if name == "plan by threes" else None
         found = find_plan(base, images, budget, segment=segment, adaptive=name == "adaptive")
         return convert(copy.deepcopy(base), found.config)
+    if name in CONTROLS:
+        return random_control(as_asked(base, CONTROLS[name], budget, images, train, settings, seed, work), seed)
     if name in GATED:
         at_mean(convert(copy.deepcopy(base), method=name), images, budget)  # refused before the training, not after it
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
-        return at_mean(gated(base, name, train, lesson, settings, seed, place / "gates")[0], images, budget)
+        return at_mean(
+            gated(base, name, train, lesson, settings, seed, work / f"gates-{name}-{seed}")[0], images, budget
+        )
     try:
         return copy.deepcopy(at_budget(base, name, budget))
     except UsageError:

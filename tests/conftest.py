@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -142,6 +144,19 @@ def quick_run(tmp_path_factory):
         main(["distill", "quickstart", *arguments, "--out", str(out)])
     assert stop.value.code == 0
     return out
+
+
+def run_recipe(recipe: str, out: Path, processes: int) -> str:
+    """Runs a recipe by the command line, in as many processes; gives what it printed."""
+    file = out.with_suffix(".yaml")
+    file.write_text(recipe)
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
+    ours = ["tosa_convert", "run", str(file), "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), *ours]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check_resuming(train, make, folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Tar files, shards and datasets give what the folder gives that they were made of."""
 
+import functools
 import io
 import json
 import tarfile
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lively
+from conftest import check_resuming, lively, run_recipe
 from families import FAMILIES
 from PIL import Image
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
 from tosa_convert.data.images import Images, loader, sample, training_loader
 from tosa_convert.models.provenance import preprocessing_of
+from tosa_convert.runs.metrics_log import read_metrics
 
 NAMES = ("0-one", "1-two", "2-three")
 
@@ -78,6 +80,10 @@ def _datasets(root) -> dict[str, str]:
 FORMS = ("folder", "tar", "wds", "wds braces", "hfds")
 
 
+def convert_quickstart(**options):
+    return convert(load("quickstart"), **options)
+
+
 def read(sources, form, **options):
     if form not in sources:
         pytest.skip("datasets is not installed")
@@ -125,6 +131,37 @@ def test_they_stand_wherever_a_folder_does(form, sources, tmp_path):
     figures = finetune(converted, sources[form], FinetuneSettings(steps=2, batch_size=2), out=tmp_path)
     assert figures["labels"] > 0
     assert len(sample(sources[form], preprocessing_of(model), 4)[0]) == 4
+
+
+@pytest.mark.parametrize("form", [*FORMS[1:3], "hfds", "hfids"])
+def test_a_killed_training_on_any_source_goes_on(form, sources, tmp_path, monkeypatch):
+    if form not in sources:
+        pytest.skip("datasets is not installed")
+    settings = FinetuneSettings(steps=6, batch_size=2, labels=0, log_every=1, checkpoint_minutes=1e-9)
+    train = functools.partial(finetune, data=sources[form], settings=settings, seed=5)
+    check_resuming(train, functools.partial(convert_quickstart, layers=[2, 4, 6], ratio=0.5), tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", [*FORMS[1:3], "hfds", "hfids"])
+def test_two_processes_learn_from_any_source_what_one_does(form, sources, tmp_path):
+    if form not in sources:
+        pytest.skip("datasets is not installed")
+    recipe = f"""
+model: quickstart
+data: {{train: "{sources[form]}"}}
+convert: {{score: norm, bypass: merge, layers: [2, 4, 6], ratio: 0.5}}
+finetune: {{steps: 5, batch_size: BATCH, labels: 0, augment: none, log_every: 1, lr: 1.0e-6}}
+"""
+    losses = []
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        run_recipe(recipe.replace("BATCH", str(batch)), out, processes)
+        losses.append([line["loss"] for line in read_metrics(out / "finetune")])
+    # 20 of 9 images, no two alike: the losses of the steps agree only where the same ones are in them.
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert len(losses[0]) == 5
+    assert max(losses[0]) > 1.1 * min(losses[0])
 
 
 def test_another_split_is_named(sources):

@@ -1,13 +1,10 @@
 """Seeded against seeded, interrupted against uninterrupted, one process against two."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, check_resuming, lively, write_images
+from conftest import FAMILIES, check_resuming, lively, run_recipe, write_images
 from torch.overrides import TorchFunctionMode
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
@@ -183,15 +180,9 @@ convert: {{layers: [2, 4, 6], ratio: 0.5, rows: all}}  # a few rows are drawn an
 distill: {{steps: 3, batch_size: BATCH, augment: none, precision: bf16}}
 finetune: {{steps: 2, batch_size: BATCH, augment: none, accumulate: 2, lr: 1.0e-3}}
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    for name, batch, launch in (("one", 4, []), ("two", 2, launcher)):
-        (tmp_path / f"{name}.yaml").write_text(recipe.replace("BATCH", str(batch)))
-        ours = ["tosa_convert", "run", str(tmp_path / f"{name}.yaml"), "--out", str(tmp_path / name), "--device", "cpu"]
-        command = [sys.executable, "-m", *launch, *ours]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("steps") == 2, "one process should speak for all"
+    for name, batch, processes in (("one", 4, 1), ("two", 2, 2)):
+        printed = run_recipe(recipe.replace("BATCH", str(batch)), tmp_path / name, processes)
+        assert printed.count("steps") == 2, "one process should speak for all"
     for stage in TOLERANCE:
         one, two = (
             {key: value for key, value in state(load(tmp_path / name / stage)).items() if TRAINED[stage](key)}
