@@ -2,6 +2,8 @@
 that learns which ones it would miss. The model itself does not move."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,11 +68,14 @@ def learn_impact(
     if images.reader.streams:
         raise UsageError("token impact looks at a sample of the images, and a stream has none; give hfds: or a folder")
     model.to(pick_device(device)).eval()
-    file = out / FILE if out else None
     if out:
         out.mkdir(parents=True, exist_ok=True)
     try:
-        examples, broken = _examples(model, task, images, settings.examples, file if resume else None, file, progress)
+        worked_out = _Examples(out / FILE if out else None, resume)
+        broken = _worked_out(model, task, images, settings.examples, worked_out, progress)
+        if not worked_out.found:
+            raise TosaError(f"none of the images in {images.name} can be read")
+        examples = [worked_out.found[index] for index in sorted(worked_out.found)]
         figures = _train(model, examples, settings, seed, progress)
     finally:
         model.to(home)
@@ -145,50 +150,67 @@ class _Zeroing:
         return args, {name: fresh if value is entering else value for name, value in kwargs.items()}
 
 
-def _examples(
-    model: nn.Module,
-    task: Task,
-    images: Images,
-    count: int,
-    known: Path | None,
-    file: Path | None,
-    progress: Progress,
-) -> tuple[list[Example], list[str]]:
-    """Of ``count`` images spread over all. What was found before an interruption is in ``known``."""
+class _Examples:
+    """What is worked out so far, by the index of its image, and the file that keeps it every few images."""
+
+    def __init__(self, file: Path | None, resume: bool):
+        self.file = file
+        self.found: dict[int, Example] = {}
+        if resume and file is not None and file.exists():
+            stored = load_file(file)
+            indices = [int(name.removeprefix("impact.")) for name in stored if name.startswith("impact.")]
+            self.found = {index: Example(stored[f"tokens.{index}"], stored[f"impact.{index}"]) for index in indices}
+
+    def add(self, index: int, example: Example) -> None:
+        self.found[index] = example
+        if len(self.found) % KEPT_EVERY == 0:
+            self.write()
+
+    def write(self) -> None:
+        if self.file is None or not self.found:
+            return
+        with atomic(self.file) as fresh:
+            tokens = {f"tokens.{index}": each.tokens.contiguous() for index, each in self.found.items()}
+            save_file({**tokens, **{f"impact.{index}": each.impact for index, each in self.found.items()}}, fresh)
+
+    @contextmanager
+    def kept(self, count: int) -> Iterator[None]:
+        """Writes them however the work ends.
+
+        Raises:
+            InterruptedTrainingError: of Ctrl-C, with how to go on.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.file is None or not self.found:
+                raise
+            raise InterruptedTrainingError(
+                f"interrupted after {len(self.found)} of {count} images; go on with the same command and --out "
+                f"{self.file.parent} --resume"
+            ) from None
+        finally:
+            self.write()
+
+
+def _worked_out(
+    model: nn.Module, task: Task, images: Images, count: int, examples: _Examples, progress: Progress
+) -> list[str]:
+    """Adds what is missing of ``count`` images spread over all; gives the names of the broken ones."""
     labelled = _has_labels(task, images, model)
-    device = next(model.parameters()).device
-    count = min(count, len(images))
-    found: dict[int, Example] = {}
-    if known is not None and known.exists():
-        stored = load_file(known)
-        found = {index: Example(stored[f"tokens.{index}"], stored[f"impact.{index}"]) for index in _indices(stored)}
+    device, count = next(model.parameters()).device, min(count, len(images))
+    missing = {place * len(images) // count for place in range(count)} - examples.found.keys()
     broken: list[str] = []
-    try:
-        with progress.track("token impact", count, done=min(len(found), count), unit="images") as advance:
-            for place in range(count):
-                index = place * len(images) // count
-                if index not in found:
-                    image, label, name = images[index]
-                    if image is None:
-                        broken.append(name)
-                    else:
-                        found[index] = impact_of(model, task, image[None].to(device), int(label) if labelled else None)
-                    if file is not None and place % KEPT_EVERY == KEPT_EVERY - 1:
-                        _write(found, file)
-                    advance()
-    except KeyboardInterrupt:
-        if file is None or not found:
-            raise
-        raise InterruptedTrainingError(
-            f"interrupted after {len(found)} of {count} images; go on with the same command and --out {file.parent} "
-            "--resume"
-        ) from None
-    finally:
-        if file is not None and found:
-            _write(found, file)
-    if not found:
-        raise TosaError(f"none of the images in {images.name} can be read")
-    return [found[index] for index in sorted(found)], broken
+    bar = progress.track("token impact", count, done=count - len(missing), unit="images")
+    with examples.kept(count), bar as advance:
+        for index in sorted(missing):
+            image, label, name = images[index]
+            if image is None:
+                broken.append(name)
+            else:
+                examples.add(index, impact_of(model, task, image[None].to(device), int(label) if labelled else None))
+            advance()
+    return broken
 
 
 def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
@@ -201,16 +223,6 @@ def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
         message = f"labels are left out ({str(error).partition(';')[0]}): the KL to the model's own output is the loss"
         warnings.warn(message, TosaWarning, stacklevel=2)
         return False
-
-
-def _indices(stored: dict[str, torch.Tensor]) -> list[int]:
-    return [int(name.removeprefix("impact.")) for name in stored if name.startswith("impact.")]
-
-
-def _write(found: dict[int, Example], file: Path) -> None:
-    with atomic(file) as fresh:
-        tensors = {f"tokens.{index}": each.tokens.contiguous() for index, each in found.items()}
-        save_file({**tensors, **{f"impact.{index}": each.impact for index, each in found.items()}}, fresh)
 
 
 def _train(model: nn.Module, examples: list[Example], settings: DistillSettings, seed: int, progress: Progress) -> dict:
