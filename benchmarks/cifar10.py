@@ -45,12 +45,13 @@ from tosa_convert.planning.plan import find_plan
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BUDGETS = (0.65, 0.5, 0.8)
+PLANS = {"plan": None, "plan by threes": 3, "plan by sixes": 6}
+"""So many layers share a choice, for speed."""
 GATED = ("spa", "impact")
 CONTROLS = {"random as spa": "spa", "random as impact": "impact"}
 """As many tokens in each image as those of a method with gates, by chance."""
 METHODS = (
-    "plan",
-    "plan by threes",
+    *PLANS,
     "tome",
     "mctf",
     "random/persist/constant",
@@ -175,9 +176,8 @@ def one(base, name: str, budget: float, seed: int, train: Path, test: Path, work
 
 
 def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int, work: Path):
-    if name in ("plan", "plan by threes", "adaptive"):  # of which three layers share a choice, for speed
-        segment = 3 if name == "plan by threes" else None
-        found = find_plan(base, images, budget, segment=segment, adaptive=name == "adaptive")
+    if name in (*PLANS, "adaptive"):
+        found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
         return convert(copy.deepcopy(base), found.config)
     if name in CONTROLS:
         return random_control(as_asked(base, CONTROLS[name], budget, images, train, settings, seed, work), seed)

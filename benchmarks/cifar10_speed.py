@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import record
-from cifar10 import BUDGETS, FINETUNE, GATED, METHODS, SIZE, as_asked, fine_tuned_base, unpacked
+from cifar10 import BUDGETS, CONTROLS, FINETUNE, GATED, METHODS, SIZE, as_asked, fine_tuned_base, unpacked
 
 from tosa_convert import FinetuneSettings, UsageError, convert, flops
 from tosa_convert.base.progress import Progress
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name not in (*GATED, "random")])
+    parser.add_argument(
+        "--methods", nargs="+", default=[name for name in METHODS if name not in (*GATED, *CONTROLS, "random")]
+    )
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10_speed.json"))
