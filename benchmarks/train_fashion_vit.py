@@ -82,13 +82,22 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     return right / len(labels)
 
 
+def created(name: str) -> torch.nn.Module:
+    """A model with patch dropout, if it can have that: a bias for each pair of places needs all of them."""
+    asked = {"num_classes": len(CLASSES), **MODEL_ARGS}
+    try:
+        return timm.create_model(name, patch_drop_rate=0.5, **asked)
+    except TypeError:
+        return timm.create_model(name, **asked)
+
+
 def train(arguments: argparse.Namespace) -> None:
     folder, out = Path(arguments.data), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = read_idx(folder, "train")
     test_images, test_labels = read_idx(folder, "t10k")
     torch.manual_seed(arguments.seed)
-    model = timm.create_model(arguments.model, num_classes=len(CLASSES), patch_drop_rate=0.5, **MODEL_ARGS)
+    model = created(arguments.model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
@@ -105,7 +114,8 @@ def train(arguments: argparse.Namespace) -> None:
     for epoch in range(first, arguments.epochs):
         started = time.time()
         model.train()
-        model.patch_drop.prob = 0.5 if epoch < arguments.epochs * 2 // 3 else 0.0
+        if hasattr(model, "patch_drop"):
+            model.patch_drop.prob = 0.5 if epoch < arguments.epochs * 2 // 3 else 0.0
         generator = torch.Generator().manual_seed(arguments.seed * 1000 + epoch)
         torch.manual_seed(arguments.seed * 1000 + epoch)
         order = torch.randperm(len(labels), generator=generator)

@@ -1,13 +1,19 @@
-"""Where a group of merged tokens stands in a model of rotary positions: where the token stands that the others joined,
-as tosa-convert has it, or in the mean of all their places.
+"""Where a group of merged tokens stands in a model of rotary positions or of a bias per pair of places: where the token
+stands that the others joined, as tosa-convert has it, or in the mean of all their places (of a bias: the mean over
+all pairs of their places).
 
     python benchmarks/train_fashion_vit.py --data /usr/share/datasets/fashion-mnist --out rotary \\
         --model vit_small_patch16_rope_224 --epochs 9
-    python benchmarks/rotary_groups.py rotary --data /usr/share/datasets/fashion-mnist
+    python benchmarks/group_places.py rotary --data /usr/share/datasets/fashion-mnist \\
+        --out benchmarks/results/rotary_groups.json
+    python benchmarks/train_fashion_vit.py --data /usr/share/datasets/fashion-mnist --out biased \\
+        --model beit_base_patch16_224 --epochs 9
+    python benchmarks/group_places.py biased --data /usr/share/datasets/fashion-mnist \\
+        --out benchmarks/results/biased_groups.json
 
-The model knows of places by rotation alone. Top-1 on all 10,000 test images of Fashion-MNIST without training after the
-conversion, and the mean Kullback–Leibler divergence to the original's output. Takes ten minutes on one core, and its
-training half an hour.
+The models know of places by rotation or by their biases alone. Top-1 on all 10,000 test images of Fashion-MNIST without
+training after the conversion, and the mean Kullback–Leibler divergence to the original's output. Takes ten minutes on
+one core, and the training half an hour or an hour.
 """
 
 import argparse
@@ -26,7 +32,10 @@ from tosa_convert import load
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.methods import bypass
 from tosa_convert.methods.bypasses import persist, pool
+from tosa_convert.models import relative_bias
+from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.families.timm_eva import TimmEva
+from tosa_convert.models.relative_bias import RelativeAdapter
 from tosa_convert.planning.budget import at_budget
 
 METHODS = ("tome", "similarity/persist/constant", "mctf")
@@ -38,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rotary_groups.json"))
+    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     model = load(arguments.model).eval()
     images, labels = read_idx(arguments.data, "t10k")
@@ -73,27 +82,44 @@ def divergence(given: torch.Tensor, wanted: torch.Tensor) -> float:
 @contextlib.contextmanager
 def mean_places(model: nn.Module):
     """Within this block groups stand in the mean of their tokens' places."""
-    members, plain = WeakTensorKeyDictionary(), TimmEva.arguments
-    angles = angles_of(model)
+    members = WeakTensorKeyDictionary()
 
     def noted(choice, groups, sizes):
         after = bypass.merged(choice, groups, sizes)
         members[after.at] = after.places
         return after
 
-    def arguments(adapter, args, kwargs, places, sizes):
-        args, kwargs = plain(adapter, args, kwargs, places, sizes)
-        if places in members:
-            angle = mean_of_groups(members[places], angles, adapter.prefix, places.shape[1])
-            kwargs = {**kwargs, "rope": torch.cat([angle.sin(), angle.cos()], dim=-1)[:, None]}
-        return args, kwargs
-
     with (
         mock.patch.object(persist, "merged", noted),
         mock.patch.object(pool, "merged", noted),
-        mock.patch.object(TimmEva, "arguments", arguments),
+        mean_biases(members) if isinstance(adapter_of(model), RelativeAdapter) else mean_turns(model, members),
     ):
         yield
+
+
+def mean_turns(model: nn.Module, members: WeakTensorKeyDictionary):
+    angles, plain = angles_of(model), TimmEva.arguments
+
+    def arguments(adapter, args, kwargs, places, sizes):
+        args, kwargs = plain(adapter, args, kwargs, places, sizes)
+        if places in members:
+            angle = shares_of(members[places], places.shape[1])[:, adapter.prefix :, adapter.prefix :] @ angles
+            kwargs = {**kwargs, "rope": torch.cat([angle.sin(), angle.cos()], dim=-1)[:, None]}
+        return args, kwargs
+
+    return mock.patch.object(TimmEva, "arguments", arguments)
+
+
+def mean_biases(members: WeakTensorKeyDictionary):
+    plain = relative_bias.bias_at
+
+    def bias_at(bias, places):
+        if places not in members:
+            return plain(bias, places)
+        shares = shares_of(members[places], places.shape[1])[:, None]
+        return shares @ bias.reshape(-1, *bias.shape[-2:])[None] @ shares.transpose(-1, -2)
+
+    return mock.patch.object(relative_bias, "bias_at", bias_at)
 
 
 def angles_of(model: nn.Module) -> torch.Tensor:
@@ -108,10 +134,10 @@ def angles_of(model: nn.Module) -> torch.Tensor:
     return angles.flatten(0, 1)
 
 
-def mean_of_groups(places: torch.Tensor, angles: torch.Tensor, prefix: int, count: int) -> torch.Tensor:
-    """The mean angles (B, K, D) of the patches in each group; ``places`` (B, N) are the groups of all tokens."""
-    within = F.one_hot(places[:, prefix:] - prefix, count - prefix).to(angles.dtype)  # (B, N, K)
-    return within.transpose(1, 2) @ angles / within.sum(1)[..., None]
+def shares_of(groups: torch.Tensor, count: int) -> torch.Tensor:
+    """What each of all tokens has in the mean of its group, (B, K, N); ``groups`` (B, N) says which that is."""
+    within = F.one_hot(groups, count).float().transpose(1, 2)
+    return within / within.sum(-1, keepdim=True)
 
 
 if __name__ == "__main__":
