@@ -77,7 +77,9 @@ def main() -> None:
             before, started = _errors(model, plan, unseen), time.monotonic()
             finetune(plan, seen, settings, progress=Progress())
             minutes = (time.monotonic() - started) / 60
-            rows[str(budget)] = {"before": before, "after": _errors(model, plan, unseen), "minutes": minutes}
+            after = _errors(model, plan, unseen)
+            left = {name: {key: after[name][key] / error for key, error in before[name].items()} for name in before}
+            rows[str(budget)] = {"before": before, "after": after, "left": left, "minutes": minutes}
             print(budget, rows[str(budget)], flush=True)
             found = {"model": arguments.model, "photos": len(list(seen.iterdir())), "settings": settings.model_dump()}
             record.write(arguments.out, {**found, "budgets": rows})
