@@ -78,10 +78,7 @@ def _datasets(root) -> dict[str, str]:
 
 
 FORMS = ("folder", "tar", "wds", "wds braces", "hfds")
-
-
-def convert_quickstart(**options):
-    return convert(load("quickstart"), **options)
+READERS = ("tar", "wds", "hfds", "hfids")
 
 
 def read(sources, form, **options):
@@ -133,17 +130,17 @@ def test_they_stand_wherever_a_folder_does(form, sources, tmp_path):
     assert len(sample(sources[form], preprocessing_of(model), 4)[0]) == 4
 
 
-@pytest.mark.parametrize("form", [*FORMS[1:3], "hfds", "hfids"])
+@pytest.mark.parametrize("form", READERS)
 def test_a_killed_training_on_any_source_goes_on(form, sources, tmp_path, monkeypatch):
     if form not in sources:
         pytest.skip("datasets is not installed")
     settings = FinetuneSettings(steps=6, batch_size=2, labels=0, log_every=1, checkpoint_minutes=1e-9)
     train = functools.partial(finetune, data=sources[form], settings=settings, seed=5)
-    check_resuming(train, functools.partial(convert_quickstart, layers=[2, 4, 6], ratio=0.5), tmp_path, monkeypatch)
+    check_resuming(train, lambda: convert(load("quickstart"), layers=[2, 4, 6], ratio=0.5), tmp_path, monkeypatch)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", [*FORMS[1:3], "hfds", "hfids"])
+@pytest.mark.parametrize("form", READERS)
 def test_two_processes_learn_from_any_source_what_one_does(form, sources, tmp_path):
     if form not in sources:
         pytest.skip("datasets is not installed")
