@@ -7,18 +7,28 @@ training and after the same short fine-tuning, and their measured speed in ONNX 
 
 First the model gets a head and is fine-tuned on CIFAR-10 itself; that is the original that the methods are held to. It
 comes out a little different on other processors, so each row says how good its own original is.
-Each step is kept in the work folder and each row of the results as it is measured, so the script may be stopped and
-started again; ``--methods`` and ``--budgets`` do part of the work. All of it takes a dozen hours on one core.
+Each step is kept in the work folder until its row is in the results, so the script may be stopped and started again; ``--methods``, ``--budgets`` and ``--seeds`` do part of the work. All of it takes a dozen hours a seed on
+one core. On a GPU several rows are measured at once, and none is timed (benchmarks/cifar10_speed.py times them all on a
+CPU):
+
+    OMP_NUM_THREADS=1 python benchmarks/cifar10.py package dinov2/timm.safetensors --work cifar_work --device cuda \\
+        --processes 16 --seeds 0 1 2 --out benchmarks/results/cifar10_gpu.json
 """
 
 import argparse
 import copy
+import functools
 import json
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import record
 import torch
+from filelock import FileLock
 from gates import gated
 from PIL import Image
 
@@ -34,7 +44,9 @@ from tosa_convert import (
     load,
     save,
 )
+from tosa_convert.base.files import write_json
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.data.images import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import random_control
@@ -87,22 +99,55 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--processes", type=int, default=1, help="rows that are measured at once")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
     arguments = parser.parse_args()
     train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     base = fine_tuned_base(arguments.weights, train, arguments.work)
-    original = kept_top1(base, test, arguments.work / "original.json")
-    for budget in arguments.budgets:
-        for name in arguments.methods:
-            key = {"original": original, "method": name, "budget": budget, "seed": arguments.seed}
-            if any(key.items() <= row.items() for row in known["rows"]):
-                continue
-            row = {**key, **one(base, name, budget, arguments.seed, train, test, arguments.work)}
-            print(row, flush=True)
-            known["rows"].append(row)
-            record.write(arguments.out, {**_settings(), **known})
+    original = kept_top1(base.to(arguments.device), test, arguments.work / "original.json")
+    keys = [
+        {"original": original, "method": name, "budget": budget, "seed": seed}
+        for seed in arguments.seeds
+        for budget in arguments.budgets
+        for name in arguments.methods
+    ]
+    keys = [key for key in keys if not any(key.items() <= row.items() for row in known["rows"])]
+    for row in measured(keys, arguments, train, test):
+        print(row, flush=True)
+        known["rows"].append(row)
+        record.write(arguments.out, {**_settings(), **known}, arguments.device)
+        shutil.rmtree(place_of(arguments.work, row["method"], row["budget"], row["seed"]), ignore_errors=True)
+
+
+def place_of(work: Path, name: str, budget: float, seed: int) -> Path:
+    """Where a row is kept while it is worked on: its checkpoints are 250 MB."""
+    return work / f"{name.replace('/', '-')}-{budget}-{seed}"
+
+
+def measured(keys: list[dict], arguments: argparse.Namespace, train: Path, test: Path) -> Iterator[dict]:
+    """Rows, as they come."""
+    row_of = functools.partial(measure, arguments=arguments, train=train, test=test)
+    if arguments.processes == 1:
+        yield from map(row_of, keys)
+        return
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        for found in as_completed([pool.submit(row_of, key) for key in keys]):
+            yield found.result()
+
+
+def measure(key: dict, arguments: argparse.Namespace, train: Path, test: Path) -> dict:
+    """One row."""
+    base = opened(arguments.weights, train, arguments.work).to(arguments.device)
+    timed = arguments.device == "cpu" and arguments.processes == 1
+    return {**key, **one(base, key["method"], key["budget"], key["seed"], train, test, arguments.work, timed)}
+
+
+@functools.cache
+def opened(weights: Path, train: Path, work: Path):
+    return fine_tuned_base(weights, train, work)
 
 
 def _settings() -> dict:
@@ -143,31 +188,32 @@ def fine_tuned_base(weights: Path, train: Path, work: Path):
 def kept_top1(base, test: Path, file: Path) -> float:
     """Top-1 of the original, measured once."""
     if not file.exists():
-        file.write_text(json.dumps(top1(base, test)))
+        file.write_text(json.dumps(top1({"original": base}, test)["original"]))
     return json.loads(file.read_text())
 
 
-def one(base, name: str, budget: float, seed: int, train: Path, test: Path, work: Path) -> dict:
+def one(base, name: str, budget: float, seed: int, train: Path, test: Path, work: Path, timed: bool) -> dict:
     """One method at one budget. Gates are trained once for all budgets: their thresholds are set afterwards."""
-    place = work / f"{name.replace('/', '-')}-{budget}-{seed}"
-    images, settings = sample(train, preprocessing_of(base), 32)[0], FinetuneSettings(**FINETUNE)
+    place = place_of(work, name, budget, seed)
+    images = sample(train, preprocessing_of(base), 32)[0].to(next(base.parameters()).device)
+    settings = FinetuneSettings(**FINETUNE)
     try:
         converted = as_asked(base, name, budget, images, train, settings, seed, work)
     except UsageError as error:
         return {"refused": str(error)}
     if name == "tosa":
         distill(converted, train, DistillSettings(steps=100, **SHARED), out=place / "distill", seed=seed, resume=True)
-    before = top1(converted, test)
+    before = copy.deepcopy(converted)
     finetune(converted, train, settings, out=place / "finetune", seed=seed, resume=True, progress=Progress())
     if name.endswith("spa"):  # gates go on learning, so their thresholds are set again
         converted = at_mean(converted, images, budget)
     parts, cost = converted.tosa_config, flops(converted, images=sample(test, preprocessing_of(base), 48)[0])
-    macs = cost.macs / cost.original
+    macs, right = cost.macs / cost.original, top1({"before": before, "top1": converted}, test)
     return {
         "macs": macs,
-        "before": before,
-        "top1": top1(converted, test),
-        **({} if name in CONTROLS else speed(base, converted, macs, test)),  # chance is not exported
+        **right,
+        # chance is not exported
+        **(speed(base, converted, macs, test) if timed and name not in CONTROLS else {}),
         "convert": f"{parts.score} × {parts.bypass} × {parts.schedule}",
     }
 
@@ -181,16 +227,16 @@ def speed(base, converted, macs: float, test: Path) -> dict:
 
 def as_asked(base, name: str, budget: float, images, train: Path, settings: FinetuneSettings, seed: int, work: Path):
     if name in (*PLANS, "adaptive"):
-        found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
-        return convert(copy.deepcopy(base), found.config)
+        return convert(copy.deepcopy(base), planned(base, name, budget, images, work))
     if name in CONTROLS:
         return random_control(as_asked(base, CONTROLS[name], budget, images, train, settings, seed, work), seed)
     if name in GATED:
         at_mean(convert(copy.deepcopy(base), method=name), images, budget)  # refused before the training, not after it
         lesson = DistillSettings(steps=100, examples=200, **SHARED)
-        return at_mean(
-            gated(base, name, train, lesson, settings, seed, work / f"gates-{name}-{seed}")[0], images, budget
-        )
+        place = work / f"gates-{name}-{seed}"
+        with FileLock(f"{place}.lock"):  # the first row that needs them trains them, the others wait
+            learnt = gated(base, name, train, lesson, settings, seed, place)[0]
+        return at_mean(learnt, images, budget)
     try:
         return copy.deepcopy(at_budget(base, name, budget))
     except UsageError:
@@ -199,9 +245,21 @@ def as_asked(base, name: str, budget: float, images, train: Path, settings: Fine
         return copy.deepcopy(at_budget(base, DEEPER[name], budget))
 
 
-def top1(model, test: Path) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
-        return evaluate(model, test, batch_size=50, progress=Progress())["models"]["model"]["top1"]
+def planned(base, name: str, budget: float, images, work: Path) -> ConvertConfig:
+    """The same one for every seed."""
+    kept = work / f"{name}-{budget}.json"
+    if not kept.exists():
+        found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
+        write_json(kept, found.config.model_dump())
+    return ConvertConfig(**json.loads(kept.read_text()))
+
+
+def top1(models: dict, test: Path) -> dict[str, float]:
+    """Of each, in one pass over the images."""
+    device = next(next(iter(models.values())).parameters()).device.type
+    with torch.autocast(device, torch.bfloat16):
+        found = evaluate(models, test, batch_size=50 if device == "cpu" else 250, device=device, progress=Progress())
+    return {name: figures["top1"] for name, figures in found["models"].items()}
 
 
 if __name__ == "__main__":

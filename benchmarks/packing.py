@@ -1,15 +1,20 @@
 """Ways to run a batch whose images keep different numbers of tokens: their speed on the real ViT-S/14.
 
-    python benchmarks/packing.py dinov2/timm.safetensors /usr/share/doc/opencv-doc/examples/data
+    python benchmarks/packing.py dinov2/timm.safetensors --photos /usr/share/doc/opencv-doc/examples/data
+    python benchmarks/packing.py cifar_work/base.safetensors --classes 10 --size 168 --device cuda \
+        --batches 4 16 64 256 --out benchmarks/results/packing_gpu.json
 
-``row`` is what the project does: one row, the attention of each image by itself. ``images`` runs the blocks image by
-image. ``containers`` packs images into containers as long as a whole image, with masks (Select and Pack). ``mask`` runs
-one row with one attention over all of it and a block-diagonal mask. ``padded`` is the plan with numbers at the most
-tokens that an image of the batch keeps in each layer, which is what padding would cost.
+the latter with the classifier of benchmarks/cifar10.py. ``row`` runs one row, with one call of attention for each
+image; ``nested`` the same with one call on nested tensors. The project takes the first on a CPU and the second on a
+GPU. ``images`` runs the blocks image by image. ``containers`` packs images into containers as long as a whole image,
+with masks (Select and Pack). ``mask`` runs one row with one attention over all of it and a block-diagonal mask.
+``padded`` is the plan with numbers at the most tokens that an image of the batch keeps in each layer, which is what
+padding would cost.
 """
 
 import argparse
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -18,16 +23,17 @@ import record
 import torch
 import torch.nn.functional as F
 
-from tosa_convert import convert
+from tosa_convert import convert, load
 from tosa_convert.base.timing import Timing, interleave, pinned
 from tosa_convert.data.images import sample
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan
-from tosa_convert.selective import packed
+from tosa_convert.selective import packed, row_attention
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
-BATCHES, ROUNDS, BUDGET = (4, 8, 16), 8, 0.7
+BUDGET = 0.7
+ONE_MASK_AT_MOST = 2**14  # tokens, of which every pair has a place in the mask
 
 
 class WithMask(packed._WithinImages):
@@ -37,8 +43,9 @@ class WithMask(packed._WithinImages):
         if function is not F.scaled_dot_product_attention or args[0].shape[-2] != self.total:
             return function(*args, **(kwargs or {}))
         self.asked = True
-        image = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-        mask = torch.zeros(self.total, self.total).masked_fill(image[:, None] != image[None], float("-inf"))
+        query = args[0]
+        image = torch.repeat_interleave(torch.tensor(self.lengths, device=query.device))
+        mask = query.new_zeros(self.total, self.total).masked_fill(image[:, None] != image[None], float("-inf"))
         given = (kwargs or {}).get("attn_mask")
         return function(*args[:3], attn_mask=mask if given is None else mask + given)
 
@@ -46,58 +53,79 @@ class WithMask(packed._WithinImages):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("--photos", type=Path, help="folder to take scenes from; by default crops of the built-in ones")
+    parser.add_argument("--classes", type=int, help="of a classifier's head")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batches", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/packing.json"))
     arguments = parser.parse_args()
-    model = methods.MODELS["dinov2"][0](arguments.weights)
+    options = {"img_size": arguments.size, "num_classes": arguments.classes}
+    model = load("vit_small_patch14_dinov2", checkpoint=arguments.weights, **options).to(arguments.device)
     preprocessing = preprocessing_of(model)
-    plan = find_plan(model, sample(None, preprocessing, 24)[0], BUDGET, adaptive=True).config
-    with methods.scenes_of(arguments.photos) as folder:
-        photos = sample(folder, preprocessing, max(BATCHES))[0]
+    seen = sample(None, preprocessing, 24)[0].to(arguments.device)
+    plan = find_plan(model, seen, BUDGET, adaptive=True).config
+    with methods.scenes_of(arguments.photos) if arguments.photos else nullcontext(None) as folder:
+        photos = sample(folder, preprocessing, max(arguments.batches))[0].to(arguments.device)
     rows = []
-    for batch in BATCHES:
-        row = {"batch": batch, **measure(model, plan, photos[:batch])}
+    for batch in arguments.batches:
+        row = {"batch": batch, **measure(model, plan, photos[:batch], arguments.rounds)}
         rows.append(row)
         print(row, flush=True)
-    record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows})
+    record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows}, arguments.device)
 
 
-def measure(model, plan, images) -> dict:
-    """How many times as fast as the original each way is: medians over rounds."""
+def measure(model, plan, images, rounds: int) -> dict:
+    """How many times as fast as the original each way is: medians over rounds; on a GPU in bf16."""
     rows, each = (convert(copy.deepcopy(model), plan) for _ in range(2))
     for block in selective_blocks(each):
         block.selection.attends_elsewhere = True
     patches = images.shape[-1] // 14 * (images.shape[-2] // 14)
-    with torch.inference_mode():
+    with torch.no_grad():
         run(rows, images)
     most = [(max(choice.packed.lengths) - 1) / patches for choice in last_choices(rows).values()]
     fixed = {"score": plan.score, "bypass": plan.bypass, "layers": plan.layers, "ratio": most}
     padded = convert(copy.deepcopy(model), **fixed)
 
-    def masked():
-        with mock.patch.object(packed, "_WithinImages", WithMask):
-            run(rows, images)
+    within = packed._WithinImages
 
-    def contained():
-        within = packed._WithinImages
-        with mock.patch.object(packed, "_WithinImages", lambda lengths, _: within(lengths, patches + 1)):
-            run(rows, images)
+    def patched(name: str, by):
+        def way():
+            with mock.patch.object(packed, name, by):
+                run(rows, images)
+
+        return way
 
     ways = {
         "original": lambda: run(model, images),
-        "row": lambda: run(rows, images),
+        "row": patched("attend", row_attention.one_by_one),
+        "nested": patched("attend", row_attention.jagged),
         "images": lambda: run(each, images),
-        "containers": contained,
-        "mask": masked,
+        "containers": patched("_WithinImages", lambda lengths, _: within(lengths, patches + 1)),
+        "mask": patched("_WithinImages", WithMask),
         "padded": lambda: run(padded, images),
     }
-    with pinned(1), torch.inference_mode():
-        timings = interleave(ways, ROUNDS)
+    if len(images) * patches > ONE_MASK_AT_MOST:
+        del ways["mask"]
+    on_gpu = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
+    with pinned(1), torch.no_grad(), on_gpu:
+        timings = interleave({name: finished(way) if images.is_cuda else way for name, way in ways.items()}, rounds)
     return {
         name: Timing(timing.speedups(timings["original"])).median
         for name, timing in timings.items()
         if name != "original"
     }
+
+
+def finished(way):
+    """On a GPU, which goes on when the call has returned."""
+
+    def waiting():
+        way()
+        torch.cuda.synchronize()
+
+    return waiting
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ hypothesis.settings.load_profile("untimed")
 LAYERS = [2, 4, 6]
 
 
+def pytest_configure(config):
+    """Tests are the same with a GPU and without, but for those that are of it."""
+    if "cuda" not in config.getoption("markexpr").replace("not cuda", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights large enough that attention is not uniform and choices differ between images."""
     generator = torch.Generator().manual_seed(seed)

@@ -117,9 +117,7 @@ def test_the_table_of_a_benchmark_is_legible_at_80_columns(several, capsys):
 @pytest.mark.long
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     save(converted(), tmp_path / "run")
-    few, many = (
-        peak_memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "cpu", "float32") for batch in (1, 256)
-    )
+    few, many = (peak_memory.measure(tmp_path / "run", "eager", (batch, 1, 28, 28), 1, "float32") for batch in (1, 256))
     weights = sum(value.numel() * 4 for value in load("quickstart").parameters())
     assert weights < few < many
 

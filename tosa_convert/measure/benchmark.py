@@ -38,7 +38,7 @@ class BenchSettings(BaseModel):
         precisions: "float32", "int8" (in ONNX Runtime, ranges found in each image), and on a GPU "bfloat16" (in torch).
         threads: of torch and of ONNX Runtime; the process is pinned to as many processors.
         rounds: timed forward passes of each model.
-        memory: also measure peak memory, each model in its own process.
+        memory: also measure peak memory, on the CPU each model in a process of its own.
         opset: of the ONNX files.
     """
 
@@ -123,6 +123,7 @@ def bench(
             for model in models.values():
                 if preprocessing_of(model).size != size:
                     set_image_size(model, size)
+                model.to(device)  # where counting is quicker too
             pixels = {name: None if anything else _pixels(model, data, images) for name, model in models.items()}
             macs = {name: _macs(model, pixels[name]) for name, model in models.items()}
             with tempfile.TemporaryDirectory() as scratch:
@@ -269,7 +270,7 @@ def _run(
                 advance()
                 continue
             try:
-                peaks[name] = _peak(case, model, files[name], shapes[name], settings.threads)
+                peaks[name] = _peak(case, model, files[name], batches[name][0], settings.threads)
             except TosaError as error:
                 notes.append(f"{name}, {case.runtime}: no peak memory: {error}")
             advance()
@@ -286,11 +287,16 @@ def _batches(shape: tuple[int, ...], pixels: torch.Tensor | None) -> list[torch.
     return whole
 
 
-def _peak(case: _Case, model: nn.Module, files: GraphFiles, shape: tuple[int, ...], threads: int) -> int | None:
+def _peak(case: _Case, model: nn.Module, files: GraphFiles, images: torch.Tensor, threads: int) -> int | None:
+    """Bytes; None of ONNX Runtime on a GPU, which does not tell."""
+    if case.device == "cuda":
+        return (
+            memory.on_gpu(model, images.to("cuda", runtimes.TYPES[case.precision])) if case.runtime == "eager" else None
+        )
     place = files.at(case.precision) if case.runtime == "onnx" else files.folder / "run"
     if case.runtime == "eager" and not place.exists():
         runs.save(model, place)
-    return memory.measure(place, case.runtime, shape, threads, case.device, case.precision)
+    return memory.measure(place, case.runtime, tuple(images.shape), threads, case.precision)
 
 
 def _compile(contestants: dict[str, Callable[[], None]]) -> None:

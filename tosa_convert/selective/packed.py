@@ -21,6 +21,7 @@ from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.containers import Containers
 from tosa_convert.selective.forward_state import ForwardState
+from tosa_convert.selective.row_attention import attend
 
 Call = Callable[..., torch.Tensor]
 """(tokens (1, K, D), args, kwargs, places (1, K), sizes (1, K), normed (1, K, D)) → tokens."""
@@ -72,21 +73,7 @@ class _WithinImages(TorchFunctionMode):
         self.asked = True
         if self.container is not None:
             return Containers(self.lengths, self.container, inputs[0].device).attend(*inputs, mask, **given)
-        parts = [each.split(self.lengths, dim=-2) for each in inputs]
-        found = [
-            function(*qkv, attn_mask=own, **given)
-            for qkv, own in zip(zip(*parts, strict=True), self._parted(mask), strict=True)
-        ]
-        return torch.cat(found, dim=-2)
-
-    def _parted(self, mask: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """What is added to the logits, (1, H or 1, K or 1, K), of each image."""
-        if mask is None:
-            return [None] * len(self.lengths)
-        columns = mask.split(self.lengths, dim=-1)
-        if mask.shape[-2] == 1:
-            return list(columns)
-        return [rows.split(self.lengths, dim=-2)[index] for index, rows in enumerate(columns)]
+        return attend(*inputs, self.lengths, mask, **given)
 
 
 def run_row(
