@@ -7,9 +7,9 @@ training and after the same short fine-tuning, and their measured speed in ONNX 
 
 First the model gets a head and is fine-tuned on CIFAR-10 itself; that is the original that the methods are held to. It
 comes out a little different on other processors, so each row says how good its own original is.
-Each step is kept in the work folder until its row is in the results, so the script may be stopped and started again; ``--methods``, ``--budgets`` and ``--seeds`` do part of the work. All of it takes a dozen hours a seed on
-one core. On a GPU several rows are measured at once, and none is timed (benchmarks/cifar10_speed.py times them all on a
-CPU):
+Each step is kept in the work folder until its row is in the results, so the script may be stopped and started again;
+``--methods``, ``--budgets`` and ``--seeds`` do part of the work. All of it takes a dozen hours a seed on one core. On a
+GPU several rows are measured at once, and none is timed (benchmarks/cifar10_speed.py times them all on a CPU):
 
     OMP_NUM_THREADS=1 python benchmarks/cifar10.py package dinov2/timm.safetensors --work cifar_work --device cuda \\
         --processes 16 --seeds 0 1 2 --out benchmarks/results/cifar10_gpu.json
