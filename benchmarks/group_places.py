@@ -1,6 +1,6 @@
-"""Where a group of merged tokens stands in a model of rotary positions or of a bias per pair of places: where the token
-stands that the others joined, as tosa-convert has it, or in the mean of all their places (of a bias: the mean over
-all pairs of their places).
+"""Where a group of merged tokens stands: where the token stands that the others joined, as tosa-convert has it in
+models of rotary positions, or in the mean of all their places, as it has it in models of a bias per pair of places (the
+mean over all pairs of the places of two groups).
 
     python benchmarks/train_fashion_vit.py --data /usr/share/datasets/fashion-mnist --out rotary \\
         --model vit_small_patch16_rope_224 --epochs 9
@@ -32,11 +32,11 @@ from tosa_convert import load
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.methods import bypass
 from tosa_convert.methods.bypasses import persist, pool
-from tosa_convert.models import relative_bias
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.families.timm_eva import TimmEva
 from tosa_convert.models.relative_bias import RelativeAdapter
 from tosa_convert.planning.budget import at_budget
+from tosa_convert.selective import reducing_block
 
 METHODS = ("tome", "similarity/persist/constant", "mctf")
 BUDGETS = (0.8, 0.65)
@@ -57,8 +57,8 @@ def main() -> None:
         for name in METHODS:
             converted = at_budget(model, name, budget)
             row = {"method": name, "budget": budget, "macs": count_macs(converted) / count_macs(model)}
-            for kind, places in (("representative", contextlib.nullcontext()), ("mean", mean_places(converted))):
-                with places:
+            for kind in ("representative", "mean"):
+                with standing(converted, kind):
                     given = outputs(converted, images)
                 row[kind] = {"top1": top1(given, labels), "kl": divergence(given, wanted)}
             rows.append(row)
@@ -80,20 +80,22 @@ def divergence(given: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def mean_places(model: nn.Module):
-    """Within this block groups stand in the mean of their tokens' places."""
-    members = WeakTensorKeyDictionary()
+def standing(model: nn.Module, kind: str):
+    """Within this block groups stand where the one stands that the others joined, or in the mean of their places."""
+    biased, members = isinstance(adapter_of(model), RelativeAdapter), WeakTensorKeyDictionary()
 
     def noted(choice, groups, sizes):
         after = bypass.merged(choice, groups, sizes)
         members[after.at] = after.places
         return after
 
-    with (
-        mock.patch.object(persist, "merged", noted),
-        mock.patch.object(pool, "merged", noted),
-        mean_biases(members) if isinstance(adapter_of(model), RelativeAdapter) else mean_turns(model, members),
-    ):
+    with contextlib.ExitStack() as patches:
+        if biased and kind == "representative":
+            patches.enter_context(mock.patch.object(reducing_block, "RelativeAdapter", ()))  # no members for the mean
+        elif not biased and kind == "mean":
+            patches.enter_context(mock.patch.object(persist, "merged", noted))
+            patches.enter_context(mock.patch.object(pool, "merged", noted))
+            patches.enter_context(mean_turns(model, members))
         yield
 
 
@@ -108,18 +110,6 @@ def mean_turns(model: nn.Module, members: WeakTensorKeyDictionary):
         return args, kwargs
 
     return mock.patch.object(TimmEva, "arguments", arguments)
-
-
-def mean_biases(members: WeakTensorKeyDictionary):
-    plain = relative_bias.bias_at
-
-    def bias_at(bias, places):
-        if places not in members:
-            return plain(bias, places)
-        shares = shares_of(members[places], places.shape[1])[:, None]
-        return shares @ bias.reshape(-1, *bias.shape[-2:])[None] @ shares.transpose(-1, -2)
-
-    return mock.patch.object(relative_bias, "bias_at", bias_at)
 
 
 def angles_of(model: nn.Module) -> torch.Tensor:

@@ -52,13 +52,16 @@ def main() -> None:
             rounds=arguments.rounds,
         )
         found = bench(line_up(name, size), settings, device=arguments.device, progress=Progress(shown=True))
+        print(*found["notes"], sep="\n")
         results[f"{name} {size} px"] = found["cases"]
         for case in found["cases"]:
             for model, figures in case["models"].items():
                 if "speedup" in figures:
                     reached = f"{figures['speedup']:.3f}x of {figures['ideal']:.3f}x = {figures['reached']:.3f}"
                     print(name, size, case["runtime"], case["batch_size"], model, reached, flush=True)
-    record.write(arguments.out, {"device": arguments.device, "layers": LAYERS, "results": results}, arguments.device)
+        record.write(
+            arguments.out, {"device": arguments.device, "layers": LAYERS, "results": results}, arguments.device
+        )
 
 
 if __name__ == "__main__":

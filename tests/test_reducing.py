@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import lively
 from families import CORE, FAMILIES, HF_SMALL
+from hypothesis import given
+from hypothesis import strategies as st
 from test_bypasses import _groups, _own_forward, built, photos
 from test_contract import close, first
 from transformers import BeitConfig, BeitForSemanticSegmentation
@@ -19,6 +21,7 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.relative_bias import RelativeAdapter, mean_bias
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
 REDUCING = [name for name, part in every(Bypass).items() if part.acts is not Acts.AROUND]
@@ -74,6 +77,19 @@ def test_it_equals_the_originals_blocks_with_loops(name, bypass, how):
     assert not torch.allclose(first(found), first(run(model, images)), atol=1e-3)
 
 
+@given(st.integers(1, 4), st.integers(1, 3), st.data())
+def test_the_bias_between_groups_is_the_mean_over_pairs(count, batch, data):
+    members = torch.tensor(
+        [data.draw(st.permutations([*range(count), *data.draw(st.lists(st.integers(0, count - 1), max_size=4))]))]
+    ).expand(batch, -1)
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 2, members.shape[1], members.shape[1], generator=generator)
+    found = mean_bias(bias, members, count)
+    for image, one, other in product(range(batch), range(count), range(count)):
+        pairs = bias[0][:, members[image] == one][:, :, members[image] == other]
+        assert torch.allclose(found[image, :, one, other], pairs.mean((1, 2)), atol=1e-6)
+
+
 class _Reference:
     """Each image by itself, its tokens a list of groups of the image's tokens; every token leaves every layer."""
 
@@ -114,7 +130,11 @@ class _Reference:
             places = torch.tensor([[group[0] for group in self.members[image]]])
             sizes = torch.tensor([[float(len(group)) for group in self.members[image]]])
             sizes = sizes if self.bypass in ("persist", "pool") and sized else None
-            return adapter.call(block, own, tokens[None], args, kwargs, places, sizes)[0]
+            joined = {}
+            if isinstance(adapter, RelativeAdapter) and self.bypass not in ("drop", "local_mean"):
+                where = {place: index for index, group in enumerate(self.members[image]) for place in group}
+                joined["members"] = torch.tensor([[where[place] for place in sorted(where)]])
+            return adapter.call(block, own, tokens[None], args, kwargs, places, sizes, **joined)[0]
 
         if layer not in self.choices:
             return call(tokens)

@@ -139,6 +139,11 @@ def bench(
                     except _NoBatchError as error:
                         notes.append(str(error))
                         continue
+                    except torch.OutOfMemoryError:
+                        notes.append(
+                            f"{case.runtime} at batch {case.batch_size} is left out: it does not fit into memory"
+                        )
+                        continue
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
                         continue

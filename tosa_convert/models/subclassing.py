@@ -73,6 +73,12 @@ def steer(module: nn.Module, method: str = "forward") -> None:
         module.__class__ = steered_class(type(module), method)
 
 
+def is_answered(module: nn.Module, method: str = "forward") -> bool:
+    """Whether something answers for a module now, in this thread."""
+    steering = getattr(module, "steering", {})
+    return method in steering and steering[method].get() is not None
+
+
 @contextmanager
 def answered(module: nn.Module, answer: Callable, method: str = "forward", otherwise: bool = False) -> Iterator[None]:
     """Within this block, and in this thread, ``answer`` is called in place of a steered module's method.

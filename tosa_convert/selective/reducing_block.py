@@ -18,6 +18,7 @@ from tosa_convert.methods.score import Acts, Reads, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens
 from tosa_convert.models.adapter import Adapter, run
 from tosa_convert.models.proof.calls import call_of, repeat
+from tosa_convert.models.relative_bias import RelativeAdapter
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.block import listen
 from tosa_convert.selective.forward_state import Arrival, CurrentForward
@@ -68,7 +69,10 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         tokens, groups = _those_left(adapter, entering, arrival, whole)
 
         def go(tokens, groups, sizes=None):
-            return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes)
+            # What stands apart may stand for tokens that another one stands for too, so it has a place, not members.
+            joins = isinstance(adapter, RelativeAdapter) and not groups.apart
+            joined = {"members": groups.places} if joins else {}
+            return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes, **joined)
 
         if not selection.reduces or selection.steps_of(arrival.share) == RATIO_STEPS:
             tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)

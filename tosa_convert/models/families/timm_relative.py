@@ -11,6 +11,7 @@ from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.hooks import Tap
 from tosa_convert.models.relative_bias import OwnBias, RelativeAdapter, total
+from tosa_convert.models.subclassing import is_answered
 
 TIMM = ("beit", "vision_transformer_relpos")
 
@@ -85,4 +86,5 @@ class _InputTap(Tap):
         source.register_forward_pre_hook(self.take_input)
 
     def take_input(self, attention: nn.Module, inputs: tuple) -> None:
-        self.receive(*_projected(attention, self.cut(inputs[0]), 2))
+        if not is_answered(attention):
+            self.receive(*_projected(attention, self.cut(inputs[0]), 2))
