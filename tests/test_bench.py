@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tosa_convert import BenchSettings, UsageError, bench, convert, load, original, save
 from tosa_convert.base.timing import Timing, interleave, pinned, processors
 from tosa_convert.cli.main import main
+from tosa_convert.export import runtimes
 from tosa_convert.measure import peak_memory
 from tosa_convert.measure.macs import flops
 from tosa_convert.reporting.result_tables import bench_table
@@ -55,6 +56,21 @@ def test_a_peak_that_cannot_be_measured_leaves_the_timings():
     results = bench({"original": original(model), "converted": model}, settings, device="cpu")
     assert results["cases"][0]["models"]["converted"]["memory"] is None
     assert any("no peak memory" in note for note in results["notes"])
+
+
+def test_a_batch_that_does_not_fit_is_left_out(monkeypatch):
+    runner = runtimes.torch_runner
+
+    def full(model, batches, compiled):
+        if len(batches[0]) > 1:
+            raise torch.OutOfMemoryError
+        return runner(model, batches, compiled)
+
+    monkeypatch.setattr(runtimes, "torch_runner", full)
+    settings = BenchSettings(runtimes=["eager"], batch_sizes=[1, 512], **QUICK)
+    results = bench({"original": load("quickstart")}, settings, device="cpu")
+    assert [case["batch_size"] for case in results["cases"]] == [1]
+    assert "eager at batch 512 is left out: it does not fit into memory" in results["notes"]
 
 
 def test_no_model_is_timed_under_the_name_of_another(capsys):
