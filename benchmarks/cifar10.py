@@ -105,20 +105,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
     arguments = parser.parse_args()
     train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
-    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     base = fine_tuned_base(arguments.weights, train, arguments.work)
-    original = kept_top1(base.to(arguments.device), test, arguments.work / "original.json")
+    original = kept_top1(base.to(arguments.device), test, arguments.work / f"original-{arguments.device}.json")
     keys = [
         {"original": original, "method": name, "budget": budget, "seed": seed}
         for seed in arguments.seeds
         for budget in arguments.budgets
         for name in arguments.methods
     ]
-    keys = [key for key in keys if not any(key.items() <= row.items() for row in known["rows"])]
+    keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
     for row in measured(keys, arguments, train, test):
         print(row, flush=True)
-        known["rows"].append(row)
-        record.write(arguments.out, {**_settings(), **known}, arguments.device)
+        rows.append(row)
+        record.write(arguments.out, {"size": SIZE, "base": BASE, "finetune": FINETUNE, "rows": rows}, arguments.device)
         shutil.rmtree(place_of(arguments.work, row["method"], row["budget"], row["seed"]), ignore_errors=True)
 
 
@@ -134,8 +134,11 @@ def measured(keys: list[dict], arguments: argparse.Namespace, train: Path, test:
         yield from map(row_of, keys)
         return
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-        for found in as_completed([pool.submit(row_of, key) for key in keys]):
-            yield found.result()
+        try:
+            for found in as_completed([pool.submit(row_of, key) for key in keys]):
+                yield found.result()
+        finally:  # after an error, or Ctrl-C
+            pool.shutdown(cancel_futures=True)
 
 
 def measure(key: dict, arguments: argparse.Namespace, train: Path, test: Path) -> dict:
@@ -148,10 +151,6 @@ def measure(key: dict, arguments: argparse.Namespace, train: Path, test: Path) -
 @functools.cache
 def opened(weights: Path, train: Path, work: Path):
     return fine_tuned_base(weights, train, work)
-
-
-def _settings() -> dict:
-    return {"size": SIZE, "base": BASE, "finetune": FINETUNE}
 
 
 def unpacked(data: Path, work: Path, split: str) -> Path:
@@ -247,10 +246,11 @@ def as_asked(base, name: str, budget: float, images, train: Path, settings: Fine
 
 def planned(base, name: str, budget: float, images, work: Path) -> ConvertConfig:
     """The same one for every seed."""
-    kept = work / f"{name}-{budget}.json"
-    if not kept.exists():
-        found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
-        write_json(kept, found.config.model_dump())
+    kept = work / f"{name}-{budget}-{images.device.type}.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
+            write_json(kept, found.config.model_dump())
     return ConvertConfig(**json.loads(kept.read_text()))
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from train_fashion_vit import normalise, read_idx
 
-from tosa_convert import load
+from tosa_convert import UsageError, load
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.methods import bypass
 from tosa_convert.methods.bypasses import persist, pool
@@ -55,7 +55,11 @@ def main() -> None:
     rows = []
     for budget in BUDGETS:
         for name in METHODS:
-            converted = at_budget(model, name, budget)
+            try:
+                converted = at_budget(model, name, budget)
+            except UsageError as error:
+                print(f"{name} at {budget}: {error}")
+                continue
             row = {"method": name, "budget": budget, "macs": count_macs(converted) / count_macs(model)}
             for kind in ("representative", "mean"):
                 with standing(converted, kind):

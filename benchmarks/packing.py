@@ -1,7 +1,7 @@
 """Ways to run a batch whose images keep different numbers of tokens: their speed on the real ViT-S/14.
 
     python benchmarks/packing.py dinov2/timm.safetensors --photos /usr/share/doc/opencv-doc/examples/data
-    python benchmarks/packing.py cifar_work/base.safetensors --classes 10 --size 168 --device cuda \
+    python benchmarks/packing.py cifar_work/base.safetensors --classes 10 --size 168 --device cuda \\
         --batches 4 16 64 256 --out benchmarks/results/packing_gpu.json
 
 The latter takes the classifier of benchmarks/cifar10.py. ``row`` is what the project does: a row, the attention of each

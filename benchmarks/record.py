@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from tosa_convert.base.environment import machine
+from tosa_convert.base.files import write_text
 
 
 def read(path: Path) -> dict:
@@ -13,6 +14,5 @@ def read(path: Path) -> dict:
 
 def write(path: Path, results: dict, device: str = "cpu") -> None:
     """Results with the machine they were taken on, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), **results}, indent=2) + "\n")
+    write_text(path, json.dumps({"machine": machine(device), **results}, indent=2) + "\n")
     print(f"wrote {path}")

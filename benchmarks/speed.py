@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     chosen = ["eager", *(["compile"] if arguments.compile else []), *([] if on_gpu else ["onnx"])]
-    results = {}
+    results, notes = {}, []
     for name, size, batches in GPU if on_gpu else CPU:
         settings = BenchSettings(
             runtimes=chosen,
@@ -52,7 +52,7 @@ def main() -> None:
             rounds=arguments.rounds,
         )
         found = bench(line_up(name, size), settings, device=arguments.device, progress=Progress(shown=True))
-        print(*found["notes"], sep="\n")
+        notes += [f"{name}: {note}" for note in found["notes"]]
         results[f"{name} {size} px"] = found["cases"]
         for case in found["cases"]:
             for model, figures in case["models"].items():

@@ -70,7 +70,7 @@ def test_a_batch_that_does_not_fit_is_left_out(monkeypatch):
     settings = BenchSettings(runtimes=["eager"], batch_sizes=[1, 512], **QUICK)
     results = bench({"original": load("quickstart")}, settings, device="cpu")
     assert [case["batch_size"] for case in results["cases"]] == [1]
-    assert "eager at batch 512 is left out: it does not fit into memory" in results["notes"]
+    assert "eager, float32, batch 512, 28×28 px is left out: it does not fit into memory" in results["notes"]
 
 
 def test_no_model_is_timed_under_the_name_of_another(capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import lively
 from families import FAMILIES
+from test_contract import first
 
 from tosa_convert import FinetuneSettings, UsageError, convert, finetune, original
 from tosa_convert.config.conversion import ConvertConfig
@@ -154,3 +155,14 @@ def test_it_is_part_of_fine_tuning_with_mctf_only(photos):
     assert "consistency" not in finetune(siglip, photos, FinetuneSettings(steps=1, batch_size=2, labels=0.0))
     with torch.no_grad():
         assert torch.isfinite(next(iter(run(model, torch.zeros(1, 3, 32, 32)).values()))).all()
+
+
+@pytest.mark.parametrize("family", ["timm beit", "timm relpos", "timm vit"])
+@pytest.mark.parametrize("score", ["similarity", "random", "norm"])
+def test_other_scores_find_partners_in_every_family(family, score):
+    """Found: BEiT's queries and keys were not read where the attention is worked out ahead."""
+    torch.manual_seed(0)
+    model = lively(FAMILIES[family]())
+    model = convert(model, score=score, bypass="pool", layers=[2, 3, 4], ratio=0.6)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.isfinite(first(run(model, images))).all()

@@ -139,13 +139,14 @@ def bench(
                     except _NoBatchError as error:
                         notes.append(str(error))
                         continue
-                    except torch.OutOfMemoryError:
-                        notes.append(
-                            f"{case.runtime} at batch {case.batch_size} is left out: it does not fit into memory"
-                        )
-                        continue
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
+                        continue
+                    except (torch.OutOfMemoryError, TosaError) as error:
+                        if not _is_full(error):
+                            raise
+                        left_out = f"{case.runtime}, {case.precision}, batch {case.batch_size}, {size[0]}×{size[1]} px"
+                        notes.append(f"{left_out} is left out: it does not fit into memory")
                         continue
                     cases.append(
                         {
@@ -166,6 +167,11 @@ def bench(
         "notes": list(dict.fromkeys(notes)),
         "cases": cases,
     }
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether something did not fit into a GPU's memory, a row of images among it."""
+    return isinstance(error.__cause__ or error, torch.OutOfMemoryError)
 
 
 class _NoBatchError(Exception):
@@ -276,8 +282,8 @@ def _run(
                 continue
             try:
                 peaks[name] = _peak(case, model, files[name], batches[name][0], settings.threads)
-            except TosaError as error:
-                notes.append(f"{name}, {case.runtime}: no peak memory: {error}")
+            except (torch.OutOfMemoryError, TosaError) as error:
+                notes.append(f"{name}, {case.runtime}: no peak memory: {gist(error)}")
             advance()
     return timings, peaks
 
@@ -294,10 +300,10 @@ def _batches(shape: tuple[int, ...], pixels: torch.Tensor | None) -> list[torch.
 
 def _peak(case: _Case, model: nn.Module, files: GraphFiles, images: torch.Tensor, threads: int) -> int | None:
     """Bytes; None of ONNX Runtime on a GPU, which does not tell."""
+    if case.device == "cuda" and case.runtime == "onnx":
+        return None
     if case.device == "cuda":
-        return (
-            memory.on_gpu(model, images.to("cuda", runtimes.TYPES[case.precision])) if case.runtime == "eager" else None
-        )
+        return memory.on_gpu(model, images.to("cuda", runtimes.TYPES[case.precision]))
     place = files.at(case.precision) if case.runtime == "onnx" else files.folder / "run"
     if case.runtime == "eager" and not place.exists():
         runs.save(model, place)
@@ -311,7 +317,7 @@ def _compile(contestants: dict[str, Callable[[], None]]) -> None:
         for contestant in contestants.values():
             contestant()
     except Exception as error:
-        if isinstance(error, TosaError):
+        if isinstance(error, TosaError) or _is_full(error):
             raise
         raise _CompilerError(gist(error)) from error
 

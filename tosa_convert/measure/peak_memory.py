@@ -17,17 +17,21 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.export.runtimes import TYPES, onnx_runner, torch_runner
+from tosa_convert.selective.selection import selective_blocks
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def on_gpu(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes at the peak of a forward pass in torch: weights, images and all that lies between."""
+    """Bytes at the peak of a forward pass in torch: weights, images and all that lies between, what the pass before
+    left among it."""
     weights = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
-    runner = torch_runner(model, [images], compiled=False)
-    runner()  # what only a first run needs is not counted
-    torch.cuda.reset_peak_memory_stats()
+    for block in selective_blocks(model):
+        block.selection.current.forget()
     others = torch.cuda.memory_allocated() - weights - images.nbytes
+    runner = torch_runner(model, [images], compiled=False)
+    runner()
+    torch.cuda.reset_peak_memory_stats()
     runner()
     return torch.cuda.max_memory_allocated() - others
 

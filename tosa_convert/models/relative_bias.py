@@ -9,7 +9,7 @@ from torch import nn
 from tosa_convert.methods.token_ops import flat_positions
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.masks import total, weight_of
-from tosa_convert.models.subclassing import answered
+from tosa_convert.models.subclassing import answered, is_answered
 
 
 class OwnBias(NamedTuple):
@@ -27,6 +27,10 @@ class RelativeAdapter(Adapter):
     """
 
     relative = True
+
+    def silenced(self, attention: nn.Module) -> bool:
+        """Whether something answers for an attention that does not work it out."""
+        return is_answered(attention) and self.attending.get() is None
 
     @abstractmethod
     def own_bias(self, block: nn.Module) -> OwnBias | None:
@@ -93,8 +97,8 @@ def mean_bias(bias: torch.Tensor, members: torch.Tensor, count: int) -> torch.Te
         found = values.new_zeros(batch * count, width).index_add(0, groups, values.reshape(batch * tokens, width))
         return found.reshape(batch, count, width)
 
-    whole = bias.reshape(heads, tokens, tokens).permute(1, 2, 0)
-    across = summed(whole.reshape(1, tokens, tokens * heads).expand(batch, -1, -1)).reshape(batch, count, tokens, heads)
-    pairs = summed(across.transpose(1, 2).reshape(batch, tokens, count * heads)).reshape(batch, count, count, heads)
-    sizes = summed(bias.new_ones(batch, tokens, 1))
-    return (pairs / (sizes * sizes.mT)[..., None]).permute(0, 3, 2, 1)
+    whole = bias.float().reshape(heads, tokens, tokens).permute(1, 2, 0)  # half precision does not count so far
+    sizes = summed(whole.new_ones(batch, tokens, 1))
+    rows = summed(whole.reshape(1, tokens, tokens * heads).expand(batch, -1, -1)) / sizes
+    columns = rows.reshape(batch, count, tokens, heads).transpose(1, 2).reshape(batch, tokens, count * heads)
+    return (summed(columns) / sizes).reshape(batch, count, count, heads).permute(0, 3, 2, 1).to(bias.dtype)

@@ -121,6 +121,7 @@ class CurrentForward(Hook):
         self._state = PerThread()
         self._putting_back = PerThread()
         self._share = PerThread()
+        self.recollection = Recollection()
         self.taps: list[Tap] = []
 
     def begin(self, projection: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -177,6 +178,7 @@ class CurrentForward(Hook):
     def forget(self) -> None:
         """Let go of what the last forward pass left."""
         self._state.set(None)
+        self.recollection.forget_expired()
 
     @property
     def last(self) -> ForwardState | None:
@@ -199,26 +201,29 @@ class Arrival(NamedTuple):
 
 
 class Recollection:
-    """What a layer took when certain tokens entered it.
+    """What layers took when certain tokens entered them.
 
     Gradient checkpointing runs a layer again for the backward pass, on the tokens it was given, when other forward
     passes may have begun since; the memory that holds those tokens tells which pass it was. Nothing is kept longer
-    than the tokens are.
+    than the tokens are and the next layer takes to come: whole maps of attention may be among it.
     """
 
     def __init__(self):
-        self._known: dict[int, tuple[StorageWeakRef, int, Arrival]] = {}
+        self._known: dict[tuple[int, int], tuple[StorageWeakRef, int, Arrival]] = {}
 
-    def keep(self, tokens: torch.Tensor, arrival: Arrival) -> None:
+    def keep(self, layer: int, tokens: torch.Tensor, arrival: Arrival) -> None:
+        self.forget_expired()
+        storage = StorageWeakRef(tokens.untyped_storage())
+        self._known[layer, storage.cdata] = (storage, tokens._version, arrival)
+
+    def find(self, layer: int, tokens: torch.Tensor) -> Arrival | None:
+        key = StorageWeakRef(tokens.untyped_storage()).cdata
+        _, version, arrival = self._known.get((layer, key), (None, None, None))
+        return arrival if version == tokens._version else None
+
+    def forget_expired(self) -> None:
         for key in [key for key, (storage, _, _) in list(self._known.items()) if storage.expired()]:
             self._known.pop(key, None)
-        storage = StorageWeakRef(tokens.untyped_storage())
-        self._known[storage.cdata] = (storage, tokens._version, arrival)
-
-    def find(self, tokens: torch.Tensor) -> Arrival | None:
-        key = StorageWeakRef(tokens.untyped_storage()).cdata
-        _, version, arrival = self._known.get(key, (None, None, None))
-        return arrival if version == tokens._version else None
 
     def __reduce__(self):
         return Recollection, ()

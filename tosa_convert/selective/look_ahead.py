@@ -62,7 +62,7 @@ def _means(choice: Choice, shares: torch.Tensor, tokens: torch.Tensor) -> torch.
 
 
 Run = Callable[..., torch.Tensor]
-"""A block's forward on some tokens: ``run(tokens, groups, sizes)``."""
+"""A block's forward on some tokens: ``run(tokens, groups, sizes)``; without groups where no attention wants them."""
 
 
 def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tensor, groups: Groups, sizes) -> Ahead:
@@ -89,7 +89,7 @@ def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tenso
 
 
 def run_fused(
-    adapter: Adapter, block: nn.Module, run: Run, ahead: Ahead, choice: Choice, shares: torch.Tensor, tokens, groups
+    adapter: Adapter, block: nn.Module, run: Run, ahead: Ahead, choice: Choice, shares: torch.Tensor, tokens
 ) -> torch.Tensor:
     """A block's own forward on the groups of a choice (B, K, C), whose attention is known already."""
     attention, attended = adapter.attention(block), ahead.fused(choice, shares)
@@ -100,7 +100,7 @@ def run_fused(
         return adapter.finish(attention, attended.transpose(1, 2).flatten(2), normed, weights)
 
     with answered(attention, known):
-        return run(tokens, groups, None)
+        return run(tokens)
 
 
 def silent(*args: Any, **kwargs: Any) -> torch.Tensor:

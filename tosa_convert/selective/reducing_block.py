@@ -67,10 +67,13 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
         state, bypass = selection.current.state, selection.bypass
         arrival, whole = selection.arrive(state, entering), selection.current.puts_back
         tokens, groups = _those_left(adapter, entering, arrival, whole)
+        alone = groups if arrival.groups is None else None  # each token for itself
 
-        def go(tokens, groups, sizes=None):
+        def go(tokens, groups=None, sizes=None):
+            if groups is None:  # nobody asks where they are
+                return adapter.call(self, base.forward, tokens, args, kwargs)
             # What stands apart may stand for tokens that another one stands for too, so it has a place, not members.
-            joins = isinstance(adapter, RelativeAdapter) and not groups.apart
+            joins = isinstance(adapter, RelativeAdapter) and groups is not alone and not groups.apart
             joined = {"members": groups.places} if joins else {}
             return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes, **joined)
 
@@ -111,7 +114,7 @@ def _between(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, ar
     choice, weights = _choose(block, tokens, groups, arrival)
     tokens, groups = bypass.reduce(tokens, choice, groups, weights)
     with answered(adapter.attention(block), functools.partial(_attention_zeros, adapter)):
-        return go(tokens, groups), groups
+        return go(tokens), groups
 
 
 def _before(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arrival: Arrival):
@@ -122,7 +125,7 @@ def _before(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arr
     fewer, after = bypass.reduce(tokens, choice, groups, weights)
     if bypass.looks_ahead:
         shares = bypass.pooling(choice, groups)
-        return run_fused(adapter, block, go, ahead, choice, shares, fewer, after), after
+        return run_fused(adapter, block, go, ahead, choice, shares, fewer), after
     fewer = go(fewer, after, after.sizes if bypass.proportional else None)
     state = block.selection.current.state
     for noted in (state.readings, state.features):  # of the second run, which nobody takes

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from tosa_convert.selective.forward_state import (
     CurrentForward,
     ForwardState,
     Left,
-    Recollection,
     may_run_again,
 )
 
@@ -73,7 +72,6 @@ class Selection:
     chance: int | None = None
     active: bool = True
     attends_elsewhere: bool = False
-    recollection: Recollection = field(default_factory=Recollection)
 
     @property
     def steps(self) -> int:
@@ -124,7 +122,7 @@ class Selection:
             padding: (B, N), which tokens are none.
         """
         kept = may_run_again()
-        known = self.recollection.find(tokens) if kept else None
+        known = self.current.recollection.find(self.layer, tokens) if kept else None
         if known is not None:
             return known
         before = self.previous if self.previous is not None and self.previous.selects else None
@@ -140,7 +138,7 @@ class Selection:
             before=state.gates.get(max(state.gates, default=0)),
         )
         if kept:
-            self.recollection.keep(tokens, arrival)
+            self.current.recollection.keep(self.layer, tokens, arrival)
         return arrival
 
     def _left(self, state: ForwardState) -> Left:

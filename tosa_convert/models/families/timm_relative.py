@@ -11,7 +11,6 @@ from tosa_convert.models.adapter import Adapter, split_heads
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.hooks import Tap
 from tosa_convert.models.relative_bias import OwnBias, RelativeAdapter, total
-from tosa_convert.models.subclassing import is_answered
 
 TIMM = ("beit", "vision_transformer_relpos")
 
@@ -86,5 +85,5 @@ class _InputTap(Tap):
         source.register_forward_pre_hook(self.take_input)
 
     def take_input(self, attention: nn.Module, inputs: tuple) -> None:
-        if not is_answered(attention):
+        if not self.adapter.silenced(attention):
             self.receive(*_projected(attention, self.cut(inputs[0]), 2))
