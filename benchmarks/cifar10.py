@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-    base = fine_tuned_base(arguments.weights, train, arguments.work)
+    base = opened(arguments.weights, train, arguments.work)
     original = kept_top1(base.to(arguments.device), test, arguments.work / f"original-{arguments.device}.json")
     keys = [
         {"original": original, "method": name, "budget": budget, "seed": seed}

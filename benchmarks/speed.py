@@ -59,9 +59,8 @@ def main() -> None:
                 if "speedup" in figures:
                     reached = f"{figures['speedup']:.3f}x of {figures['ideal']:.3f}x = {figures['reached']:.3f}"
                     print(name, size, case["runtime"], case["batch_size"], model, reached, flush=True)
-        record.write(
-            arguments.out, {"device": arguments.device, "layers": LAYERS, "results": results}, arguments.device
-        )
+        recorded = {"device": arguments.device, "layers": LAYERS, "results": results, "notes": notes}
+        record.write(arguments.out, recorded, arguments.device)
 
 
 if __name__ == "__main__":

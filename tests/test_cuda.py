@@ -141,9 +141,7 @@ def test_a_model_on_a_gpu_is_exported(labelled, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_models_are_timed_with_their_memory(precision):
-    models = {
-        name: convert(load("quickstart"), layers=[2, 4], ratio=ratio) for name, ratio in {"a": 1.0, "b": 0.5}.items()
-    }
+    models = {name: convert(load("quickstart"), layers=[2, 4], ratio=ratio) for name, ratio in (("a", 1.0), ("b", 0.5))}
     settings = BenchSettings(runtimes=["eager", "compile"], batch_sizes=[64], precisions=[precision], rounds=3)
     cases = bench(models, settings, device="cuda")["cases"]
     weights = sum(value.nbytes for value in models["a"].state_dict().values())
@@ -158,21 +156,9 @@ def test_the_commands_run(tosa, labelled):
         ("distill", "quickstart", "--data", labelled, *short, "--out", "distilled"),
         ("finetune", "distilled", "--data", labelled, *short, "--out", "tuned"),
         ("finetune", "quickstart", "--method", "spa", "--data", labelled, *short, "--out", "learnt"),
-        (
-            "plan",
-            "quickstart",
-            "--data",
-            labelled,
-            "--budget",
-            0.8,
-            "--adaptive",
-            "--device",
-            "cuda",
-            "--out",
-            "planned",
-        ),
-        ("eval", "tuned", "--data", labelled, "--device", "cuda"),
-        ("compare", "quickstart", "--data", labelled, "--budgets", 0.8, "--methods", "tome,mctf", "--device", "cuda"),
+        ("plan", "quickstart", "--data", labelled, "--budget", 0.8, "--adaptive", *on_gpu, "--out", "planned"),
+        ("eval", "tuned", "--data", labelled, *on_gpu),
+        ("compare", "quickstart", "--data", labelled, "--budgets", 0.8, "--methods", "tome,mctf", *on_gpu),
         ("show", "tuned", "--image", labelled / "0-class/000.png", *on_gpu, "--out", "seen.png"),
         ("features", "tuned", "--images", labelled, *on_gpu, "--out", "rows.npz"),
         ("export", "tuned", "--data", labelled),

@@ -73,10 +73,10 @@ def steer(module: nn.Module, method: str = "forward") -> None:
         module.__class__ = steered_class(type(module), method)
 
 
-def is_answered(module: nn.Module, method: str = "forward") -> bool:
-    """Whether something answers for a module now, in this thread."""
+def is_answered(module: nn.Module) -> bool:
+    """Whether something answers for a module's forward now, in this thread."""
     steering = getattr(module, "steering", {})
-    return method in steering and steering[method].get() is not None
+    return "forward" in steering and steering["forward"].get() is not None
 
 
 @contextmanager
