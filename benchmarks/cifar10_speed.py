@@ -1,9 +1,12 @@
-"""How fast the conversions that cifar10.py judges are in ONNX Runtime, all in one interleaved run on test images, batch
-1, one thread. Nothing else should run beside it.
+"""How fast the conversions that cifar10.py judges are in ONNX Runtime, all in one interleaved run on test images, one
+thread, batch 1 unless told otherwise. Nothing else should run beside it.
 
     python benchmarks/cifar10_speed.py package dinov2/timm.safetensors --work cifar_work
     python benchmarks/cifar10_speed.py package dinov2/timm.safetensors --work cifar_work --methods dropped tome evit \
         --out benchmarks/results/cifar10_speed_dropped.json
+    python benchmarks/cifar10_speed.py package dinov2/timm.safetensors --work cifar_work --budgets 0.65 0.5 \
+        --methods plan "plan by threes" "plan by sixes" tome mctf evit dropped --batches 1 4 8 16 --rounds 15 \
+        --out benchmarks/results/cifar10_speed_batches.json
 
 It takes the classifier that cifar10.py left in the work folder, and makes that first where there is none. What is
 trained afterwards changes no speed, except where a trained gate chooses how many tokens are kept: those methods are
@@ -15,9 +18,10 @@ import argparse
 from pathlib import Path
 
 import record
-from cifar10 import BUDGETS, CONTROLS, FINETUNE, GATED, METHODS, SIZE, as_asked, fine_tuned_base, unpacked
+from cifar10 import BUDGETS, SIZE, task_of
+from method_rows import CONTROLS, GATED, METHODS, as_asked
 
-from tosa_convert import FinetuneSettings, UsageError, convert, flops
+from tosa_convert import UsageError, convert, flops
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
@@ -37,40 +41,39 @@ def main() -> None:
         "--methods", nargs="+", default=[name for name in METHODS if name not in (*GATED, *CONTROLS, "random")]
     )
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10_speed.json"))
     arguments = parser.parse_args()
-    train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "test"))
-    base = fine_tuned_base(arguments.weights, train, arguments.work)
-    preprocessing = preprocessing_of(base)
-    seen, met = sample(train, preprocessing, 32)[0], sample(test, preprocessing, 48)[0]
+    task = task_of(arguments.data, arguments.weights, arguments.work)
+    base = task.opened()
+    met = sample(task.test, preprocessing_of(base), 48)[0]
     models, macs = {"original": base}, {}
     for budget in arguments.budgets:
         for name in arguments.methods:
             try:
-                made = (
-                    dropped(base, budget)
-                    if name == DROPPED
-                    else as_asked(base, name, budget, seen, train, FinetuneSettings(**FINETUNE), 0, arguments.work)
-                )
+                made = dropped(base, budget) if name == DROPPED else as_asked(task, base, name, budget, seed=0)
             except UsageError as error:
                 print(f"{name} at {budget}: {error}")
                 continue
             models[f"{name} {budget}"] = made
             cost = flops(made, images=met)
             macs[f"{name} {budget}"] = {"method": name, "budget": budget, "macs": cost.macs / cost.original}
-    settings = BenchSettings(runtimes=["onnx"], rounds=arguments.rounds, memory=False)
-    timed = bench(models, settings, data=test, images=48, progress=Progress())["cases"][0]["models"]
+    settings = BenchSettings(runtimes=["onnx"], batch_sizes=arguments.batches, rounds=arguments.rounds, memory=False)
+    cases = bench(models, settings, data=task.test, images=48, progress=Progress())["cases"]
     rows = [
         {
             **row,
-            "ms": timed[key]["ms"],
-            "speedup": timed[key]["speedup"],
-            "of_promised": timed[key]["speedup"] * row["macs"],
+            "batch_size": case["batch_size"],
+            "ms": case["models"][key]["ms"],
+            "speedup": case["models"][key]["speedup"],
+            "of_promised": case["models"][key]["speedup"] * row["macs"],
         }
+        for case in cases
         for key, row in macs.items()
     ]
-    record.write(arguments.out, {"size": SIZE, "ms": timed["original"]["ms"], "rounds": arguments.rounds, "rows": rows})
+    originals = {case["batch_size"]: case["models"]["original"]["ms"] for case in cases}
+    record.write(arguments.out, {"size": SIZE, "ms": originals, "rounds": arguments.rounds, "rows": rows})
 
 
 def dropped(base, budget: float):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,21 @@ def values_in(content: object) -> list[float]:
 
 
 def derived(content: dict) -> list[float]:
-    """What is said of a file's figures beside them: gains and losses in top-1, errors as a share of a rival's."""
+    """What is said of a file's figures beside them: gains and losses in top-1, means and spreads over seeds, errors as
+    a share of a rival's."""
     values = []
     if isinstance(content.get("results"), dict) and "top1" in content["results"]:
         top1, macs = content["results"]["top1"], content["results"]["macs"]
         values += [one - other for one, other in itertools.permutations(top1.values(), 2)]
         values += [each / macs["original"] for each in macs.values()]
     values += [row["original"] - row["top1"] for row in content.get("rows", []) if {"original", "top1"} <= row.keys()]
+    seeds: dict = {}
+    for row in content.get("rows", []):
+        if {"method", "budget", "seed", "top1"} <= row.keys():
+            seeds.setdefault((row["method"], row["budget"], row.get("precision")), []).append(row["top1"])
+    means = [statistics.mean(found) for found in seeds.values() if len(found) > 1]
+    values += [*means, *(one - other for one, other in itertools.permutations(means, 2))]
+    values += [max(found) - min(found) for found in seeds.values() if len(found) > 1]
     methods = {
         (row["method"], row["budget"]): row for row in content.get("rows", []) if {"patch", "method"} <= row.keys()
     }
