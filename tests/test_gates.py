@@ -32,6 +32,7 @@ from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.planning import comparison
 from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
 from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen_tokens, selective_blocks
@@ -543,3 +544,22 @@ def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why):
 def test_gates_that_are_untrained_are_compared_as_such():
     found = compare(vit(), budgets=[0.85], methods=["spa"], images=4, runtime=None)
     assert "spa: its gates are untrained, so they choose by chance; finetune trains them" in found["notes"]
+
+
+def test_what_is_learnt_by_ablation_is_learnt_once_for_all_budgets(labelled, monkeypatch):
+    """And is the same as if it were learnt for each."""
+    learnt, taught = [], comparison.distill
+
+    def counted(model, *args, **kwargs):
+        learnt.append(model)
+        return taught(model, *args, **kwargs)
+
+    monkeypatch.setattr(comparison, "DistillSettings", lambda steps: DistillSettings(steps=steps, examples=3, lr=0.1))
+    monkeypatch.setattr(comparison, "distill", counted)
+    settings = {"data": labelled[0], "images": 4, "runtime": None, "distill_steps": 2}
+    both = compare(vit(), budgets=[0.9, 0.8], methods=["impact"], **settings)["rows"]
+    assert len(learnt) == 1
+    alone = compare(vit(), budgets=[0.8], methods=["impact"], **settings)["rows"]
+    of_impact = [[row for row in rows if (row["method"], row["budget"]) == ("impact", 0.8)] for rows in (both, alone)]
+    assert of_impact[0] == of_impact[1]
+    assert len(of_impact[0]) == 1

@@ -85,9 +85,10 @@ def compare(
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     before = len(notes)
     for name in methods:
-        for budget, (found, share) in _at_budgets(
-            model, name, budgets, keep, share_of, samples, notes, progress
-        ).items():
+        reached = _at_budgets(model, name, budgets, keep, share_of, samples, notes, progress)
+        if distill_steps:
+            _teach([found for found, _ in reached.values()], data, distill_steps, device, progress)
+        for budget, (found, share) in reached.items():
             if name == ADAPTIVE and not keeps_any_number(found):
                 notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
             elif name == ADAPTIVE:
@@ -96,8 +97,6 @@ def compare(
                     f"adaptive at {budget}: these images take {share:.3f} of the MACs on average, {min(each):.3f} to "
                     f"{max(each):.3f}; its thresholds were set on the built-in photos"
                 )
-            if distill_steps and _learns(found):
-                distill(found, data, DistillSettings(steps=distill_steps), device=device, progress=progress)
             converted[name, budget], shares[name, budget] = found, share
     for name in dict.fromkeys(name for (name, _), found in converted.items() if _learns(found)):
         how = f"distilled for {distill_steps} steps" if distill_steps else "not distilled (--distill-steps)"
@@ -137,6 +136,16 @@ def _learns(model: nn.Module, *stages: str) -> bool:
     """In distillation, or in one of these stages."""
     score = model.tosa_config.part(Score)
     return score.learns and (score.learns_in in stages if stages else score.learns_in != "finetune")
+
+
+def _teach(models: list[nn.Module], data: str | Path | None, steps: int, device: str, progress: Progress) -> None:
+    """Distil one method at each of its budgets; what is learnt by ablation, the slowest of all, is the same at each."""
+    learners = [model for model in models if _learns(model)]
+    for model in learners:
+        if model is not learners[0] and _learns(model, "ablation"):
+            model.load_state_dict(learners[0].state_dict())
+        else:
+            distill(model, data, DistillSettings(steps=steps), device=device, progress=progress)
 
 
 def _at_budgets(
