@@ -32,6 +32,7 @@ from tosa_convert.planning import adaptive as planning
 from tosa_convert.planning import plan as plans
 from tosa_convert.planning import rivals
 from tosa_convert.planning.budget import at_budget
+from tosa_convert.selective import packed
 from tosa_convert.selective.containers import Containers, packed_into
 from tosa_convert.selective.conversion import original
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
@@ -73,6 +74,10 @@ def counts(model: nn.Module) -> set[int]:
     return {len(tokens) for layer in chosen_tokens(model).values() for tokens in layer}
 
 
+PADDED = mock.patch.object(packed, "_padding", return_value=5)
+"""Rows are longer than their images."""
+
+
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     return lively(FAMILIES[name]())
@@ -86,10 +91,13 @@ def test_a_batch_equals_its_images_one_at_a_time(name):
     found = run(converted, images)
     assert len(counts(converted)) > 1, "images keep different numbers of tokens"
     turned = run(converted, images.flip(0))
+    with PADDED:
+        longer = run(converted, images)
     for output, value in found.items():
         alone = torch.cat([run(converted, image[None])[output] for image in images])
         assert close(value, alone), output
         assert close(value.flip(0), turned[output]), output
+        assert close(value, longer[output]), output
 
 
 @torch.no_grad()
@@ -117,7 +125,10 @@ def test_every_score_takes_a_threshold(score, bypass):
         together = first(run(converted, images))
         kept = [len(tokens) for tokens in chosen_tokens(converted)[layers[-1]]]
         alone = torch.cat([first(run(converted, image[None])) for image in images])
+        with PADDED:
+            longer = first(run(converted, images))
     assert close(together, alone)
+    assert close(together, longer)
     assert max(kept) < 17, "some are skipped"
 
 
@@ -137,10 +148,29 @@ def test_gradients_are_those_of_single_images(training, segment):
     together, apart = gradients([images]), gradients(images.split(1))
     model.set_grad_checkpointing(True)
     again = gradients([images])
-    assert len(together) == len(apart) == len(again)
-    for ours, theirs, recomputed in zip(together, apart, again, strict=True):
+    with PADDED:
+        longer = gradients([images])
+    assert len(together) == len(apart) == len(again) == len(longer)
+    for ours, theirs, recomputed, padded in zip(together, apart, again, longer, strict=True):
+        assert torch.allclose(ours, padded, atol=1e-5 * theirs.abs().max().item())
         assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().item())
         assert torch.allclose(ours, recomputed, atol=1e-5 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_half_precision_on_a_cpu_meets_few_lengths_of_rows(half):
+    """Each new one is prepared anew, and kept."""
+    images = photos(40)
+    model = at_the_middle(built("timm vit"), images, bypass="identity")
+    met = set()
+    for block in selective_blocks(model):
+        block.mlp.fc1.register_forward_hook(lambda module, inputs, output: met.add(output.shape[1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        for count in range(30, 41):
+            run(model, images[:count])
+    assert all(length % (1 << length.bit_length() - 6) == 0 for length in met) == half
+    assert max(met) > 256
 
 
 def test_stochastic_depth_leaves_out_images_not_batches():
@@ -222,12 +252,14 @@ def test_containers_give_what_images_give_by_themselves(name, container):
     parts = {"score": "similarity", "bypass": "identity"}
     plain = at_the_middle(lively(FAMILIES[name]()), images, **parts)
     thresholds = [block.selection.threshold for block in selective_blocks(plain)]
-    packed = convert(original(plain), layers=LAYERS, threshold=thresholds, container=container, **parts)
+    contained = convert(original(plain), layers=LAYERS, threshold=thresholds, container=container, **parts)
     assert len(counts(plain)) > 1
     asked = []
     with mock.patch.object(Containers, "attend", lambda *args, **more: asked.append(1) or ATTEND(*args, **more)):
-        assert close(first(run(packed, images)), first(run(plain, images)))
-    assert len(asked) == len(LAYERS)
+        assert close(first(run(contained, images)), first(run(plain, images)))
+        with PADDED:
+            assert close(first(run(contained, images)), first(run(plain, images)))
+    assert len(asked) == 2 * len(LAYERS)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))

@@ -32,18 +32,19 @@ class Row:
 
     Args:
         lengths: how many tokens there are of each image.
+        padding: how many there are behind them that are of none.
     """
 
-    def __init__(self, lengths: tuple[int, ...]):
-        self.lengths = lengths
+    def __init__(self, lengths: tuple[int, ...], padding: int = 0):
+        self.lengths, self.total = lengths, sum(lengths) + padding
         self.heard: dict[int, list] = {}
 
     def hear(self, layer: int, score: Score, queries: torch.Tensor, keys: torch.Tensor) -> list:
         """Let the score of a layer read queries and keys (1, H, K, D), of the row or of its next image → what it has
         read so far, image by image."""
         heard = self.heard.setdefault(layer, [])
-        if queries.shape[2] == sum(self.lengths):
-            parts = [each.split(self.lengths, dim=2) for each in (queries, keys)]
+        if queries.shape[2] == self.total:
+            parts = [each[:, :, : sum(self.lengths)].split(self.lengths, dim=2) for each in (queries, keys)]
             heard.extend(score(*pair) for pair in zip(*parts, strict=True))
         else:
             heard.append(score(queries, keys))
@@ -55,11 +56,11 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class _WithinImages(TorchFunctionMode):
-    """Makes attention over a row attention within each of its images."""
+    """Makes attention over a row attention within each of its images; what pads it gets zeros."""
 
-    def __init__(self, lengths: tuple[int, ...], container: int | None = None):
+    def __init__(self, lengths: tuple[int, ...], padding: int, container: int | None = None):
         super().__init__()
-        self.lengths, self.total, self.asked = lengths, sum(lengths), False
+        self.lengths, self.padding, self.asked = lengths, padding, False
         self.container = container
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -68,12 +69,18 @@ class _WithinImages(TorchFunctionMode):
             return function(*args, **kwargs)
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         inputs, mask = [given.pop(name) for name in ARGUMENTS[:3]], given.pop("attn_mask", None)
-        if inputs[0].shape[-2] != self.total:
+        real = sum(self.lengths)
+        if inputs[0].shape[-2] != real + self.padding:
             return function(*args, **kwargs)
         self.asked = True
+        inputs = [each[..., :real, :] for each in inputs]
+        if mask is not None:  # one row of it may be for all
+            mask = mask[..., :real, :real]
         if self.container is not None:
-            return Containers(self.lengths, self.container, inputs[0].device).attend(*inputs, mask, **given)
-        return attend(*inputs, self.lengths, mask, **given)
+            found = Containers(self.lengths, self.container, inputs[0].device).attend(*inputs, mask, **given)
+        else:
+            found = attend(*inputs, self.lengths, mask, **given)
+        return F.pad(found, (0, 0, 0, self.padding)) if self.padding else found
 
 
 def run_row(
@@ -113,11 +120,12 @@ def run_row(
 def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packed, sizes, normed) -> torch.Tensor:
     adapter, state, (lengths, places) = block.adapter, block.selection.current.state, packed
     if _as_one(block, adapter, args, kwargs):
-        container = getattr(block.selection.bypass.options, "container", None)
-        with _running(state, lengths), _WithinImages(lengths, container) as within:
-            found = call(tokens, args, kwargs, places, sizes, normed)
+        container, padding = getattr(block.selection.bypass.options, "container", None), _padding(tokens)
+        padded = _padded(places, padding), _padded(sizes, padding, 1), _padded(normed, padding)
+        with _running(state, lengths, padding), _WithinImages(lengths, padding, container) as within:
+            found = call(_padded(tokens, padding), args, kwargs, *padded)
         if within.asked:
-            return found
+            return found[:, : tokens.shape[1]]
         block.selection.attends_elsewhere = True
     parts = [_split(each, lengths) for each in (tokens, places, sizes, normed)]
     with _running(state, lengths):
@@ -140,9 +148,25 @@ def _drops_images(module: nn.Module) -> bool:
     return type(module).__name__.endswith("DropPath") and getattr(module, "drop_prob", 0.0)
 
 
+def _padding(tokens: torch.Tensor) -> int:
+    """By how many tokens a row is made longer, at most by a thirty-second: in half precision on a CPU, oneDNN prepares
+    each length that it has not met anew, which takes as long as the product itself, and keeps what it has prepared."""
+    half = tokens.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if tokens.device.type != "cpu" or not half:
+        return 0
+    return -tokens.shape[1] % (1 << max(0, tokens.shape[1].bit_length() - 6))
+
+
+def _padded(values: torch.Tensor | None, count: int, filling: float = 0) -> torch.Tensor | None:
+    """(1, K) or (1, K, D), longer by so many tokens."""
+    if values is None or not count:
+        return values
+    return F.pad(values, (0, 0) * (values.ndim - 2) + (0, count), value=filling)
+
+
 @contextmanager
-def _running(state: ForwardState, lengths: tuple[int, ...]) -> Iterator[None]:
-    state.row = Row(lengths)
+def _running(state: ForwardState, lengths: tuple[int, ...], padding: int = 0) -> Iterator[None]:
+    state.row = Row(lengths, padding)
     try:
         yield
     finally:
