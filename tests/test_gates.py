@@ -207,8 +207,8 @@ def test_without_masks_the_original_s_attention_is_the_label(labelled):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masks": "nowhere"}, "holds no masks"),
-        ({"boxes": "nowhere"}, "no COCO file"),
+        ({"masks": "nowhere"}, "there is no folder of masks at nowhere"),
+        ({"boxes": "nowhere"}, "there is no file of boxes at nowhere"),
         ({"masks": 1, "boxes": 2}, "leave out one of the two"),
         ({"masks": 1, "settings": {"mixup": 0.5}}, "crops and mirrors only"),
         ({"masks": 1, "convert": {"score": "norm"}}, "for score gate"),
@@ -384,9 +384,9 @@ def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled, monkeypat
     assert len({round(each, 4) for each in moved}) == 1
     assert moved[0] != 0, "all by one number"
     code, out, err = tosa(*train, "--mean-macs", 0.05, "--out", "kept")
-    assert code == 0
-    assert "note: thresholds stay where they were: even with the fewest tokens" in err
-    assert load("kept").tosa_config.threshold == 0
+    assert code == 2
+    assert "even with the fewest tokens the mean is above 0.05 of the MACs" in err
+    assert not Path("kept").exists(), "nothing was trained"
     code, out, err = tosa(
         "finetune", "quickstart", "--score", "norm", "--steps", 1, "--mean-macs", 0.7, "--out", "none"
     )
@@ -535,10 +535,34 @@ def test_impact_goes_by_the_output_where_labels_are_of_other_classes(tosa, label
 
 
 @pytest.mark.parametrize(("threshold", "why"), [(1e9, "no patch reaches"), (-1e9, "every patch reaches")])
-def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why):
-    code, out, err = tosa("flops", "quickstart", "--score", "norm", "--threshold", threshold)
+@pytest.mark.parametrize("schedule", ["pairs", "all"])
+def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why, schedule):
+    method = ("--score", "norm", "--bypass", "borrow", "--schedule", schedule)
+    code, out, err = tosa("flops", "quickstart", *method, "--threshold", threshold)
     assert code == 0, err
     assert f"which all take the same: {why} the threshold" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("options", [(), ("--score", "norm", "--bypass", "merge", "--schedule", "all")])
+def test_without_a_threshold_none_is_blamed(tosa, labelled, options):
+    code, out, err = tosa("flops", "quickstart", *options, "--data", labelled[0], "--images", 3)
+    assert code == 0, err
+    assert "which all take the same" in out
+    assert "reaches" not in out
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": []}'])
+def test_what_is_no_coco_file_says_so(tmp_path, content):
+    (tmp_path / "boxes.json").write_text(content)
+    with pytest.raises(UsageError, match="no COCO file"):
+        Boxes(tmp_path / "boxes.json")
+
+
+def test_masks_are_found_whatever_the_case_of_their_names(labelled):
+    folder = labelled[1]
+    for file in list(folder.rglob("*.png")):
+        file.rename(file.with_suffix(".PNG"))
+    assert MaskFolder(folder).files
 
 
 def test_gates_that_are_untrained_are_compared_as_such():

@@ -75,8 +75,12 @@ class MaskFolder(Masks):
 
     def __init__(self, place: str | Path):
         folder = Path(place)
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder of masks at {place}; check the path")
         self.files = {
-            file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.png"))
+            file.relative_to(folder).with_suffix("").as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() == ".png"
         }
         if not self.files:
             raise UsageError(f"{place} holds no masks; give a folder of PNG files named like the images")
@@ -120,6 +124,8 @@ class Boxes(Masks):
     """The boxes of a COCO file: what is inside one matters."""
 
     def __init__(self, place: str | Path):
+        if not Path(place).is_file():
+            raise UsageError(f"there is no file of boxes at {place}; check the path")
         try:
             content = json.loads(Path(place).read_text(encoding="utf-8"))
             names = {

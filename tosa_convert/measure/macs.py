@@ -46,6 +46,7 @@ class Cost:
         uncounted: operators that fvcore has no rule for → how often they occur.
         least, most: multiply–adds of single images, over several; ``macs`` is then the mean.
         images: over how many.
+        thresholds: whether each image keeps as many tokens as reach them.
     """
 
     size: tuple[int, int]
@@ -58,6 +59,7 @@ class Cost:
     least: int | None = None
     most: int | None = None
     images: int | None = None
+    thresholds: bool = False
 
     @property
     def saved(self) -> float:
@@ -134,7 +136,9 @@ def flops(
         selectors=sum(layer.selector for layer in layers),
         layers=layers,
         uncounted=uncounted,
-        **({} if images is None else {"least": counted[""], "most": counted[""], "images": len(images)}),
+        least=None if images is None else counted[""],
+        most=None if images is None else counted[""],
+        images=None if images is None else len(images),
     )
 
 
@@ -198,6 +202,7 @@ def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | Non
         least=min(totals),
         most=max(totals),
         images=len(images),
+        thresholds=True,
     )
 
 

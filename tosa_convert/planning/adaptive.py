@@ -7,6 +7,7 @@ skips there, found in one forward pass, since what a layer sees depends on what 
 
 import copy
 import functools
+import math
 import warnings
 from contextlib import suppress
 from dataclasses import replace
@@ -94,11 +95,34 @@ def check_adaptive(images: torch.Tensor, budget: float | None, most: float | Non
             f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
             "the kind that the model will see"
         )
-    if most is not None and budget is not None and not budget < most <= 1:
+    if most is not None and not 0 < most <= 1:
+        raise UsageError(f"--max-macs {most:g} is out of range; give a share of the original's such as 0.9")
+    if most is not None and budget is not None and most <= budget:
         raise UsageError(
             f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
             "above the budget"
         )
+
+
+def check_reachable(model: nn.Module, images: torch.Tensor, budget: float, share_of: MacsShare | None = None) -> None:
+    """Whatever its gates or its filter are to learn.
+
+    Args:
+        share_of: of the model's original, if it is there already.
+
+    Raises:
+        UsageError: a conversion with thresholds takes more than a share of the original's multiply–adds even where no
+            token reaches them.
+    """
+    raised = light_copy(model)
+    for block in choosing_blocks(raised):
+        block.selection.threshold = math.inf
+    if (share_of or MacsShare(original(model))).of(raised, images[:1]) > budget:  # all images take the same then
+        raise _unreachable(budget)
+
+
+def _unreachable(budget: float) -> UsageError:
+    return UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
 
 
 def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Progress | None = None) -> nn.Module:
@@ -113,6 +137,7 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
+    check_reachable(moved, images, budget, share_of)
     blocks = choosing_blocks(moved)
     before = [block.selection.threshold for block in blocks]
     below = 0.0
@@ -133,8 +158,8 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             high, best, below = by, by, budget - share
             if share > budget - NEAR:
                 break
-    if best is None:
-        raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+    if best is None:  # above what it takes with the fewest by less than the last halving
+        raise _unreachable(budget)
     if below > FAR:
         warnings.warn(
             f"moving the thresholds goes in steps here: the mean is {budget - below:.3f} of the MACs, not {budget:g}",

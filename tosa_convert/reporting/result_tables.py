@@ -67,8 +67,10 @@ def _image_notes(cost: dict) -> list[str]:
 
 def _extreme(cost: dict) -> str:
     """Why thresholds make no difference, where every patch reaches them or none."""
-    patches = {layer["tokens"] for layer in cost["layers"]}
-    if patches == {max(patches)}:
+    if not cost.get("thresholds"):
+        return ""
+    patches = [layer["tokens"] for layer in cost["layers"]]
+    if min(patches) == cost["patches"]:
         return ": every patch reaches the threshold, so none is skipped; raise it"
     return ": no patch reaches the threshold, so one is kept; lower it" if min(patches) <= 1 else ""
 

@@ -40,7 +40,7 @@ from tosa_convert.workflows.sources import (
     to_finetune,
     train_source,
 )
-from tosa_convert.workflows.thresholds import check_thresholds, with_mean
+from tosa_convert.workflows.thresholds import IMAGES, check_thresholds, with_mean
 
 EXAMPLES = 32
 """Images over which multiply–adds are counted."""
@@ -277,8 +277,8 @@ def _on_these_images(model: nn.Module, source: str, data: str | None, progress: 
 
 
 def _cost(model: nn.Module, recipe: Recipe) -> dict:
-    """Multiply–adds, over images of the recipe where they differ from image to image."""
-    return flops_on(model, counted_source(recipe) if keeps_any_number(model) else None)
+    """Multiply–adds, where they differ from image to image over as many of the recipe's as thresholds are moved on."""
+    return flops_on(model, counted_source(recipe), IMAGES) if keeps_any_number(model) else flops_on(model)
 
 
 def _reading(settings) -> dict:

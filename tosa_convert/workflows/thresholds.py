@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
@@ -9,7 +10,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.images import sample
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.adaptive import at_mean, check_reachable
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.sources import counted_source
 
@@ -19,7 +20,8 @@ IMAGES = 48
 def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: a mean is asked of a conversion without thresholds; or there are no images to count over.
+        UsageError: a mean is asked of a conversion without thresholds, or one that it cannot come down to; or there are
+            no images to count over.
     """
     if keeps_any_number(model) and recipe.data.train is not None and counted_source(recipe) is None:
         raise UsageError(
@@ -31,6 +33,8 @@ def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
             "a mean of the MACs is for conversions with thresholds, by method spa, method impact or --threshold; leave "
             "--mean-macs out, or take one of them"
         )
+    if recipe.mean_macs is not None:
+        check_reachable(model, counted_images(model, recipe, 1), recipe.mean_macs)
 
 
 def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
@@ -39,10 +43,14 @@ def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None
     """
     if recipe.mean_macs is None:
         return model
-    device = next(model.parameters()).device
-    images = sample(counted_source(recipe), preprocessing_of(model), IMAGES)[0]
     try:
-        return at_mean(model, images.to(device), recipe.mean_macs, progress)
+        return at_mean(model, counted_images(model, recipe), recipe.mean_macs, progress)
     except UsageError as error:
         warnings.warn(f"thresholds stay where they were: {error}", TosaWarning, stacklevel=2)
         return model
+
+
+def counted_images(model: nn.Module, recipe: Recipe, count: int = IMAGES) -> torch.Tensor:
+    """(B, C, H, W) that thresholds are moved on, on the model's device."""
+    images = sample(counted_source(recipe), preprocessing_of(model), count)[0]
+    return images.to(next(model.parameters()).device)
