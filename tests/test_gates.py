@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import lively, write_images
 from families import FAMILIES, SMALL
 from PIL import Image
+from safetensors.torch import load_file
 from test_contract import close, first
 from timm.models.vision_transformer import VisionTransformer
 
@@ -278,6 +279,26 @@ def test_impact_in_half_precision(labelled):
     assert distill(convert(vit(), method="impact").bfloat16(), labelled[0], settings)["images"] == 3
     with pytest.raises(UsageError, match="the weights are float16"):
         distill(convert(vit(), method="impact").half(), labelled[0], settings)
+
+
+@pytest.mark.parametrize(("minutes", "kept"), [(1e-9, [0, 1, 2]), (5.0, [0, 0, 0])])
+def test_impact_is_kept_as_often_as_checkpoints_are(tmp_path, labelled, monkeypatch, minutes, kept):
+    """Not with every few images, which would write a large file over and over."""
+    settings, work, found = (
+        DistillSettings(steps=1, examples=3, checkpoint_minutes=minutes),
+        impact_module.impact_of,
+        [],
+    )
+
+    def watched(*given):
+        file = tmp_path / "run" / FILE
+        found.append(sum(name.startswith("impact.") for name in load_file(file)) if file.exists() else 0)
+        return work(*given)
+
+    monkeypatch.setattr(impact_module, "impact_of", watched)
+    distill(convert(vit(), method="impact"), labelled[0], settings, out=tmp_path / "run")
+    assert found == kept
+    assert (tmp_path / "run" / FILE).exists()
 
 
 def test_what_was_worked_out_of_the_impact_outlives_an_interruption(tmp_path, labelled, monkeypatch):

@@ -1,6 +1,7 @@
 """Stage 1 of token impact (DL-ViT, arXiv 2305.14840, section 3): what the loss does without each token, and a filter
 that learns which ones it would miss. The model itself does not move."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,6 @@ AT_ONCE = 64
 """Copies of an image, each without another token, in one forward pass."""
 HELD_OUT = 5
 """One in so many images tells how well the filter learnt."""
-KEPT_EVERY = 16
-"""Images after which what is known is written to the file."""
 
 
 class Example(NamedTuple):
@@ -71,7 +70,7 @@ def learn_impact(
     if out:
         out.mkdir(parents=True, exist_ok=True)
     try:
-        worked_out = _Examples(out / FILE if out else None, resume)
+        worked_out = _Examples(out / FILE if out else None, resume, settings.checkpoint_minutes)
         broken = _worked_out(model, task, images, settings.examples, worked_out, progress)
         if not worked_out.found:
             raise TosaError(f"none of the images in {images.name} can be read")
@@ -151,10 +150,14 @@ class _Zeroing:
 
 
 class _Examples:
-    """What is worked out so far, by the index of its image, and the file that keeps it every few images."""
+    """What is worked out so far, by the index of its image, and the file that keeps it.
 
-    def __init__(self, file: Path | None, resume: bool):
-        self.file = file
+    Args:
+        minutes: after so many it is written again, with all that it holds.
+    """
+
+    def __init__(self, file: Path | None, resume: bool, minutes: float):
+        self.file, self.minutes, self.written = file, minutes, time.monotonic()
         self.found: dict[int, Example] = {}
         if resume and file is not None and file.exists():
             stored = load_file(file)
@@ -163,8 +166,9 @@ class _Examples:
 
     def add(self, index: int, example: Example) -> None:
         self.found[index] = example
-        if len(self.found) % KEPT_EVERY == 0:
+        if time.monotonic() - self.written > 60 * self.minutes:
             self.write()
+            self.written = time.monotonic()
 
     def write(self) -> None:
         if self.file is None or not self.found:
