@@ -71,6 +71,7 @@ def unpacked(data: Path, work: Path, split: str) -> Path:
     return folder / "images"
 
 
+@functools.cache
 def fine_tuned_base(weights: Path, train: Path, work: Path):
     """The model with a head for ten classes, fine-tuned unconverted: one layer is selective that skips no token."""
     name = "vit_small_patch14_dinov2"

@@ -29,7 +29,7 @@ from tosa_convert.data.images import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.adaptive import at_mean, check_reachable
 from tosa_convert.planning.budget import at_budget
 from tosa_convert.planning.plan import find_plan
 
@@ -201,7 +201,7 @@ def as_asked(task: Task, base: nn.Module, name: str, budget: float, seed: int) -
         return random_control(as_asked(task, base, CONTROLS[name], budget, seed), seed)
     if name in GATED:
         images = calibration(task, base)
-        at_mean(convert(copy.deepcopy(base), method=name), images, budget)  # refused before the training, not after it
+        check_reachable(convert(copy.deepcopy(base), method=name), images, budget)  # before the training, not after it
         lesson, settings = DistillSettings(**task.distill, examples=200), FinetuneSettings(**task.finetune)
         place = task.work / f"gates-{name}-{seed}"
         with FileLock(f"{place}.lock"):  # the first row that needs them trains them, the others wait

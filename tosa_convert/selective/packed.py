@@ -151,7 +151,7 @@ def _drops_images(module: nn.Module) -> bool:
 def _padding(tokens: torch.Tensor) -> int:
     """By how many tokens a row is made longer, at most by a thirty-second: in half precision on a CPU, oneDNN prepares
     each length that it has not met anew, which takes as long as the product itself, and keeps what it has prepared."""
-    half = tokens.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    half = tokens.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
     if tokens.device.type != "cpu" or not half:
         return 0
     return -tokens.shape[1] % (1 << max(0, tokens.shape[1].bit_length() - 6))
