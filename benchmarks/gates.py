@@ -11,7 +11,6 @@ Takes half an hour on a core.
 
 import argparse
 import copy
-import json
 import tempfile
 import zipfile
 from importlib.resources import files
@@ -56,7 +55,7 @@ def main() -> None:
         train, test, masks = (Path(folder) / name for name in ("train", "test", "masks"))
         silhouettes(train, masks)
         model = load("quickstart")
-        rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []  # to go on with
+        rows = record.read(arguments.out).get("rows", [])  # to go on with
         original = evaluate(model, test)
         for seed in arguments.seeds:
             for budget in BUDGETS:
