@@ -31,8 +31,8 @@ FEWEST = 4
 """Images for a plan whose numbers of tokens are to differ between images."""
 COUNTS = 6
 """How often the multiply–adds are counted to meet the budget, each time over all images."""
-HALVINGS = 20
-"""How often the way is halved on which thresholds are moved."""
+SHIFTS = 15
+"""How often thresholds are moved to meet a mean, likewise."""
 NEAR = 0.002
 """Share of the MACs by which a plan may stay below its budget."""
 FAR = 0.02
@@ -104,25 +104,25 @@ def check_adaptive(images: torch.Tensor, budget: float | None, most: float | Non
         )
 
 
-def check_reachable(model: nn.Module, images: torch.Tensor, budget: float, share_of: MacsShare | None = None) -> None:
+def check_reachable(model: nn.Module, images: torch.Tensor, budget: float) -> None:
     """Whatever its gates or its filter are to learn.
-
-    Args:
-        share_of: of the model's original, if it is there already.
 
     Raises:
         UsageError: a conversion with thresholds takes more than a share of the original's multiply–adds even where no
             token reaches them.
     """
+    _least(model, images, budget, MacsShare(original(model)))
+
+
+def _least(model: nn.Module, images: torch.Tensor, budget: float, share_of: MacsShare) -> float:
+    """The share of the multiply–adds where no token reaches the thresholds, which is the same for all images."""
     raised = light_copy(model)
     for block in choosing_blocks(raised):
         block.selection.threshold = math.inf
-    if (share_of or MacsShare(original(model))).of(raised, images[:1]) > budget:  # all images take the same then
-        raise _unreachable(budget)
-
-
-def _unreachable(budget: float) -> UsageError:
-    return UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+    least = share_of.of(raised, images[:1])
+    if least > budget:
+        raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+    return least
 
 
 def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Progress | None = None) -> nn.Module:
@@ -137,40 +137,53 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
-    check_reachable(moved, images, budget, share_of)
-    blocks = choosing_blocks(moved)
-    before = [block.selection.threshold for block in blocks]
-    below = 0.0
-    observe(moved, images)
-    scores = [value[value.isfinite()].abs().max().item() for value in blocks[0].selection.current.state.scores.values()]
-    high = 2 * max(*scores, *map(abs, before)) + 1.0  # raised by so much no token reaches a threshold
-    low, best = -high, None
-    with (progress or Progress()).track("thresholds", HALVINGS) as advance:
-        for _ in range(HALVINGS):
-            by = (low + high) / 2
-            for block, threshold in zip(blocks, before, strict=True):
-                block.selection.threshold = threshold + by
+    least, levels = _least(moved, images, budget, share_of), _levels(moved, images)
+    before = [block.selection.threshold for block in choosing_blocks(moved)]
+
+    def raised(place: float) -> None:
+        """All thresholds, to a place among the levels: 0 where all tokens are above them, 1 where none is."""
+        at = place * (len(levels) - 1)
+        lower, upper = levels[int(at)], levels[min(int(at) + 1, len(levels) - 1)]
+        for block, threshold in zip(choosing_blocks(moved), before, strict=True):
+            block.selection.threshold = threshold + lower + (at - int(at)) * (upper - lower)
+
+    low, high = (0.0, 1.0), (1.0, least)  # a place, and the share of the MACs there
+    with (progress or Progress()).track("thresholds", SHIFTS) as advance:
+        for shift in range(SHIFTS):
+            # The share falls nearly evenly along the places; halving now and then is for where it does not.
+            part = 0.5 if shift % 3 == 2 else (low[1] - budget + NEAR / 2) / max(low[1] - high[1], NEAR)
+            place = low[0] + min(max(part, 0.02), 0.98) * (high[0] - low[0])
+            raised(place)
             share = share_of.of(moved, images)
             advance(f"{share:.3f} of the MACs")
             if share > budget:
-                low = by
+                low = place, share
                 continue
-            high, best, below = by, by, budget - share
+            high = place, share
             if share > budget - NEAR:
                 break
-    if best is None:  # above what it takes with the fewest by less than the last halving
-        raise _unreachable(budget)
-    if below > FAR:
+    if high[1] < budget - FAR:
         warnings.warn(
-            f"moving the thresholds goes in steps here: the mean is {budget - below:.3f} of the MACs, not {budget:g}",
+            f"moving the thresholds goes in steps here: the mean is {high[1]:.3f} of the MACs, not {budget:g}",
             TosaWarning,
             stacklevel=2,
         )
-    for block, threshold in zip(blocks, before, strict=True):
-        block.selection.threshold = threshold + best
+    raised(high[0])
     reached = [block.selection.threshold for block in selective_blocks(moved)]
     moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": reached})
     return moved
+
+
+def _levels(model: nn.Module, images: torch.Tensor) -> list[float]:
+    """By how much thresholds would have to be raised to reach each token of each choosing layer, ascending; below and
+    above them a number that surely reaches all, and none."""
+    observe(model, images)
+    blocks = choosing_blocks(model)
+    scores = blocks[0].selection.current.state.scores
+    above = torch.cat([(scores[each.selection.layer] - each.selection.threshold).flatten() for each in blocks])
+    found = above[above.isfinite()].double().sort().values.tolist()
+    far = 2 * max(map(abs, found)) + 1.0
+    return [-far, *found, far]
 
 
 class _Thresholds:
