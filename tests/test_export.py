@@ -56,7 +56,9 @@ MERGE = {"score": "similarity", "bypass": "merge"}
     ("name", "options"),
     [
         ("timm vit", {"method": "tome", "ratio": 0.7, "layers": [2, 4]}),
-        ("hf Dinov2Model", {**MERGE, "layers": {2: 0.7, 3: 0.4, 4: 0.4}, "segment": [1, 2]}),
+        pytest.param(
+            "hf Dinov2Model", {**MERGE, "layers": {2: 0.7, 3: 0.4, 4: 0.4}, "segment": [1, 2]}, marks=pytest.mark.long
+        ),
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "frequency", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
@@ -81,14 +83,10 @@ def test_bypasses_export_with_any_batch(name, options, photos, tmp_path):
         assert np.allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "bypass",
-    [
-        "merge",
-        "fuse",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("identity", "borrow", "persist", "local_mean")),
-    ],
-)
+OTHERS = ("fuse", "identity", "borrow", "persist", "local_mean")
+
+
+@pytest.mark.parametrize("bypass", ["merge", *(pytest.param(each, marks=pytest.mark.long) for each in OTHERS)])
 def test_a_ratio_at_which_nobody_is_skipped_exports(bypass, photos, tmp_path):
     """0.99 of 16 patches are 16."""
     score = {"fuse": "class_attention", "local_mean": "received"}.get(bypass, "similarity")

@@ -350,6 +350,7 @@ def test_the_command_shows_the_chain(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("shared_exports")
+@pytest.mark.long
 def test_what_a_failed_export_found_is_shown(tmp_path, capsys):
     arguments = ["--task", "depth", "--precision", "float16", "--max-error", "1e-12", "--images", "2"]
     with pytest.raises(SystemExit) as stop:
