@@ -6,10 +6,10 @@
 The data is the original four IDX files (Debian: ``apt install dataset-fashion-mnist``, MIT licence). Each run goes over
 the 60,000 training images for ten epochs with a cosine to zero, from the same weights and with the same settings;
 ToSA's selectors and token impact's filter are distilled first, SPA's gates trained first for as long. "original" is
-the unconverted model, trained on in the same way. A run takes 30 to 40 minutes on one core, and longer with MCTF, whose
-loss takes two passes; each is kept in the work folder with its checkpoints until it is in the results, so the script
-may be stopped and started again, and ``--methods``, ``--budgets`` and ``--seeds`` do part of the work. On a GPU
-(``--device cuda --processes 8``) several are trained at once.
+the unconverted model, trained on in the same way. A run takes 30 to 45 minutes on one core, an hour or more with token
+impact, and with MCTF, whose loss takes two passes; each is kept in the work folder with its checkpoints until it is in
+the results, so the script may be stopped and started again, and ``--methods``, ``--budgets`` and ``--seeds`` do part of
+the work. On a GPU (``--device cuda --processes 8``) several are trained at once.
 """
 
 import functools

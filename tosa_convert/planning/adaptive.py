@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -137,15 +138,14 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
-    least, levels = _least(moved, images, budget, share_of), _levels(moved, images)
-    before = [block.selection.threshold for block in choosing_blocks(moved)]
+    least, levels, blocks = _least(moved, images, budget, share_of), _levels(moved, images), choosing_blocks(moved)
+    before = [block.selection.threshold for block in blocks]
 
-    def raised(place: float) -> None:
+    def move(place: float) -> None:
         """All thresholds, to a place among the levels: 0 where all tokens are above them, 1 where none is."""
-        at = place * (len(levels) - 1)
-        lower, upper = levels[int(at)], levels[min(int(at) + 1, len(levels) - 1)]
-        for block, threshold in zip(choosing_blocks(moved), before, strict=True):
-            block.selection.threshold = threshold + lower + (at - int(at)) * (upper - lower)
+        by = float(np.quantile(levels, place))
+        for block, threshold in zip(blocks, before, strict=True):
+            block.selection.threshold = threshold + by
 
     low, high = (0.0, 1.0), (1.0, least)  # a place, and the share of the MACs there
     with (progress or Progress()).track("thresholds", SHIFTS) as advance:
@@ -153,7 +153,7 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             # The share falls nearly evenly along the places; halving now and then is for where it does not.
             part = 0.5 if shift % 3 == 2 else (low[1] - budget + NEAR / 2) / max(low[1] - high[1], NEAR)
             place = low[0] + min(max(part, 0.02), 0.98) * (high[0] - low[0])
-            raised(place)
+            move(place)
             share = share_of.of(moved, images)
             advance(f"{share:.3f} of the MACs")
             if share > budget:
@@ -168,22 +168,22 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             TosaWarning,
             stacklevel=2,
         )
-    raised(high[0])
+    move(high[0])
     reached = [block.selection.threshold for block in selective_blocks(moved)]
     moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": reached})
     return moved
 
 
-def _levels(model: nn.Module, images: torch.Tensor) -> list[float]:
-    """By how much thresholds would have to be raised to reach each token of each choosing layer, ascending; below and
-    above them a number that surely reaches all, and none."""
+def _levels(model: nn.Module, images: torch.Tensor) -> np.ndarray:
+    """By how much thresholds would have to be raised to reach each token of each choosing layer; and, below and above
+    all of them, a number that surely reaches all, and none."""
     observe(model, images)
     blocks = choosing_blocks(model)
     scores = blocks[0].selection.current.state.scores
     above = torch.cat([(scores[each.selection.layer] - each.selection.threshold).flatten() for each in blocks])
-    found = above[above.isfinite()].double().sort().values.tolist()
-    far = 2 * max(map(abs, found)) + 1.0
-    return [-far, *found, far]
+    found = above[above.isfinite()].double().cpu().numpy()
+    far = 2 * np.abs(found).max() + 1.0
+    return np.array([-far, *found, far])
 
 
 class _Thresholds:
