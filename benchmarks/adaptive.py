@@ -51,10 +51,15 @@ def main() -> None:
     preprocessing = preprocessing_of(model)
     tuning = sample(None, preprocessing, COUNT)[0]
     if arguments.images:
-        photos = sample(arguments.photos, preprocessing, arguments.images)[0]
+        measure(arguments, model, tuning, arguments.photos, arguments.images)
     else:
         with methods.scenes_of(arguments.photos) as folder:
-            photos = sample(folder, preprocessing, COUNT)[0]
+            measure(arguments, model, tuning, Path(folder), COUNT)
+
+
+def measure(arguments: argparse.Namespace, model, tuning: torch.Tensor, folder: Path, count: int) -> None:
+    """Errors, and speed if it is asked for, on the same images of a folder."""
+    photos = sample(folder, preprocessing_of(model), count)[0]
     share_of, wanted = MacsShare(model), [observe(model, batch) for batch in photos.split(8)]
 
     def errors(converted) -> torch.Tensor:
@@ -93,8 +98,8 @@ def main() -> None:
             timed = bench(
                 {"original": model, "adaptive": converted},
                 BenchSettings(runtimes=["onnx"], memory=False),
-                data=arguments.photos,
-                images=COUNT,
+                data=folder,
+                images=count,
             )
             row["speed"] = timed["cases"][0]["models"]["adaptive"]
         rows.append(row)

@@ -35,18 +35,11 @@ BUDGET = 0.7
 ONE_MASK_AT_MOST = 2**14  # tokens, of which every pair has a place in the mask
 
 
-class WithMask(packed._WithinImages):
-    """One attention over the row, where nobody sees another image."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention or args[0].shape[-2] != self.total:
-            return function(*args, **(kwargs or {}))
-        self.asked = True
-        query = args[0]
-        image = torch.repeat_interleave(torch.tensor(self.lengths, device=query.device))
-        mask = query.new_zeros(self.total, self.total).masked_fill(image[:, None] != image[None], float("-inf"))
-        given = (kwargs or {}).get("attn_mask")
-        return function(*args[:3], attn_mask=mask if given is None else mask + given)
+def masked_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
+    """:func:`tosa_convert.selective.row_attention.attend` by one call over the row, where nobody sees another image."""
+    image = torch.repeat_interleave(torch.tensor(lengths, device=query.device))
+    apart = query.new_zeros(len(image), len(image)).masked_fill(image[:, None] != image[None], float("-inf"))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=apart if mask is None else apart + mask, **options)
 
 
 def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
@@ -118,8 +111,8 @@ def measure(model, plan, images, rounds: int) -> dict:
         "row": lambda: run(rows, images),
         "nested": patched("attend", nested_attention),
         "images": lambda: run(each, images),
-        "containers": patched("_WithinImages", lambda lengths, _: within(lengths, patches + 1)),
-        "mask": patched("_WithinImages", WithMask),
+        "containers": patched("_WithinImages", lambda lengths, padding, _: within(lengths, padding, patches + 1)),
+        "mask": patched("attend", masked_attention),
         "padded": lambda: run(padded, images),
     }
     if len(images) * patches > ONE_MASK_AT_MOST:

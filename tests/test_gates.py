@@ -31,6 +31,7 @@ from tosa_convert.data.masks import Boxes, MaskFolder, masks_of
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.methods.score import View
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.planning import comparison
@@ -71,7 +72,7 @@ def test_a_pretrained_model_begins_as_it_was():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bypass", ["identity", "merge"])
+@pytest.mark.parametrize("bypass", ["identity", "merge", "borrow"])
 def test_a_gate_selects_by_the_higher_of_two_logits_and_weighs_what_a_layer_adds(bypass):
     model = gated(
         **({} if bypass == "identity" else {"method": None, "score": "gate", "bypass": bypass, "layers": [4, 5, 6]})
@@ -81,19 +82,25 @@ def test_a_gate_selects_by_the_higher_of_two_logits_and_weighs_what_a_layer_adds
         hook = lambda _, given, output, layer=block.selection.layer: seen.update({layer: (given[0], output)})  # noqa: E731
         block.register_forward_hook(hook)
     run(model, images)
-    before = torch.full((4, 17), -torch.inf)
+    before, skipped = torch.full((4, 17), -torch.inf), 0
     for block in selective_blocks(model):
         layer = block.selection.layer
         entered, left = seen[layer]
         before = torch.maximum(block.selector.linear(block.norm1(entered))[..., 0], before)
         for image, tokens in enumerate(chosen_tokens(model)[layer]):
-            wanted = {0, *[token for token in range(1, 17) if before[image, token] >= 0]}
-            assert set(tokens.tolist()) == wanted or len(tokens) == 2
+            above = {token for token in range(1, 17) if before[image, token] >= 0}
+            assert set(tokens.tolist()) == {0, *(above or {1 + before[image, 1:].argmax().item()})}
+            others = [token for token in range(17) if token not in tokens]
+            skipped += len(others)
+            added, weights = left[image] - entered[image], before[image].sigmoid()
             if bypass == "identity":
+                assert not added[others].any()
+            else:  # the very update of one that attends, of its group
+                assert all(torch.cdist(added[others], added[tokens]).min(1).values < 1e-5)
+            if bypass != "merge":
                 own = entered[image, tokens][None]
-                updated = _plain(block, own)
-                expected = own + before[image, tokens].sigmoid()[None, :, None] * (updated - own)
-                assert close(left[image, tokens][None], expected)
+                assert close(added[tokens][None], weights[tokens][None, :, None] * (_plain(block, own) - own))
+    assert skipped > 20
 
 
 def _plain(block, tokens):
@@ -106,7 +113,7 @@ def test_in_evaluation_a_batch_equals_its_images():
     model, images = gated(), photos()
     alone = torch.cat([first(run(model, image[None])) for image in images])
     assert close(first(run(model, images)), alone)
-    assert len({len(tokens) for tokens in chosen_tokens(model)[4]}) >= 1
+    assert len({len(tokens) for tokens in chosen_tokens(model)[4]}) > 1, "the images keep different numbers"
 
 
 def test_gates_learn_from_the_task_and_from_labels():
@@ -120,6 +127,18 @@ def test_gates_learn_from_the_task_and_from_labels():
     first(run(model, images))
     F.binary_cross_entropy_with_logits(state.state.gates[6], torch.ones(4, 17)).backward()
     assert choosing_blocks(model)[-1].selector.linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+def test_a_gate_learns_most_where_it_decides(threshold):
+    """The gradient of the hard choice is that of a sigmoid around the threshold, wherever that has been moved."""
+    score = choosing_blocks(gated(threshold=threshold))[0].selector.train()
+    view = View(steps=10_000, patches=16, grid=(4, 4), normed=torch.randn(2, 17, 48), threshold=threshold)
+    torch.manual_seed(1)
+    worth = score.worth(view)
+    (found,) = torch.autograd.grad(worth.weights.sum(), worth.logits)
+    slope = lambda values: values.sigmoid() * (1 - values.sigmoid())  # noqa: E731
+    assert close(found, slope(worth.logits) + worth.logits.sigmoid() * slope(worth.values - threshold))
 
 
 def test_gates_may_have_a_ratio_in_place_of_a_threshold():

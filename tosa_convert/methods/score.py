@@ -65,6 +65,7 @@ class View(NamedTuple):
         padding: (B, N) which tokens are none; None where all are tokens.
         partners: whether those of the skipped tokens are asked for.
         before: (B, N) the logits of the gate in the selective layer before, if there is one.
+        threshold: what a value has to reach; 0 where a number of tokens attends.
         any_number: whether it is asked for its :meth:`Score.worth`, by which a threshold goes, not for its choice.
     """
 
@@ -80,6 +81,7 @@ class View(NamedTuple):
     partners: bool = True
     any_number: bool = False
     before: torch.Tensor | None = None
+    threshold: float = 0.0
 
 
 class Worth(NamedTuple):

@@ -17,7 +17,7 @@ from tosa_convert.base.errors import TosaError
 from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.score import Reads, View
-from tosa_convert.methods.token_ops import Choice, pick, put
+from tosa_convert.methods.token_ops import Choice, pick, put, stand_ins
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.packed import run_row
@@ -103,15 +103,20 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: A
 
 
 def _weighed(block: nn.Module, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Tokens that leave a layer, (B, N, D), with what it added to those that attended weighed by its gate."""
-    selection = block.selection
-    weights = selection.current.state.weights.pop(selection.layer, None)
+    """Tokens that leave a layer, (B, N, D), with what it added weighed by its gate: a token that attends by its own
+    weight, one that is skipped by that of the token whose update it takes."""
+    state, layer = block.selection.current.state, block.selection.layer
+    weights = state.weights.pop(layer, None)
     if weights is None:
         return after
-    attended = selection.current.state.choices[selection.layer].attended
-    weights = weights.reshape(attended.shape[0], -1)
-    own = put(torch.ones_like(weights), attended, pick(weights, attended)).reshape(*before.shape[:2], 1)
-    return before + own.to(after.dtype) * (after - before)
+    choice = state.choices[layer]
+    weights = weights.reshape(choice.attended.shape[0], -1)
+    own = pick(weights, choice.attended)
+    if choice.partners is None:  # the others stay as they are
+        own = put(torch.ones_like(weights), choice.attended, own)
+    else:
+        own = pick(own, stand_ins(choice))
+    return before + own.reshape(*before.shape[:2], 1).to(after.dtype) * (after - before)
 
 
 def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):

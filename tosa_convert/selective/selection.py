@@ -170,7 +170,7 @@ class Selection:
                 )
             view = view._replace(reading=reading)
         kept = keep_count(view.patches, view.steps)
-        view = view._replace(before=arrival.before)
+        view = view._replace(before=arrival.before, threshold=self.threshold or 0.0)
         with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
             if self.threshold is not None:
                 worth = self._by_chance(self._worth(score, view, state, arrival), state)

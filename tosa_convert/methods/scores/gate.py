@@ -14,7 +14,7 @@ class Gate(Score):
     """The gate's logit, or that of the layer before if it is higher: what was selected once stays likely to be.
 
     In training tokens are selected by the logits plus the difference of two Gumbel variables, straight through: forward
-    by the hard choice, backward by its sigmoid. Where it differs from the paper, which was made for a Swin trained with
+    by the hard choice, backward by the sigmoid of how far they are from the threshold. Where it differs from the paper, which was made for a Swin trained with
     it from the start: what a layer *adds* to a selected token is weighed by σ(logit), not the token itself, and the
     logits begin at ``start``, so that a pretrained model begins as it was.
     """
@@ -50,5 +50,5 @@ class Gate(Score):
             return Worth(logits, weights=logits.sigmoid(), logits=logits)
         uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noisy = logits + uniform.logit()  # the difference of two Gumbel variables is logistic
-        soft = (noisy / self.options.temperature).sigmoid()
+        soft = ((noisy - view.threshold) / self.options.temperature).sigmoid()
         return Worth(noisy, weights=logits.sigmoid() * (1 + soft - soft.detach()), logits=logits)
