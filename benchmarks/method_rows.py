@@ -38,6 +38,8 @@ ORIGINAL = "original"
 PLANS = {"plan": None, "plan by threes": 3, "plan by sixes": 6}
 """So many layers share a choice, for speed."""
 GATED = ("spa", "impact")
+COUNTED = 200
+"""Images that thresholds are set on, and others that multiply–adds are counted over: what images keep differs a lot."""
 CONTROLS = {"random as spa": "spa", "random as impact": "impact"}
 """As many tokens in each image as those of a method with gates, by chance."""
 METHODS = (
@@ -168,8 +170,8 @@ def one(task: Task, base: nn.Module, name: str, budget: float, seed: int) -> dic
     before, settings = copy.deepcopy(converted), FinetuneSettings(**task.finetune)
     finetune(converted, task.train, settings, out=place / "finetune", seed=seed, resume=True, progress=Progress())
     if name.endswith("spa"):  # gates go on learning, so their thresholds are set again
-        converted = at_mean(converted, calibration(task, base), budget)
-    parts, cost = converted.tosa_config, flops(converted, images=sample(task.test, preprocessing_of(base), 48)[0])
+        converted = at_mean(converted, calibration(task, base, COUNTED), budget)
+    parts, cost = converted.tosa_config, flops(converted, images=sample(task.test, preprocessing_of(base), COUNTED)[0])
     macs, right = cost.macs / cost.original, top1(task, {"before": before, "top1": converted})
     return {
         "macs": macs,
@@ -200,7 +202,7 @@ def as_asked(task: Task, base: nn.Module, name: str, budget: float, seed: int) -
     if name in CONTROLS:
         return random_control(as_asked(task, base, CONTROLS[name], budget, seed), seed)
     if name in GATED:
-        images = calibration(task, base)
+        images = calibration(task, base, COUNTED)
         check_reachable(convert(copy.deepcopy(base), method=name), images, budget)  # before the training, not after it
         lesson, settings = DistillSettings(**task.distill, examples=200), FinetuneSettings(**task.finetune)
         place = task.work / f"gates-{name}-{seed}"
@@ -220,15 +222,15 @@ def planned(task: Task, base: nn.Module, name: str, budget: float) -> ConvertCon
     kept = task.work / f"{name}-{budget}-{task.device}.json"
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
-            images = calibration(task, base)
+            images = calibration(task, base, 32)
             found = find_plan(base, images, budget, segment=PLANS.get(name), adaptive=name == "adaptive")
             write_json(kept, found.config.model_dump())
     return ConvertConfig(**json.loads(kept.read_text()))
 
 
-def calibration(task: Task, base: nn.Module) -> torch.Tensor:
+def calibration(task: Task, base: nn.Module, count: int) -> torch.Tensor:
     """Training images that plans and thresholds are found on."""
-    return sample(task.train, preprocessing_of(base), 32)[0].to(task.device)
+    return sample(task.train, preprocessing_of(base), count)[0].to(task.device)
 
 
 def top1(task: Task, models: dict[str, nn.Module]) -> dict[str, float]:

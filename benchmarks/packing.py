@@ -39,7 +39,9 @@ def masked_attention(query, key, value, lengths: tuple[int, ...], mask=None, **o
     """:func:`tosa_convert.selective.row_attention.attend` by one call over the row, where nobody sees another image."""
     image = torch.repeat_interleave(torch.tensor(lengths, device=query.device))
     apart = query.new_zeros(len(image), len(image)).masked_fill(image[:, None] != image[None], float("-inf"))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=apart if mask is None else apart + mask, **options)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=apart if mask is None else apart + mask, **options
+    )
 
 
 def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):

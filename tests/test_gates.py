@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.score import View
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning import comparison
 from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
@@ -41,7 +44,6 @@ from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of
-from tosa_convert.workflows import thresholds
 
 
 def photos(count: int = 4) -> torch.Tensor:
@@ -218,6 +220,50 @@ def test_spa_learns_where_masks_are(labelled):
     assert figures["gates"] < 3 * 0.69 * 0.8, "better than by chance, over three layers"
 
 
+@pytest.fixture
+def silhouettes(tmp_path):
+    """Real images, for training and for judging, and where their objects are: all around them is black."""
+    place = Path("tosa_convert/assets/fashion_sample.zip")
+    with zipfile.ZipFile(Path(__file__).parent.parent / place) as archive:
+        names = archive.namelist()
+        chosen = [name for split in ("train/", "test/") for name in [n for n in names if n.startswith(split)][:40]]
+        archive.extractall(tmp_path / "fashion", [name for name in chosen if name.endswith(".png")])
+    (tmp_path / "masks").mkdir()
+    for file in (tmp_path / "fashion").rglob("*.png"):
+        seen = np.asarray(Image.open(file)) > 16
+        Image.fromarray((seen * 255).astype(np.uint8)).save(tmp_path / "masks" / file.name)
+    return tmp_path / "fashion/train", tmp_path / "fashion/test", tmp_path / "masks"
+
+
+def test_spa_on_real_images_and_their_silhouettes(tosa, silhouettes):
+    train, test, masks = silhouettes
+    teach = ("--masks", masks, "--gates", 1, "--steps", 30, "--batch-size", 16, "--lr", 3e-4)
+    code, out, err = tosa(
+        "finetune", "quickstart", "--method", "spa", "--data", train, *teach, "--mean-macs", 0.8, "--out", "run"
+    )
+    assert code == 0, err
+    code, out, err = tosa("eval", "run", "--data", test, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["macs"]["least"] < found["macs"]["macs"] < found["macs"]["most"], "as many as each image needs"
+    assert found["models"]["converted"]["top1"] > found["models"]["original"]["top1"] - 0.1
+    model = load("run")
+    images = Images(test, preprocessing_of(model))
+    run(model, torch.stack([images[index][0] for index in range(len(images))]))
+    of_patches = [
+        np.asarray(Image.open(masks / Path(images.reader.filename(index)).name))
+        .reshape(7, 4, 7, 4)
+        .max((1, 3))
+        .flatten()
+        for index in range(len(images))
+    ]
+    hits = [of_patches[index][tokens[1:].numpy() - 1] > 0 for index, tokens in enumerate(chosen_tokens(model)[12])]
+    chance = np.mean(np.stack(of_patches) > 0)
+    assert np.concatenate(hits).mean() > chance + 0.05, (
+        "what is selected lies on the object, on images that it never saw"
+    )
+
+
 def test_without_masks_the_original_s_attention_is_the_label(labelled):
     with pytest.warns(match="what the original's last layer attends to"):
         figures = finetune(convert(vit(), method="spa"), labelled[0], FinetuneSettings(steps=2, batch_size=4))
@@ -342,7 +388,7 @@ def test_what_was_worked_out_of_the_impact_outlives_an_interruption(tmp_path, la
 @pytest.mark.parametrize("name", ["timm vit", "hf DINOv3ViTModel", "timm eva02"])
 def test_tokens_that_are_filtered_are_gone_from_all_layers(name):
     torch.manual_seed(0)
-    model, images = lively(FAMILIES[name]()), photos(3)
+    model, images = lively(FAMILIES[name]()), photos(4)
     converted = at_mean(convert(copy.deepcopy(model), method="impact"), images, 0.8)
     found = run(converted, images)
     chosen = chosen_tokens(converted)
@@ -398,12 +444,13 @@ def test_thresholds_are_moved_to_a_mean(method):
     assert 0.78 < share <= 0.85
     with pytest.raises(UsageError, match="give a higher budget"):
         at_mean(model, images, 0.01)
+    with pytest.raises(UsageError, match="from 3 of them it cannot be seen how images differ; give 4 or more"):
+        at_mean(model, images[:3], 0.85)
     with pytest.raises(UsageError, match="at_mean is for thresholds"):
         at_mean(convert(vit(), score="norm"), images, 0.5)
 
 
-def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled, monkeypatch):
-    monkeypatch.setattr(thresholds, "IMAGES", 6)  # more would only take time
+def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled):
     train = (
         "finetune",
         "quickstart",
@@ -423,10 +470,23 @@ def test_thresholds_are_moved_to_a_mean_after_training(tosa, labelled, monkeypat
     assert 0.7 < cost["macs"] / cost["original"] <= 0.75
     assert len({round(each, 4) for each in moved}) == 1
     assert moved[0] != 0, "all by one number"
+    code, out, err = tosa("report", "moved", "--out", "moved.html")
+    assert code == 0, err
+    page = Path("moved.html").read_text()
+    saved = f"{100 * (1 - cost['macs'] / cost['original']):.1f} %"
+    (shown,) = re.findall(r"MACs saved</td><td>(.*?)</td>", page)
+    assert shown.startswith(saved)
+    assert "the mean of 6 images of " in shown
     code, out, err = tosa(*train, "--mean-macs", 0.05, "--out", "kept")
     assert code == 2
     assert "even with the fewest tokens the mean is above 0.05 of the MACs" in err
     assert not Path("kept").exists(), "nothing was trained"
+    for file in list(labelled[0].rglob("*.png"))[1:]:
+        file.unlink()
+    code, out, err = tosa(*train, "--mean-macs", 0.75, "--out", "one")
+    assert code == 2
+    assert "from 1 of them it cannot be seen how images differ" in err
+    assert not Path("one").exists(), "nothing was trained"
     code, out, err = tosa(
         "finetune", "quickstart", "--score", "norm", "--steps", 1, "--mean-macs", 0.7, "--out", "none"
     )
@@ -575,9 +635,15 @@ def test_impact_goes_by_the_output_where_labels_are_of_other_classes(tosa, label
 
 
 @pytest.mark.parametrize(("threshold", "why"), [(1e9, "no patch reaches"), (-1e9, "every patch reaches")])
-@pytest.mark.parametrize("schedule", ["pairs", "all"])
-def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why, schedule):
-    method = ("--score", "norm", "--bypass", "borrow", "--schedule", schedule)
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--score", "norm", "--bypass", "borrow", "--schedule", "pairs"),
+        ("--score", "norm", "--bypass", "borrow", "--schedule", "all"),
+        ("--score", "similarity", "--bypass", "merge", "--schedule", "all"),  # which keeps more than one at least
+    ],
+)
+def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why, method):
     code, out, err = tosa("flops", "quickstart", *method, "--threshold", threshold)
     assert code == 0, err
     assert f"which all take the same: {why} the threshold" in " ".join(out.split())

@@ -152,13 +152,14 @@ def finetune(
     trained as it is, such as under a new head (--task depth), and the run can be planned and compared.
     """
     from tosa_convert.workflows import pipeline as stages
+    from tosa_convert.workflows.sources import refuse_options_of_a_run
 
     if teacher and labels:
         raise UsageError("--teacher learns without labels, and --labels gives them a weight; leave out one of the two")
     labels = 0.0 if teacher else labels
     source = pick_source(run)
     trained = is_converted_run(source)
-    stages.refuse_options_of_a_run(trained, conversion)
+    refuse_options_of_a_run(trained, conversion)
     known = Path(source) / "recipe.yaml"  # a run saved from Python has none
     options = {**locals(), "model": None if trained and known.exists() else source}
     plan = make_recipe(recipe or (str(known) if trained and known.exists() else None), "finetune", options)

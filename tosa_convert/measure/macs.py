@@ -1,6 +1,7 @@
 """Multiply–adds by fvcore, with what fvcore leaves out: fused attention, which it counts as nothing."""
 
 import itertools
+import math
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +17,8 @@ from tosa_convert.data.images import sample
 from tosa_convert.measure.tally import attention_macs, tally
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.conversion import original
-from tosa_convert.selective.selection import keeps_any_number, last_choices, selective_blocks
+from tosa_convert.selective.conversion import light_copy, original
+from tosa_convert.selective.selection import choosing_blocks, keeps_any_number, last_choices, selective_blocks
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Cost:
         uncounted: operators that fvcore has no rule for → how often they occur.
         least, most: multiply–adds of single images, over several; ``macs`` is then the mean.
         images: over how many.
-        thresholds: whether each image keeps as many tokens as reach them.
+        fewest: multiply–adds of an image none of whose patches reaches the thresholds, where there are thresholds.
     """
 
     size: tuple[int, int]
@@ -59,7 +60,7 @@ class Cost:
     least: int | None = None
     most: int | None = None
     images: int | None = None
-    thresholds: bool = False
+    fewest: int | None = None
 
     @property
     def saved(self) -> float:
@@ -154,11 +155,8 @@ def flops_on(
     """
     if data is None and not keeps_any_number(model):
         return flops(model).to_dict()
-    pixels, folder, _ = sample(data, preprocessing_of(model), images)
-    if data is not None and len(folder) < images:  # as they are, rather than crops of them
-        images = len(folder)
-        pixels, folder, _ = sample(data, preprocessing_of(model), images)
-    name = folder.name if len(folder) >= images and data is not None else f"{folder.name}, in crops"
+    pixels, folder, _ = sample(data, preprocessing_of(model), images, crops=False)
+    name = f"{folder.name}, in crops" if data is None else folder.name
     return {**flops(model, images=pixels, progress=progress).to_dict(), "data": name}
 
 
@@ -202,8 +200,16 @@ def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | Non
         least=min(totals),
         most=max(totals),
         images=len(images),
-        thresholds=True,
+        fewest=before.macs + tally(_unreached(model), images[:1], [])[0] - whole,
     )
+
+
+def _unreached(model: nn.Module) -> nn.Module:
+    """A copy whose thresholds no patch reaches."""
+    raised = light_copy(model)
+    for block in choosing_blocks(raised):
+        block.selection.threshold = math.inf
+    return raised
 
 
 def _attending(model: nn.Module, patches: int) -> list[float]:

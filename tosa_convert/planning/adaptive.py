@@ -41,13 +41,17 @@ FAR = 0.02
 DIGITS = 6
 
 
-def adapted(search: Search, plan: Plan, best: Plan, most: float | None = None) -> Plan:
+def adapted(
+    search: Search, plan: Plan, best: Plan, most: float | None = None, target_drop: float | None = None
+) -> Plan:
     """A plan with thresholds in place of numbers, at the same mean multiply–adds over the images of the search; the
-    best one with numbers where that is not clearly ahead of it. On some models images differ little in what they need.
+    best one with numbers where that is not clearly ahead of it, or loses more than it may. On some models images differ
+    little in what they need.
 
     Args:
         best: the plan itself, or a published method that is ahead of it.
         most: share of the original's multiply–adds that no image may exceed.
+        target_drop: how much may be lost.
 
     Raises:
         UsageError: too few images to learn from how they differ, or a bound below the budget.
@@ -73,13 +77,14 @@ def adapted(search: Search, plan: Plan, best: Plan, most: float | None = None) -
     if not found:
         return best
     measured, (converted, spread, after) = min(found.items(), key=lambda item: item[0])
-    if not ahead(after, before):
+    drop = search.lost([observe(converted, batch) for batch in search.batches])
+    if not ahead(after, before) or (target_drop is not None and drop > target_drop):
         return replace(best, rivals={**best.rivals, "as many tokens as each image needs": typical(after)})
     return replace(
         plan,
         config=converted.tosa_config,
         cost=spread.mean,
-        drop=search.lost([observe(converted, batch) for batch in search.batches]),
+        drop=drop,
         measured=measured,
         rivals={"as many tokens for every image": before.mean().item()},
         spread=spread,
@@ -91,17 +96,25 @@ def check_adaptive(images: torch.Tensor, budget: float | None, most: float | Non
     Raises:
         UsageError: too few images to learn from how they differ, or a bound below the budget.
     """
-    if len(images) < FEWEST:
-        raise UsageError(
-            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
-            "the kind that the model will see"
-        )
+    check_differing(images)
     if most is not None and not 0 < most <= 1:
         raise UsageError(f"--max-macs {most:g} is out of range; give a share of the original's such as 0.9")
     if most is not None and budget is not None and most <= budget:
         raise UsageError(
             f"no image may take more than {most:g} of the MACs, and their mean is to be {budget:.3f}; raise --max-macs "
             "above the budget"
+        )
+
+
+def check_differing(images: torch.Tensor) -> None:
+    """
+    Raises:
+        UsageError: too few images to learn from how they differ.
+    """
+    if len(images) < FEWEST:
+        raise UsageError(
+            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
+            "the kind that the model will see"
         )
 
 
@@ -131,12 +144,14 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     images (B, C, H, W) are at most a share of the original's, and close to it.
 
     Raises:
-        UsageError: the conversion has no thresholds, or the budget cannot be reached by moving them.
+        UsageError: the conversion has no thresholds, there are too few images, or the budget cannot be reached by
+            moving the thresholds.
     """
     if not keeps_any_number(model):
         raise UsageError("at_mean is for thresholds: convert the model with one, such as by method spa")
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
+    check_differing(images)
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
     least, levels, blocks = _least(moved, images, budget, share_of), _levels(moved, images), choosing_blocks(moved)
     before = [block.selection.threshold for block in blocks]

@@ -108,6 +108,6 @@ def find_plan(
         found = search.solve(budget) if target_drop is None else search.solve_for(target_drop)
         alone = by == "macs" and (segment or 1) == 1
         best = against_published(search, found, target_drop) if alone else found
-        return adapted(search, found, best, max_macs) if adaptive else best
+        return adapted(search, found, best, max_macs, target_drop) if adaptive else best
     finally:
         model.train(training)

@@ -34,7 +34,8 @@ def write_html(folder: Path, model: nn.Module, file: Path, progress: Progress) -
     config = read_json(folder / "config.json")
     made = f"Made by tosa-convert {config['tosa_convert']}, {config['created']}."
     parts = [f"<h1>{escape(folder.name)}</h1><p>{escape(made)}</p>"]
-    cost = flops_on(model, progress=progress)
+    known = config.get("results")  # a run saved from Python has none
+    cost = known["flops"] if known else flops_on(model, progress=progress)
     parts += [table.html() for table in [summary_table(folder, cost), *tables_of(folder)]]
     with tempfile.TemporaryDirectory() as place, progress.track("plots", 4) as advance:
         for title, plot in _plots(folder, model, cost, Path(place)):

@@ -67,12 +67,13 @@ def _image_notes(cost: dict) -> list[str]:
 
 def _extreme(cost: dict) -> str:
     """Why thresholds make no difference, where every patch reaches them or none."""
-    if not cost.get("thresholds"):
+    if cost.get("fewest") is None:
         return ""
-    patches = [layer["tokens"] for layer in cost["layers"]]
-    if min(patches) == cost["patches"]:
+    if min(layer["tokens"] for layer in cost["layers"]) == cost["patches"]:
         return ": every patch reaches the threshold, so none is skipped; raise it"
-    return ": no patch reaches the threshold, so one is kept; lower it" if min(patches) <= 1 else ""
+    if cost["macs"] == cost["fewest"]:
+        return ": no patch reaches the threshold, so the fewest possible are kept; lower it"
+    return ""
 
 
 def flops_table(cost: dict, source: str) -> Table:

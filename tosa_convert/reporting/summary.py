@@ -15,12 +15,17 @@ def summary_table(run: Path, cost: dict) -> Table:
     latest = {line["stage"]: line for line in read_metrics(run) if "stage" in line}
     bench = run / "bench.json"
     rows = [
-        ["MACs saved", f"{percent(cost['saved'])} ({mega(cost['original'])} → {mega(cost['macs'])})"],
+        ["MACs saved", f"{percent(cost['saved'])} ({mega(cost['original'])} → {mega(cost['macs'])}{_over(cost)})"],
         *_kept(latest.get("eval"), run),
         *_speedups(read_json(bench) if bench.exists() else None, run),
         ["ONNX check", _check(latest.get("export"), run)],
     ]
     return Table("Summary", ["", "value"], rows, [])
+
+
+def _over(cost: dict) -> str:
+    """Which images it is a mean of, where it differs between them."""
+    return f", the mean of {cost['images']} images of {cost['data']}" if "data" in cost else ""
 
 
 def _not_measured(command: str, run: Path) -> str:

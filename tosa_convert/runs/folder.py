@@ -23,7 +23,8 @@ from tosa_convert.models.provenance import Origin, build
 from tosa_convert.runs.provenance import origin_of
 from tosa_convert.selective.conversion import convert, is_converted
 
-FORMAT, FORMAT_VERSION = "tosa-convert run", 2
+FORMAT, FORMAT_VERSION = "tosa-convert run", 3
+"""Version 1 noted the options of all parts; since 3 there are parts and options that 0.2.0 does not know."""
 RUNS = Path("runs")
 HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tosa-convert" / "runs.tsv"
 """Which runs were made from which folder; see :func:`remember`."""
@@ -122,7 +123,7 @@ def _conversion(config: dict) -> ConvertConfig | None:
     values = config.get("convert")
     if not values:
         return None
-    if config.get("version", 0) < FORMAT_VERSION:  # version 1 noted the options of all parts
+    if config.get("version", 0) < 2:
         unused = unknown_options(values)
         values = {name: value for name, value in values.items() if name not in unused}
     return validated(ConvertConfig, values)

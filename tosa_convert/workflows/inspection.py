@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
@@ -22,7 +21,7 @@ from tosa_convert.runs.loading import load, original_of
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
-from tosa_convert.workflows.pipeline import refuse_options_of_a_run
+from tosa_convert.workflows.sources import loaded_or_converted, to_measure
 
 
 def flops_stage(
@@ -43,10 +42,7 @@ def flops_stage(
             the built-in photos.
     """
     device = pick_device(device)
-    loaded = _loaded_or_converted(source, options, img_size=img_size, pretrained=False)
-    if keeps_any_number(loaded) and not runs.is_run(Path(source)):  # random weights would choose at random
-        loaded = _loaded_or_converted(source, options, img_size=img_size)
-    cost = flops_on(loaded.to(device), data, images, progress)
+    cost = flops_on(to_measure(source, options, img_size=img_size).to(device), data, images, progress)
     if plot is not None:
         from tosa_convert.reporting.plots import cost_plot
 
@@ -101,7 +97,7 @@ def show_stage(
     from tosa_convert.reporting.plots import views_plot
 
     device = pick_device(device)
-    model = _loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
+    model = loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
     before = original_of(model) if is_converted(model) and task_of(model).differences else None
     looks = look_at_files(model, files or built_in_scenes(), before)
     if is_converted(model) and not looks.views[0]:
@@ -139,10 +135,3 @@ def report_stage(source: str, out: Path | None, *, device=None, progress: Progre
     file = out or folder / "report.html"
     write_html(folder, load(source).to(pick_device(device)), file, progress or Progress())
     return {"run": source, "file": str(file)}
-
-
-def _loaded_or_converted(source: str, options: dict, **how) -> nn.Module:
-    """A run's model, or a model converted with the options that were given; ``how`` it is loaded."""
-    model = load(source, **how)
-    refuse_options_of_a_run(is_converted(model), options)
-    return convert(model, **options) if options else model

@@ -38,6 +38,7 @@ from tosa_convert.workflows.sources import (
     counted_source,
     eval_source,
     to_finetune,
+    to_measure,
     train_source,
 )
 from tosa_convert.workflows.thresholds import IMAGES, check_thresholds, with_mean
@@ -233,10 +234,9 @@ def bench_stage(
     """
     from tosa_convert.reporting.plots import speedup_plot  # matplotlib, which no other stage needs
 
-    model = load(source, pretrained="threshold" in options)
-    refuse_options_of_a_run(is_converted(model), options)
+    model = to_measure(source, options)
     if not is_converted(model):
-        convert(model, **options)
+        convert(model)
     models = {"original": original(model), "converted": model}
     for name in against:
         if name in models:
@@ -254,11 +254,6 @@ def bench_stage(
     if out is None:
         write_report(folder)
     return {**results, "file": str(folder / "bench.json"), "plot": str(folder / "bench.png")}
-
-
-def refuse_options_of_a_run(converted: bool, options: dict) -> None:
-    if converted and options:
-        raise UsageError("the conversion options of a run are fixed; leave them out, or name the original model")
 
 
 def _keep(model: nn.Module, out: Path, results: dict) -> None:

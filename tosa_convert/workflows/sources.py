@@ -1,6 +1,7 @@
-"""What a recipe works on: its model, its training images and those for evaluation."""
+"""What a command works on: its model, its training images and those for evaluation."""
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -9,7 +10,8 @@ from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.reader import is_stream, read, with_options
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
-from tosa_convert.selective.conversion import convert
+from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.selective.selection import keeps_any_number
 
 
 def train_source(recipe: Recipe) -> str | None:
@@ -51,6 +53,26 @@ def to_finetune(source: str, recipe: Recipe) -> nn.Module:
     if recipe.task not in (None, own):
         raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
     return model
+
+
+def loaded_or_converted(source: str, options: dict, **how: Any) -> nn.Module:
+    """A run's model, or a model converted with the options that were given; ``how`` it is loaded."""
+    model = load(source, **how)
+    refuse_options_of_a_run(is_converted(model), options)
+    return convert(model, **options) if options else model
+
+
+def to_measure(source: str, options: dict, **how: Any) -> nn.Module:
+    """The same for its cost: with random weights, unless the number of tokens depends on them."""
+    model = loaded_or_converted(source, options, pretrained=False, **how)
+    if keeps_any_number(model) and not runs.is_run(source):
+        return loaded_or_converted(source, options, **how)
+    return model
+
+
+def refuse_options_of_a_run(converted: bool, options: dict) -> None:
+    if converted and options:
+        raise UsageError("the conversion options of a run are fixed; leave them out, or name the original model")
 
 
 def check_measured(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.images import sample
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean, check_reachable
+from tosa_convert.planning.adaptive import FEWEST, at_mean, check_differing, check_reachable
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.sources import counted_source
 
@@ -20,8 +20,8 @@ IMAGES = 48
 def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: a mean is asked of a conversion without thresholds, or one that it cannot come down to; or there are
-            no images to count over.
+        UsageError: a mean is asked of a conversion without thresholds, or one that it cannot come down to, or of too
+            few images; or there are no images to count over.
     """
     if keeps_any_number(model) and recipe.data.train is not None and counted_source(recipe) is None:
         raise UsageError(
@@ -34,7 +34,9 @@ def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
             "--mean-macs out, or take one of them"
         )
     if recipe.mean_macs is not None:
-        check_reachable(model, counted_images(model, recipe, 1), recipe.mean_macs)
+        images = counted_images(model, recipe, FEWEST)
+        check_differing(images)
+        check_reachable(model, images, recipe.mean_macs)
 
 
 def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
@@ -51,6 +53,6 @@ def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None
 
 
 def counted_images(model: nn.Module, recipe: Recipe, count: int = IMAGES) -> torch.Tensor:
-    """(B, C, H, W) that thresholds are moved on, on the model's device."""
-    images = sample(counted_source(recipe), preprocessing_of(model), count)[0]
+    """(B, C, H, W) that thresholds are moved on, on the model's device; fewer where there are fewer."""
+    images = sample(counted_source(recipe), preprocessing_of(model), count, crops=False)[0]
     return images.to(next(model.parameters()).device)

@@ -14,9 +14,9 @@ class Gate(Score):
     """The gate's logit, or that of the layer before if it is higher: what was selected once stays likely to be.
 
     In training tokens are selected by the logits plus the difference of two Gumbel variables, straight through: forward
-    by the hard choice, backward by the sigmoid of how far they are from the threshold. Where it differs from the paper, which was made for a Swin trained with
-    it from the start: what a layer *adds* to a selected token is weighed by σ(logit), not the token itself, and the
-    logits begin at ``start``, so that a pretrained model begins as it was.
+    by the hard choice, backward by the sigmoid of how far they are from the threshold. Where it differs from the paper,
+    which was made for a Swin trained with it from the start: what a layer *adds* to a selected token is weighed by
+    σ(logit), not the token itself, and the logits begin at ``start``, so that a pretrained model begins as it was.
     """
 
     class Options(parts.Options):
