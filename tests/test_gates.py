@@ -259,9 +259,7 @@ def test_spa_on_real_images_and_their_silhouettes(tosa, silhouettes):
     ]
     hits = [of_patches[index][tokens[1:].numpy() - 1] > 0 for index, tokens in enumerate(chosen_tokens(model)[12])]
     chance = np.mean(np.stack(of_patches) > 0)
-    assert np.concatenate(hits).mean() > chance + 0.05, (
-        "what is selected lies on the object, on images that it never saw"
-    )
+    assert np.concatenate(hits).mean() > chance + 0.05, "on images that it never saw too"
 
 
 def test_without_masks_the_original_s_attention_is_the_label(labelled):
