@@ -127,6 +127,12 @@ export: {{images: 8}}
     assert tosa("run", "mine.yaml", "--out", "all")[0] == 2
     stamp = (tmp_path / "all/distill/model.safetensors").stat().st_mtime_ns
     (tmp_path / "all/finetune/config.json").unlink()
+    (tmp_path / "mine.yaml").write_text(text.replace("distill: {steps: 2", "distill: {steps: 3"))
+    code, out, err = tosa("run", "mine.yaml", "--out", "all", "--resume")
+    assert code == 2
+    assert "all/distill was started with other settings (distill.steps)" in err
+    shutil.rmtree(tmp_path / "all/finetune")  # a stage that is not begun may be mended
+    (tmp_path / "mine.yaml").write_text(text.replace("finetune: {steps: 2", "finetune: {steps: 1"))
     code, out, err = tosa("run", "mine.yaml", "--out", "all", "--resume")
     assert code == 0, err
     assert (tmp_path / "all/distill/model.safetensors").stat().st_mtime_ns == stamp
@@ -156,9 +162,10 @@ def test_what_is_measured_after_a_training_is_opened_before_it(source, labelled,
     assert not (tmp_path / "all").exists()
 
 
-def test_a_refused_run_leaves_no_folder(photos, tosa, tmp_path):
+@pytest.mark.parametrize("before", ["convert: {method: tome}", "distill: {steps: 1}"])
+def test_a_refused_run_leaves_no_folder(photos, tosa, tmp_path, before):
     text = f"model: quickstart\ndata: {{train: {photos}}}\nfinetune: {{steps: 1, mixup: 0.8}}\n"
-    (tmp_path / "mine.yaml").write_text(text + "convert: {method: tome}\n")
+    (tmp_path / "mine.yaml").write_text(f"{text}{before}\n")
     code, _, err = tosa("run", "mine.yaml", "--out", "all")
     assert code == 2
     assert "none to learn from" in err

@@ -1,17 +1,21 @@
 """MCTF: its weights against loops, its numbers of tokens, its two passes in fine-tuning."""
 
+import copy
 import math
+import re
 
 import pytest
 import torch
 from conftest import lively
-from families import FAMILIES
+from families import FAMILIES, SMALL
 from test_contract import first
+from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import FinetuneSettings, UsageError, convert, finetune, original
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.score import Acts, Site, View
 from tosa_convert.methods.scores import multi_criteria
+from tosa_convert.methods.token_ops import keep_count
 from tosa_convert.models.adapter import run
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 from tosa_convert.training.finetuning import SelectiveFinetuning
@@ -73,10 +77,25 @@ def test_r_is_of_the_models_own_images(images):
 def test_too_large_an_r_says_what_goes():
     with pytest.raises(UsageError, match=r"r 2 takes 10 tokens in 5 layers, and of 16 .* at least 10 .*give at most 1"):
         convert(FAMILIES["timm vit"](), method="mctf", r=2)
-    with pytest.raises(UsageError, match=r"stay above 0\.40"):
+    with pytest.raises(UsageError, match=r"stay above 0\.50"):
         convert(FAMILIES["timm vit"](), method="mctf", ratio=0.3)
     with pytest.raises(UsageError, match=r"which bypass merge does not know yet .* use pool"):
         convert(FAMILIES["timm vit"](), score="multi_criteria", bypass="merge")
+
+
+@pytest.mark.parametrize("method", ["mctf", "mctf_fast"])
+def test_what_is_offered_in_place_of_too_large_an_r_goes(method):
+    model = VisionTransformer(**{**SMALL, "img_size": 128, "depth": 12})
+    with pytest.raises(UsageError) as refused:
+        convert(model, method=method, r=30)
+    most = int(re.search(r"give at most (\d+)", str(refused.value))[1])
+    assert convert(copy.deepcopy(model), method=method, r=most)
+    with pytest.raises(UsageError) as refused:
+        convert(copy.deepcopy(model), method=method, ratio=0.2)
+    least = float(re.search(r"stay above (\d\.\d+)", str(refused.value))[1])
+    assert convert(copy.deepcopy(model), method=method, ratio=least + 0.01)
+    with pytest.raises(UsageError, match="at most half of the tokens; take less"):
+        convert(copy.deepcopy(model), method=method, r=most + 1)
 
 
 def test_without_a_class_token_all_tokens_may_fuse(images):
@@ -101,13 +120,21 @@ def test_a_share_of_the_tokens_is_taken_away(images):
     assert len(chosen_tokens(model)) == 5
 
 
+def test_the_second_pass_of_the_paper_s_setting_takes_whole_tokens():
+    model = convert(VisionTransformer(**{**SMALL, "img_size": 112, "depth": 12}), method="mctf", r=16)
+    for fewer in range(8):
+        steps = [block.selection.steps_of(fewer / 16) for block in selective_blocks(model)]
+        assert [196 - keep_count(196, each) for each in steps] == [fewer * number for number in range(1, 12)]
+
+
 @pytest.mark.parametrize("labels", [0.0, 0.5, 1.0])
 def test_the_loss_is_that_of_both_passes(labels, images, monkeypatch):
     model, current = of_mctf()
     model.eval()
     weights = {"labels": labels, "logits": 1.0 - labels, "consistency": 2.0, "features": 0.0, "cut": 0.0}
     objective = SelectiveFinetuning(model, weights, FinetuneSettings())
-    monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(4))
+    drawn = []
+    monkeypatch.setattr(torch, "randint", lambda *given: drawn.append(given) or torch.tensor(4))
     truths = torch.zeros(len(images), dtype=torch.long)
     parts = objective(images, truths)
     objective.close()
@@ -122,6 +149,7 @@ def test_the_loss_is_that_of_both_passes(labels, images, monkeypatch):
     wanted = 3 * ((normed[0] - normed[1]).square().mean(-1) * sure).mean()
     wanted = wanted + labels * torch.nn.functional.cross_entropy(teacher, truths)
     assert parts["consistency"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert drawn == [(8, ())], "0 to 7"
 
 
 def test_both_passes_give_gradients_under_checkpointing_too(images):

@@ -4,16 +4,17 @@ import functools
 import io
 import json
 import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import check_resuming, lively, run_recipe
 from families import FAMILIES
 from PIL import Image
 
+import tosa_convert
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
 from tosa_convert.data.images import Images, loader, sample, training_loader
 from tosa_convert.models.provenance import preprocessing_of
@@ -22,10 +23,16 @@ from tosa_convert.runs.metrics_log import read_metrics
 NAMES = ("0-one", "1-two", "2-three")
 
 
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+@functools.cache
+def built_in() -> list[bytes]:
+    """Images of the built-in sample."""
+    with zipfile.ZipFile(Path(tosa_convert.__file__).parent / "assets" / "fashion_sample.zip") as archive:
+        return [archive.read(name) for name in archive.namelist()[:64] if name.endswith(".png")]
+
+
+def png(number: int) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
+    Image.open(io.BytesIO(built_in()[number])).convert("RGB").resize((40, 40)).save(stream, format="PNG")
     return stream.getvalue()
 
 

@@ -309,7 +309,7 @@ class ConvertConfig(BaseModel):
             if ratio > before:
                 raise ValueError(f"layer {layer}: with bypass {self.bypass} tokens do not come back; ratios only fall")
             if self.part(Score).half_at_most and ratio < before * SMALLEST_RATIO_STEP:
-                raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens at once")
+                raise ValueError(f"layer {layer}: a matching of two halves skips at most half of the tokens; take less")
         known, left = dict(plan), 1.0
         return [(layer, left := known.get(layer, left)) for layer in range(plan[0][0], depth + 1)]
 

@@ -62,7 +62,7 @@ def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
         )
     if config.acts is Acts.BEFORE and not adapter.own_heads:
         raise UsageError(
-            f"bypass {config.bypass} works a layer's attention out itself, and this model mixes its heads inside it; "
-            "use persist, or identity, borrow or merge"
+            f"bypass {config.bypass} works a layer's attention out itself, and this model mixes its heads inside it "
+            "or has tokens behind its patches; use persist, or identity, borrow or merge"
         )
     check_halves(adapter, adapter.blocks[0])

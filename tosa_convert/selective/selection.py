@@ -1,6 +1,7 @@
 """How one selective layer chooses its tokens."""
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,11 @@ class Selection:
         return ratio_steps(self.ratio)
 
     def steps_of(self, share: float | None) -> int:
-        """:attr:`steps` where only a share of the tokens is taken away that it is to take."""
-        return self.steps if share is None else ratio_steps(1 - (1 - self.ratio) * share)
+        """:attr:`steps` where only a share of the tokens is taken away that it is to take; rounded down, as ratios are
+        that mean a number of tokens, since a layer keeps the next whole number above."""
+        if share is None:
+            return self.steps
+        return max(1, math.floor((1 - (1 - self.ratio) * share) * RATIO_STEPS + 1e-6))
 
     @property
     def per_head(self) -> bool:

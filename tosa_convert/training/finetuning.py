@@ -71,16 +71,7 @@ def finetune(
     if not is_converted(model):
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
-    augmentation = check_settings(settings)
-    images = task_of(model).read(data, preprocessing_of(model), augmentation, seed)
-    weights = loss_weights(settings, images, model)
-    _take_masks(images, masks_of(masks, boxes), settings, weights)
-    _check_mixing(settings, weights, model)
-    _check_known(images, weights, model)
-    if images.reader.streams and weights["labels"]:
-        images.outputs = outputs_of(model)
-    if (settings.aa or settings.reprob) and task_of(model).differences:
-        raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
+    images, weights = _opened(model, data, settings, masks_of(masks, boxes), seed)
     frozen = _freeze_backbone(model) if settings.head_only else []
     accelerator = make_accelerator(device, settings)
     home = next(model.parameters()).device
@@ -122,6 +113,36 @@ def _freeze_backbone(model: nn.Module) -> list[nn.Parameter]:
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
+
+
+def check_finetuning(
+    model: nn.Module, data: str | Path | None, settings: FinetuneSettings, masks: Masks | None = None
+) -> None:
+    """What :func:`finetune` would refuse, before a stage ahead of it.
+
+    Raises:
+        UsageError: as it would.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TosaWarning)  # they come when it is done
+        _opened(model, data, settings, masks)
+
+
+def _opened(
+    model: nn.Module, data: str | Path | None, settings: FinetuneSettings, masks: Masks | None, seed: int = 0
+) -> tuple[Images, dict[str, float]]:
+    """The images to train on, and the weight of each part of the loss."""
+    augmentation = check_settings(settings)
+    images = task_of(model).read(data, preprocessing_of(model), augmentation, seed)
+    weights = loss_weights(settings, images, model)
+    _take_masks(images, masks, settings, weights)
+    _check_mixing(settings, weights, model)
+    _check_known(images, weights, model)
+    if images.reader.streams and weights["labels"]:
+        images.outputs = outputs_of(model)
+    if (settings.aa or settings.reprob) and task_of(model).differences:
+        raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
+    return images, weights
 
 
 def check_settings(settings: FinetuneSettings) -> Augmentation:

@@ -12,6 +12,7 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.data.masks import masks_of
 from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
@@ -29,7 +30,7 @@ from tosa_convert.selective.conversion import convert, is_converted, is_whole, o
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
-from tosa_convert.training.finetuning import check_recipe, finetune
+from tosa_convert.training.finetuning import check_finetuning, check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
 from tosa_convert.workflows.same_job import check_same_job
 from tosa_convert.workflows.sources import (
@@ -48,10 +49,19 @@ EXAMPLES = 32
 
 
 @writes_alone
-def distill_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress: Progress | None = None) -> dict:
-    """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on."""
+def distill_stage(
+    recipe: Recipe, out: Path, *, before_finetune=False, resume=False, device=None, progress: Progress | None = None
+) -> dict:
+    """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on.
+
+    Args:
+        before_finetune: the recipe's fine-tuning follows, so that what it would refuse is refused now.
+    """
     model = converted(recipe)
     check_distillable(model)
+    if before_finetune:
+        masks = masks_of(recipe.data.masks, recipe.data.boxes)
+        check_finetuning(model, train_source(recipe), recipe.finetune, masks)
     return _train_stage("distill", model, recipe, out, resume, device, progress)
 
 
@@ -130,7 +140,7 @@ def _stage_by_stage(
             source = str(run or recipe.model)
             try:
                 results[name] = (
-                    distill_stage(recipe, out / name, **options)
+                    distill_stage(recipe, out / name, before_finetune="finetune" in stages, **options)
                     if name == "distill"
                     else finetune_stage(source, recipe, out / name, **options)
                 )
@@ -299,7 +309,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
     verb = {"distill": distill, "finetune": finetune}[name]
     resolved = recipe.model_copy(update={"convert": model.tosa_config})
     if resume:
-        check_same_job(resolved, out / "recipe.yaml")
+        check_same_job(resolved, out / "recipe.yaml", name)
     processes.join(device)
     if resume and runs.is_run(out):
         return read_json(out / "config.json")["results"]

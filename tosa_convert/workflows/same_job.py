@@ -13,17 +13,25 @@ MEASURED = ("data.eval", "export")
 """Keys of what comes after a training, and may be mended before it is gone on with."""
 
 
-def check_same_job(recipe: Recipe, path: Path) -> None:
-    """A run is resumed with the settings it was started with, or its result would belong to neither job."""
+TRAININGS = ("distill", "finetune")
+
+
+def check_same_job(recipe: Recipe, path: Path, stage: str) -> None:
+    """A stage is resumed with the settings it was started with, or its result would belong to neither job. Those of
+    another stage, which is checked on its own, may have been mended."""
     if not path.exists():
         return
     ours, theirs = (_flatten(each.model_dump(mode="json")) for each in (recipe, read_recipe(path)))
+    others = [each for each in TRAININGS if each != stage]
     undecided = (path.parent / IMPACT).exists() and not is_run(path.parent)
     afterwards = AFTERWARDS if undecided else ()
     changed = [
         key
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and not key.startswith(MEASURED) and key not in afterwards
+        if ours.get(key) != theirs.get(key)
+        and not key.startswith(MEASURED)
+        and key not in afterwards
+        and key.split(".")[0] not in others
     ]
     if changed:
         raise UsageError(

@@ -1,5 +1,6 @@
 """MCTF's schedule (arXiv 2403.10030, section 4.1): a fixed number of tokens is gone after each layer but the first."""
 
+import itertools
 from typing import Annotated
 
 from pydantic import Field
@@ -33,7 +34,7 @@ class Constant(Schedule):
         steps = self.gone(count)
         each = count * (1 - ratio) / sum(steps)
         if each * steps[-1] >= 1:
-            least = 1 - sum(steps) / count / steps[-1]
+            least = 1 - sum(steps) / count / _in_halves(steps)
             raise ValueError(f"a mean ratio of {ratio} would end at no token at all; stay above {least:.2f}")
         return [round(1 - each * step, 6) for step in steps]
 
@@ -42,11 +43,17 @@ class Constant(Schedule):
         if r is None or not patches:
             return self.ratios(ratio, count, acts)
         steps = self.gone(count)
-        most = (patches - LEAST) // steps[-1]
-        if r > most:
+        if patches - r * steps[-1] < LEAST:
+            most = min((patches - LEAST) // steps[-1], patches // _in_halves(steps))
             raise ValueError(
                 f"r {r} takes {r * steps[-1]} tokens in {count} layers, and of {patches} patch tokens at least {LEAST} "
                 f"have to be left; {f'give at most {most}' if most > 0 else 'name fewer layers, or take larger images'}"
             )
         # Rounded down to whole ten-thousandths: a layer keeps the next whole number above.
         return [(patches - r * step) * 10_000 // patches / 10_000 for step in steps]
+
+
+def _in_halves(steps: list[int]) -> int:
+    """How many steps' worth of tokens an image has to have for no layer to take more than half of those that are left,
+    the most for a matching of two halves."""
+    return max(2 * now - before for before, now in itertools.pairwise([0, *steps]))
