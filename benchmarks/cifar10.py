@@ -6,7 +6,8 @@ training and after the same short fine-tuning, and their measured speed in ONNX 
     python benchmarks/cifar10.py package dinov2/timm.safetensors --work cifar_work
 
 First the model gets a head and is fine-tuned on CIFAR-10 itself; that is the original that the methods are held to. It
-comes out a little different on other processors, so each row says how good its own original is.
+comes out a little different on other processors, so each row says how good its own original is; the row "original" is
+what it comes to when it is trained on as the methods are.
 Each step is kept in the work folder until its row is in the results, so the script may be stopped and started again;
 ``--methods``, ``--budgets`` and ``--seeds`` do part of the work. All of it takes a dozen hours a seed on one core. On a
 GPU several rows are measured at once, and none is timed (benchmarks/cifar10_speed.py times them all on a CPU):
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from method_rows import METHODS, Task, arguments_of, fill
+from method_rows import METHODS, ORIGINAL, Task, arguments_of, fill
 from PIL import Image
 
 from tosa_convert import FinetuneSettings, convert, finetune, load, save
@@ -38,7 +39,7 @@ DISTILL = {**SHARED, "steps": 100}
 
 
 def main() -> None:
-    parser = arguments_of(__doc__, METHODS, BUDGETS, Path("benchmarks/results/cifar10.json"))
+    parser = arguments_of(__doc__, (ORIGINAL, *METHODS), BUDGETS, Path("benchmarks/results/cifar10.json"))
     parser.add_argument("data", type=Path)
     parser.add_argument("weights", type=Path)
     arguments = parser.parse_args()

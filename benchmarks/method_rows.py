@@ -176,8 +176,8 @@ def one(task: Task, base: nn.Module, name: str, budget: float, seed: int) -> dic
     return {
         "macs": macs,
         **right,
-        # chance is not exported
-        **(speed(task, base, converted, macs) if task.timed and name not in CONTROLS else {}),
+        # chance is not exported, and the original is what others are timed against
+        **(speed(task, base, converted, macs) if task.timed and name not in (ORIGINAL, *CONTROLS) else {}),
         "convert": f"{parts.score} × {parts.bypass} × {parts.schedule}",
     }
 
