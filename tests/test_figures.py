@@ -14,14 +14,20 @@ FIGURES = (ROOT / "docs" / "figures.md").read_text()
 SECTIONS = dict(
     zip(re.findall(r"^## (.+)$", FIGURES, re.M), re.split(r"^## .+$", FIGURES, flags=re.M)[1:], strict=True)
 )
-NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*\.\d+|\d[\d,]*(?= ?[%×]))")
+NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*\.\d+|\d[\d,]*(?= ?[%×]))( ?[%×])?")
 """A number with decimals, a percentage or a factor; whole numbers are settings."""
+TOGETHER = [
+    (r"\| 0\.\d\d \| [^|]+ \| ([\d.]+) \| ([\d.]+ %) \| ([\d.]+ %) \|", ("macs", "before", "top1"), "cifar10"),
+    (r"([\d.]+×) / (\d+ %)", ("speedup", "of_promised"), "cifar10"),
+    (r"\| [A-Za-z][^|]* \| ([\d.]+ %) \| ([\d.]+ %) \| ([\d.]+ %) \|", ("macs", "before", "top1"), "fashion_trained"),
+]
+"""Cells of a row of a table, and under which names they stand in one row of a file that begins so."""
 
 
 def numbers_in(text: str) -> list[str]:
-    """Those outside of code, links, numbers of papers and names of versions."""
+    """Those outside of code, links, numbers of papers and names of versions, with the sign that follows them."""
     plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}", " ", text, flags=re.S)
-    return [found.replace(",", "") for found in NUMBER.findall(plain)]
+    return ["".join(found).replace(",", "").replace(" ", "") for found in NUMBER.findall(plain)]
 
 
 def values_in(content: object) -> list[float]:
@@ -63,16 +69,25 @@ def derived(content: dict) -> list[float]:
 
 
 def is_rounded(number: str, value: float) -> bool:
-    """Whether the number is the value, the share or what is missing of it, in millions, billions or MiB; a loss is
-    written with a sign of its own."""
-    value = abs(value)
-    half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
-    forms = (value, 100 * value, 100 * (1 - value), value / 1e6, value / 1e9, value / 2**20)
-    return any(abs(form - float(number)) <= half for form in forms)
+    """Whether the number is the value: a factor as it is, a percentage as the share or what is missing of it; what has
+    no sign as it is, in millions, billions or MiB, as a share or what is missing of it, or in points. A loss is written
+    with a sign of its own."""
+    digits, sign, value = number.rstrip("%×"), number[-1], abs(value)
+    half = 0.5 * 10 ** -len(digits.partition(".")[2]) + 1e-9
+    forms = {"×": (value,), "%": (100 * value, 100 * (1 - value))}.get(
+        sign, (value, 100 * value, 1 - value, value / 1e6, value / 1e9, value / 2**20)
+    )
+    return any(abs(form - float(digits)) <= half for form in forms)
 
 
-def unknown_numbers(text: str, values: list[float]) -> list[str]:
-    return [number for number in numbers_in(text) if not any(is_rounded(number, value) for value in values)]
+def unknown_numbers(text: str, values: list[float], written: list[float]) -> list[str]:
+    """Those that are none of the values, nor are written elsewhere in whatever form."""
+    return [
+        number
+        for number in numbers_in(text)
+        if not any(is_rounded(number, value) for value in values)
+        and not any(is_rounded(number.rstrip("%×"), value) for value in written)
+    ]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -81,14 +96,29 @@ def test_a_section_of_figures_stands_in_its_results(section):
     names = [name for name in re.findall(r"`(\w+\.(?:json|log))`", text) if name in RESULTS]
     assert names, "the section does not say where it was recorded"
     scripts = [ROOT / "benchmarks" / name for name in re.findall(r"benchmarks/(\w+\.py)", text)]
-    values = [1.0]
+    values, written = [1.0], []
     for path in [*scripts, *(RESULTS[name] for name in names if name.endswith(".log"))]:
-        values += [float(number) for number in re.findall(r"\d+\.?\d*", path.read_text())]  # settings, or a log
+        written += [float(number) for number in re.findall(r"\d+\.?\d*", path.read_text())]  # settings, or a log
     for name in names:
         if name.endswith(".json"):
             content = json.loads(RESULTS[name].read_text())
             values += values_in(content) + derived(content)
-    assert unknown_numbers(text, values) == []
+    assert unknown_numbers(text, values, written) == []
+
+
+@pytest.mark.parametrize(("pattern", "names", "files"), TOGETHER)
+def test_cells_of_a_row_stand_together_in_a_row_of_a_file(pattern, names, files):
+    contents = [json.loads(path.read_text()) for name, path in RESULTS.items() if name.startswith(files)]
+    rows = [row for content in contents for row in content["rows"] if set(names) <= row.keys()]
+    section = SECTIONS["CIFAR-10 on the real ViT-S/14" if files == "cifar10" else "Quickstart"]
+    found = [[cell.replace(" ", "") for cell in cells] for cells in re.findall(pattern, section)]
+    assert len(found) > 5
+    missing = [
+        cells
+        for cells in found
+        if not any(all(is_rounded(cell, row[name]) for cell, name in zip(cells, names, strict=True)) for row in rows)
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
@@ -98,7 +128,8 @@ def test_other_pages_quote_the_figures(name):
     """Each number is in docs/figures.md, or a setting in the code examples of the page itself."""
     text = (ROOT / name).read_text()
     settings = re.findall(r"\d+\.\d+", " ".join(re.findall(r"```.*?```|`[^`]*`", text, flags=re.S)))
-    assert unknown_numbers(text, [float(number) for number in [*numbers_in(FIGURES), *settings, "0.99", "0.8"]]) == []
+    written = [float(number.rstrip("%×")) for number in [*numbers_in(FIGURES), *settings, "0.99", "0.8"]]
+    assert unknown_numbers(text, [], written) == []
 
 
 def test_every_result_is_told():

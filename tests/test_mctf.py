@@ -12,6 +12,7 @@ from test_contract import first
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import FinetuneSettings, UsageError, convert, finetune, original
+from tosa_convert.base.errors import TosaWarning
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.score import Acts, Site, View
 from tosa_convert.methods.scores import multi_criteria
@@ -102,6 +103,13 @@ def test_without_a_class_token_all_tokens_may_fuse(images):
     model = lively(FAMILIES["timm siglip"]())
     convert(model, method="mctf", ratio=0.8)(images)
     assert chosen_tokens(model)[6].shape[1] < 16
+
+
+def test_without_a_class_token_there_is_no_second_pass_which_is_said(photos):
+    model = convert(lively(FAMILIES["timm siglip"]()), method="mctf", ratio=0.8)
+    with pytest.warns(TosaWarning, match="no class token, which the second pass of MCTF compares: it is left out"):
+        figures = finetune(model, photos, FinetuneSettings(steps=1, batch_size=2, labels=0.0))
+    assert "consistency" not in figures
 
 
 def of_mctf(name: str = "timm vit"):

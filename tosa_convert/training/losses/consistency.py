@@ -1,10 +1,12 @@
 """MCTF's token reduction consistency (arXiv 2403.10030, section 3.4): the same weights have to answer alike when fewer
 tokens are taken away."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.selective.selection import selective_blocks
 from tosa_convert.tasks.task import task_of
@@ -31,7 +33,12 @@ class Consistency(Loss):
 
     @classmethod
     def default(cls, situation):
-        return super().default(situation) if adapter_of(situation.model).class_token else 0.0
+        wanted = super().default(situation)
+        if wanted and not adapter_of(situation.model).class_token:
+            message = "the model has no class token, which the second pass of MCTF compares: it is left out"
+            warnings.warn(message, TosaWarning, stacklevel=2)
+            return 0.0
+        return wanted
 
     @classmethod
     def check(cls, situation):
