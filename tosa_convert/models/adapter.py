@@ -18,6 +18,7 @@ from torch import nn
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import TosaError, UnsupportedModelError
 from tosa_convert.base.thread_local import PerThread
+from tosa_convert.models.branches import Branch, two_modules
 from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
@@ -84,9 +85,10 @@ class Adapter(ABC):
         """The attention module of a block; not where neither :attr:`own_heads` nor :attr:`halves` holds."""
         return next(child for name, child in block.named_children() if name in ("attn", "attention", "self_attn"))
 
-    def mlp(self, block: nn.Module) -> nn.Module:
-        """The MLP of a block, where :attr:`halves` holds."""
-        return next(child for name, child in block.named_children() if name in ("mlp", "ffn"))
+    def branches(self, block: nn.Module) -> tuple[Branch, Branch]:
+        """Attention and MLP of a block, where :attr:`halves` holds."""
+        mlp = next(child for name, child in block.named_children() if name in ("mlp", "ffn"))
+        return two_modules(self.attention(block), mlp, self.as_attention_output)
 
     @abstractmethod
     def norm(self, block: nn.Module) -> nn.Module | None:
@@ -123,8 +125,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def tap(self, block: nn.Module, receive: Receive, detach: bool = True) -> Tap:
-        """Make each forward of a block call ``receive`` with its queries and keys, without gradients unless ``detach``
-        is False."""
+        """Make each forward of a block call ``receive`` with its queries and keys; without gradients if ``detach``."""
 
     def steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
         """The modules of a block, and their methods, that :meth:`call` answers for it on some of its tokens; see
@@ -275,8 +276,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's features of images, prefix tokens first, after its last norm where the library applies one,
-        (B, N, C)."""
+        """Features of images (B, N, C), prefix tokens first, after the last norm where the library applies one."""
 
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -304,8 +304,7 @@ class Adapter(ABC):
         """Height and width of a patch in pixels."""
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Rows and columns of the patches that images of this size (H, W) are cut into; of a model of videos, times
-        before them."""
+        """Rows and columns of the patches of images of this size (H, W); of a model of videos, times before them."""
         height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
         return height, width
 
@@ -315,8 +314,9 @@ class Adapter(ABC):
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether images of this size (H, W) are cut into whole patches, or are of the model's own size."""
-        own = tuple(size) == tuple(self.preprocessing().size)  # where patches overlap
-        return own or not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+        if tuple(size) == tuple(self.preprocessing().size):  # where patches overlap
+            return True
+        return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
 
 
 def adapter_of(model: nn.Module) -> Adapter:

@@ -17,6 +17,7 @@ from torch import nn
 from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models import unsupported
 from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.branches import two_modules
 from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
@@ -116,8 +117,8 @@ class ProvenVit(TransformersVit):
     def attention(self, block):
         return block.get_submodule(self.structure.attention)
 
-    def mlp(self, block):
-        return block.get_submodule(self.structure.mlp)
+    def branches(self, block):
+        return two_modules(self.attention(block), block.get_submodule(self.structure.mlp), self.as_attention_output)
 
     def norm(self, block):
         return None if self.structure.norm is None else block.get_submodule(self.structure.norm)

@@ -257,7 +257,8 @@ class _Surgeon:
         if bypass.per_head:
             found.append((adapter.attention(block), "forward"))
         if self.config.reduces:
-            found += [(adapter.attention(block), "forward"), (adapter.mlp(block), "forward")]
+            silent = [module for branch in adapter.branches(block) for module, _ in branch]
+            found += [(module, "forward") for module in {adapter.attention(block): None} | dict.fromkeys(silent)]
         return found
 
 

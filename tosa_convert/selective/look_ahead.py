@@ -7,7 +7,7 @@ attention of all tokens to the mean of its values; and a weighted mean over its 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import nn
 from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.token_ops import Choice, add_up, gather_tokens, stand_ins
 from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.branches import silenced
 from tosa_convert.models.masks import total, weight_of
 from tosa_convert.models.subclassing import answered
 
@@ -81,7 +82,7 @@ def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tenso
     by_parts = functools.partial(adapter.by_parts, attention, None)
     adapter.attending.set(attend)
     try:
-        with answered(attention, by_parts), answered(adapter.mlp(block), silent):
+        with answered(attention, by_parts), silenced(adapter.branches(block)[1]):
             run(tokens, groups, None)
     finally:
         adapter.attending.set(None)
@@ -101,9 +102,3 @@ def run_fused(
 
     with answered(attention, known):
         return run(tokens)
-
-
-def silent(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """What an MLP gives that adds nothing."""
-    tokens = args[0] if args else kwargs["hidden_states"]
-    return torch.zeros_like(tokens[:, :1])

@@ -17,12 +17,13 @@ from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.score import Acts, Reads, View
 from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens
 from tosa_convert.models.adapter import Adapter, run
+from tosa_convert.models.branches import silenced
 from tosa_convert.models.proof.calls import call_of, repeat
 from tosa_convert.models.relative_bias import RelativeAdapter
-from tosa_convert.models.subclassing import answered, grafted_class
+from tosa_convert.models.subclassing import grafted_class
 from tosa_convert.selective.block import listen
 from tosa_convert.selective.forward_state import Arrival, CurrentForward
-from tosa_convert.selective.look_ahead import Run, look_ahead, run_fused, silent
+from tosa_convert.selective.look_ahead import Run, look_ahead, run_fused
 
 MAKERS = ("forward_intermediates", "get_intermediate_layers")
 """timm's methods that make maps of tokens."""
@@ -109,11 +110,12 @@ def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whol
 def _between(block: nn.Module, go: Run, tokens: torch.Tensor, groups: Groups, arrival: Arrival):
     """Tokens and groups after a block that takes some away between its attention and its MLP."""
     adapter, bypass = block.adapter, block.selection.bypass
-    with answered(adapter.mlp(block), silent):
+    attention, mlp = adapter.branches(block)
+    with silenced(mlp):
         tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
     choice, weights = _choose(block, tokens, groups, arrival)
     tokens, groups = bypass.reduce(tokens, choice, groups, weights)
-    with answered(adapter.attention(block), functools.partial(_attention_zeros, adapter)):
+    with silenced(attention):
         return go(tokens), groups
 
 
@@ -152,10 +154,6 @@ def _choose(block: nn.Module, tokens: torch.Tensor, groups: Groups, arrival: Arr
     return choice, state.scores.get(layer)
 
 
-def _attention_zeros(adapter: Adapter, *args, **kwargs):
-    return adapter.as_attention_output(silent(*args, **kwargs))
-
-
 def check_halves(adapter: Adapter, block: nn.Module) -> None:
     """A block with both halves silent must leave its tokens as they are.
 
@@ -165,13 +163,13 @@ def check_halves(adapter: Adapter, block: nn.Module) -> None:
     weight, preprocessing = next(block.parameters()), adapter.preprocessing()
     image = weight.new_zeros(1, preprocessing.channels, *preprocessing.size)
     call = call_of(block, lambda: run(adapter.model, image))
-    tokens, halves = call.tokens, (adapter.attention(block), adapter.mlp(block))
+    tokens, silent = call.tokens, [pair for branch in adapter.branches(block) for pair in branch]
     try:
-        adapter.attention(block).forward = lambda *args, **kwargs: adapter.as_attention_output(torch.zeros_like(tokens))
-        adapter.mlp(block).forward = lambda *args, **kwargs: torch.zeros_like(tokens)
+        for module, answer in silent:
+            module.forward = answer
         after = repeat(block, call, tokens)
     finally:
-        for module in halves:
+        for module, _ in silent:
             del module.forward
     if not torch.equal(after, tokens):
         raise UnsupportedModelError(

@@ -10,6 +10,7 @@ from unittest import mock
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
+from tosa_convert.models.branches import nothing
 from tosa_convert.models.families.transformers_vit import TransformersVit, row_of_class
 from tosa_convert.models.subclassing import answered
 
@@ -23,14 +24,23 @@ def find(model: nn.Module) -> Adapter | None:
 
 class TransformersDpt(TransformersVit):
     bias_name = None  # its attention takes no mask
-    halves = False  # the MLP's last module adds the tokens itself
     square = True  # its neck takes the root of the number of tokens
+
+    @property
+    def gives_maps(self):
+        """To its neck, where it has one."""
+        return any(hasattr(module, "readout_projects") for module in self.model.modules())
 
     def _prefix_tokens(self, block: nn.Module) -> int:
         return 1
 
     def attention(self, block):
         return block.attention.attention  # the output projection is outside
+
+    def branches(self, block):
+        """The MLP's last module adds the tokens itself."""
+        silent_output = lambda hidden, tokens: tokens  # noqa: E731
+        return [(block.attention, nothing)], [(block.intermediate, nothing), (block.output, silent_output)]
 
     def projections(self, attention):
         return attention.query, attention.key, attention.value
