@@ -42,6 +42,7 @@ from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
 from tosa_convert.selective.selection import all_tokens, choosing_blocks, chosen_tokens, selective_blocks
 from tosa_convert.tasks.task import task_of
+from tosa_convert.training import finetuning
 from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of
 
@@ -213,11 +214,14 @@ def test_masks_and_boxes_go_along_with_their_images(labelled, kind, place):
         assert torch.allclose(brightness, image[3], atol=0.02)
 
 
-def test_spa_learns_where_masks_are(labelled):
+def test_spa_learns_where_masks_are(labelled, monkeypatch):
+    ran = []
+    monkeypatch.setattr(finetuning, "run", lambda model, images: ran.append(model) or run(model, images))
     model = convert(vit(), method="spa", start=0.0)
     settings = FinetuneSettings(steps=60, batch_size=8, lr=3e-3, gates=1.0, labels=0.0, logits=0.0, features=0.0)
     figures = finetune(model, labelled[0], settings.model_copy(update={"augment": "none"}), masks=labelled[1])
     assert figures["gates"] < 3 * 0.69 * 0.8, "better than by chance, over three layers"
+    assert all(each is model for each in ran), "nobody asks the original"
 
 
 @pytest.fixture

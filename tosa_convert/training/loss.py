@@ -2,7 +2,7 @@
 :class:`~tosa_convert.config.settings.FinetuneSettings`, which holds their weights."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,11 +39,11 @@ class Loss(ABC):
     """One part of the loss, of a model that is being fine-tuned.
 
     Attributes:
-        taught: whether it compares with what the original model gives.
+        taught: whether it compares this batch with what the original model gives.
         masks: (B, H, W) of the batch, which pixels matter; None where the images have none.
     """
 
-    taught: ClassVar[bool] = False
+    taught: bool = False
     masks: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: FinetuneSettings):

@@ -18,14 +18,16 @@ class Gates(Loss):
     """The labels are masks or boxes of the images, rasterised to patches; without any, what the last layer of the
     original attends to above average: from the class token, or from all tokens where there is none."""
 
-    taught = True
-
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         adapter, original = adapter_of(model), adapter_of(teacher)
         self.prefix, self.class_token = adapter.prefix, adapter.class_token
         self.current, self.blocks = choosing_blocks(model)[0].selection.current, choosing_blocks(model)
         self.tap = original.tap(original.blocks[-1], self.listen)
+
+    @property
+    def taught(self):
+        return self.masks is None
 
     @classmethod
     def check(cls, situation):
