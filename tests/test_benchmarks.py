@@ -1,0 +1,35 @@
+"""The scripts behind the figures can still be read, and what stands in for a part of the project still fits it."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lively
+from families import SMALL
+from timm.models.vision_transformer import VisionTransformer
+
+from tosa_convert.config.conversion import ConvertConfig
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_name_that_a_script_takes_is_there(name):
+    assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_every_way_to_run_a_batch_of_different_lengths_runs():
+    packing = importlib.import_module("packing")
+    model = lively(VisionTransformer(**{**SMALL, "img_size": 56, "patch_size": 14}))
+    plan = ConvertConfig(score="norm", bypass="merge", layers=[2, 3, 4], threshold=[1.0, 1.0, 1.0])
+    images = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    speeds = packing.measure(model, plan, images, rounds=1)
+    assert set(speeds) == {"row", "nested", "images", "containers", "mask", "padded"}
