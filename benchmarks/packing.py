@@ -7,8 +7,9 @@
 The latter takes the classifier of benchmarks/cifar10.py. ``row`` is what the project does: a row, the attention of each
 image by a call of its own. ``nested`` is the row with one call of attention on nested tensors. ``images`` runs the
 blocks image by image. ``containers`` packs images into containers as long as a whole image, with masks (Select and
-Pack). ``mask`` runs one row with one attention over all of it and a block-diagonal mask. ``padded`` is the plan with
-numbers at the most tokens that an image of the batch keeps in each layer, which is what padding would cost.
+Pack). ``groups`` pads the attention of four images of similar length to the longest of them. ``mask`` runs one row with
+one attention over all of it and a block-diagonal mask. ``padded`` is the plan with numbers at the most tokens that an
+image of the batch keeps in each layer, which is what padding would cost.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from tosa_convert.selective import packed
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
 BUDGET = 0.7
+TOGETHER = 4
 ONE_MASK_AT_MOST = 2**14  # tokens, of which every pair has a place in the mask
 
 
@@ -42,6 +44,25 @@ def masked_attention(query, key, value, lengths: tuple[int, ...], mask=None, **o
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=apart if mask is None else apart + mask, **options
     )
+
+
+def grouped_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
+    """The same for :data:`TOGETHER` images of similar length at once, padded to the longest of them."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    parts = [each.split(lengths, dim=-2) for each in (query, key, value)]
+    masks = [None] * len(lengths) if mask is None else mask.split(lengths, dim=-1)
+    found: dict[int, torch.Tensor] = {}
+    for begin in range(0, len(order), TOGETHER):
+        group = order[begin : begin + TOGETHER]
+        longest = lengths[group[-1]]
+        padded = [torch.cat([F.pad(part[at], (0, 0, 0, longest - lengths[at])) for at in group]) for part in parts]
+        seen = [query.new_zeros(1, 1, 1, lengths[at]) if masks[at] is None else masks[at] for at in group]
+        apart = torch.cat(
+            [F.pad(each, (0, longest - lengths[at]), value=float("-inf")) for at, each in zip(group, seen, strict=True)]
+        )
+        together = F.scaled_dot_product_attention(*padded, attn_mask=apart, **options)
+        found.update({at: together[place : place + 1, :, : lengths[at]] for place, at in enumerate(group)})
+    return torch.cat([found[at] for at in range(len(lengths))], dim=-2)
 
 
 def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
@@ -114,6 +135,7 @@ def measure(model, plan, images, rounds: int) -> dict:
         "nested": patched("attend", nested_attention),
         "images": lambda: run(each, images),
         "containers": patched("_WithinImages", lambda lengths, padding, _: within(lengths, padding, patches + 1)),
+        "groups": patched("attend", grouped_attention),
         "mask": patched("attend", masked_attention),
         "padded": lambda: run(padded, images),
     }

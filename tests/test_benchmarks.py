@@ -10,6 +10,7 @@ from families import SMALL
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.selective.row_attention import attend
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
@@ -32,4 +33,12 @@ def test_every_way_to_run_a_batch_of_different_lengths_runs():
     plan = ConvertConfig(score="norm", bypass="merge", layers=[2, 3, 4], threshold=[1.0, 1.0, 1.0])
     images = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     speeds = packing.measure(model, plan, images, rounds=1)
-    assert set(speeds) == {"row", "nested", "images", "containers", "mask", "padded"}
+    assert set(speeds) == {"row", "nested", "images", "containers", "groups", "mask", "padded"}
+
+    lengths = (5, 3, 9, 4, 7, 6)
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
+    sizes = torch.rand(1, 1, 1, sum(lengths))
+    for mask in (None, sizes):
+        wanted = attend(query, key, value, lengths, mask)
+        for way in (packing.grouped_attention, packing.masked_attention, packing.nested_attention):
+            assert torch.allclose(way(query, key, value, lengths, mask), wanted, atol=1e-5), way.__name__
