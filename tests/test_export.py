@@ -49,6 +49,15 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp
             assert np.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["tome", "mctf"])
+def test_a_model_of_depth_exports_where_tokens_are_gone(method, photos, tmp_path):
+    check = export_onnx(convert(lively(FAMILIES["hf DPT"]()), method=method, ratio=0.7), tmp_path, photos)
+    assert check.passed
+    assert check.figures["map_error"] < 1e-5
+    assert set(check.selected.values()) == {1.0}
+
+
 MERGE = {"score": "similarity", "bypass": "merge"}
 
 
@@ -62,8 +71,6 @@ MERGE = {"score": "similarity", "bypass": "merge"}
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "frequency", "ratio": 0.7}, marks=pytest.mark.long),
         ("timm vit", {"method": "mctf", "ratio": 0.7}),
-        pytest.param("hf DPT", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
-        pytest.param("hf DPT", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm eva02", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm eva02", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("hf Dinov2Backbone", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
