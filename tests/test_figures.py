@@ -51,6 +51,8 @@ def derived(content: dict) -> list[float]:
         values += [one - other for one, other in itertools.permutations(top1.values(), 2)]
         values += [each / macs["original"] for each in macs.values()]
     values += [row["original"] - row["top1"] for row in content.get("rows", []) if {"original", "top1"} <= row.keys()]
+    trained = [row["top1"] for row in content.get("rows", []) if row.get("method") == "original"]
+    values += [one - row["top1"] for one in trained for row in content["rows"] if "top1" in row]
     seeds: dict = {}
     for row in content.get("rows", []):
         if {"method", "budget", "seed", "top1"} <= row.keys():
