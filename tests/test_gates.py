@@ -175,8 +175,15 @@ def test_a_control_weighs_what_it_adds_as_the_gates_do():
     )
 
 
-def test_the_file_of_a_gated_model(tmp_path):
-    assert export_onnx(gated(), tmp_path).passed
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"method": None, "score": "gate", "bypass": "merge", "layers": [4, 5, 6]}, marks=pytest.mark.long),
+    ],
+)
+def test_the_file_of_a_gated_model(tmp_path, options):
+    assert export_onnx(gated(**options), tmp_path).passed
 
 
 @pytest.fixture
