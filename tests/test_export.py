@@ -70,7 +70,7 @@ MERGE = {"score": "similarity", "bypass": "merge"}
         ),
         pytest.param("hf Dinov2Model", {"method": "evit", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm vit", {"method": "frequency", "ratio": 0.7}, marks=pytest.mark.long),
-        ("timm vit", {"method": "mctf", "ratio": 0.7}),
+        ("timm vit", {"method": "mctf", "ratio": 0.7, "layers": [2, 4]}),
         pytest.param("timm eva02", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("timm eva02", {"method": "mctf", "ratio": 0.7}, marks=pytest.mark.long),
         pytest.param("hf Dinov2Backbone", {"method": "tome", "ratio": 0.7}, marks=pytest.mark.long),
