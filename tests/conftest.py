@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+from importlib.resources import files
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,6 +65,11 @@ def vit() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def fashion_sample() -> zipfile.ZipFile:
+    """The built-in images, ``train/`` and ``test/``."""
+    return zipfile.ZipFile(str(files("tosa_convert") / "assets" / "fashion_sample.zip"))
 
 
 def write_images(folder, count: int, classes: list[str] | None = None, size: int = 32) -> None:

@@ -3,14 +3,13 @@
 import copy
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lively, write_images
+from conftest import fashion_sample, lively, write_images
 from families import FAMILIES, SMALL
 from PIL import Image
 from safetensors.torch import load_file
@@ -234,8 +233,7 @@ def test_spa_learns_where_masks_are(labelled, monkeypatch):
 @pytest.fixture
 def silhouettes(tmp_path):
     """Real images, for training and for judging, and where their objects are: all around them is black."""
-    place = Path("tosa_convert/assets/fashion_sample.zip")
-    with zipfile.ZipFile(Path(__file__).parent.parent / place) as archive:
+    with fashion_sample() as archive:
         names = archive.namelist()
         chosen = [name for split in ("train/", "test/") for name in [n for n in names if n.startswith(split)][:40]]
         archive.extractall(tmp_path / "fashion", [name for name in chosen if name.endswith(".png")])

@@ -4,17 +4,15 @@ import functools
 import io
 import json
 import tarfile
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import check_resuming, lively, run_recipe
+from conftest import check_resuming, fashion_sample, lively, run_recipe
 from families import FAMILIES
 from PIL import Image
 
-import tosa_convert
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
 from tosa_convert.data.images import Images, loader, sample, training_loader
 from tosa_convert.models.provenance import preprocessing_of
@@ -26,7 +24,7 @@ NAMES = ("0-one", "1-two", "2-three")
 @functools.cache
 def built_in() -> list[bytes]:
     """Images of the built-in sample."""
-    with zipfile.ZipFile(Path(tosa_convert.__file__).parent / "assets" / "fashion_sample.zip") as archive:
+    with fashion_sample() as archive:
         return [archive.read(name) for name in archive.namelist()[:64] if name.endswith(".png")]
 
 

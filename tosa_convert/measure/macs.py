@@ -17,8 +17,8 @@ from tosa_convert.data.images import sample
 from tosa_convert.measure.tally import attention_macs, tally
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.conversion import light_copy, original
-from tosa_convert.selective.selection import choosing_blocks, keeps_any_number, last_choices, selective_blocks
+from tosa_convert.selective.conversion import original, with_threshold
+from tosa_convert.selective.selection import keeps_any_number, last_choices, selective_blocks
 
 
 @dataclass(frozen=True)
@@ -200,16 +200,8 @@ def _flops_over(model: nn.Module, images: torch.Tensor, progress: Progress | Non
         least=min(totals),
         most=max(totals),
         images=len(images),
-        fewest=before.macs + tally(_unreached(model), images[:1], [])[0] - whole,
+        fewest=before.macs + tally(with_threshold(model, math.inf), images[:1], [])[0] - whole,
     )
-
-
-def _unreached(model: nn.Module) -> nn.Module:
-    """A copy whose thresholds no patch reaches."""
-    raised = light_copy(model)
-    for block in choosing_blocks(raised):
-        block.selection.threshold = math.inf
-    return raised
 
 
 def _attending(model: nn.Module, patches: int) -> list[float]:

@@ -25,7 +25,7 @@ from tosa_convert.methods.score import Score
 from tosa_convert.planning.outcome import Plan, Spread
 from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import ahead, typical
-from tosa_convert.selective.conversion import convert, light_copy, original
+from tosa_convert.selective.conversion import convert, light_copy, original, with_threshold
 from tosa_convert.selective.selection import Selection, choosing_blocks, keeps_any_number, selective_blocks
 
 FEWEST = 4
@@ -130,10 +130,7 @@ def check_reachable(model: nn.Module, images: torch.Tensor, budget: float) -> No
 
 def _least(model: nn.Module, images: torch.Tensor, budget: float, share_of: MacsShare) -> float:
     """The share of the multiply–adds where no token reaches the thresholds, which is the same for all images."""
-    raised = light_copy(model)
-    for block in choosing_blocks(raised):
-        block.selection.threshold = math.inf
-    least = share_of.of(raised, images[:1])
+    least = share_of.of(with_threshold(model, math.inf), images[:1])
     if least > budget:
         raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
     return least
@@ -258,10 +255,7 @@ class _Thresholds:
 
     def _bound(self, converted: nn.Module) -> float:
         """What an image takes all of whose tokens are above all thresholds."""
-        probe = light_copy(converted)
-        for block in selective_blocks(probe):
-            block.selection.threshold = float("-inf")
-        return self.search.share_of.of_each(probe, self.images[:1])[0]
+        return self.search.share_of.of_each(with_threshold(converted, -math.inf), self.images[:1])[0]
 
     def _converted(self, caps: dict[int, float] | None, thresholds: dict[int, float] | None = None) -> nn.Module:
         layers = list(self.ratios)

@@ -27,7 +27,7 @@ from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
 from tosa_convert.selective.proof import prove_selection
 from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
-from tosa_convert.selective.selection import Matcher, Selection, keeps_any_number, selective_blocks
+from tosa_convert.selective.selection import Matcher, Selection, choosing_blocks, keeps_any_number, selective_blocks
 
 
 def convert(model: nn.Module, config: ConvertConfig | None = None, **options: Any) -> nn.Module:
@@ -168,6 +168,14 @@ def light_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=shared)
 
 
+def with_threshold(model: nn.Module, threshold: float) -> nn.Module:
+    """A :func:`light_copy` of a conversion with thresholds in which every layer that chooses has this one."""
+    copied = light_copy(model)
+    for block in choosing_blocks(copied):
+        block.selection.threshold = threshold
+    return copied
+
+
 def is_converted(model: nn.Module) -> bool:
     return getattr(model, "tosa_config", None) is not None
 
@@ -258,7 +266,7 @@ class _Surgeon:
             found.append((adapter.attention(block), "forward"))
         if self.config.reduces:
             silent = [module for branch in adapter.branches(block) for module, _ in branch]
-            found += [(module, "forward") for module in {adapter.attention(block): None} | dict.fromkeys(silent)]
+            found += [(module, "forward") for module in (adapter.attention(block), *silent)]
         return found
 
 

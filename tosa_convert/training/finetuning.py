@@ -116,7 +116,12 @@ def _freeze_backbone(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_finetuning(
-    model: nn.Module, data: str | Path | None, settings: FinetuneSettings, masks: Masks | None = None
+    model: nn.Module,
+    data: str | Path | None,
+    settings: FinetuneSettings,
+    *,
+    masks: str | Path | None = None,
+    boxes: str | Path | None = None,
 ) -> None:
     """What :func:`finetune` would refuse, before a stage ahead of it.
 
@@ -125,7 +130,7 @@ def check_finetuning(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TosaWarning)  # they come when it is done
-        _opened(model, data, settings, masks)
+        _opened(model, data, settings, masks_of(masks, boxes))
 
 
 def _opened(

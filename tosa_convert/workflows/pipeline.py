@@ -12,7 +12,6 @@ from tosa_convert.base.files import check_writable, read_json, write_json, write
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
-from tosa_convert.data.masks import masks_of
 from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
@@ -60,8 +59,8 @@ def distill_stage(
     model = converted(recipe)
     check_distillable(model)
     if before_finetune:
-        masks = masks_of(recipe.data.masks, recipe.data.boxes)
-        check_finetuning(model, train_source(recipe), recipe.finetune, masks)
+        labels = {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
+        check_finetuning(model, train_source(recipe), recipe.finetune, **labels)
     return _train_stage("distill", model, recipe, out, resume, device, progress)
 
 

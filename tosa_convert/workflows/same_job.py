@@ -11,9 +11,8 @@ AFTERWARDS = ("convert.rho", "convert.kept")
 """What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
 MEASURED = ("data.eval", "export")
 """Keys of what comes after a training, and may be mended before it is gone on with."""
-
-
 TRAININGS = ("distill", "finetune")
+"""Stages with settings of their own."""
 
 
 def check_same_job(recipe: Recipe, path: Path, stage: str) -> None:
