@@ -5,16 +5,18 @@
 
 The data is the original four IDX files (Debian: ``apt install dataset-fashion-mnist``, MIT licence). Each run goes over
 the 60,000 training images for ten epochs with a cosine to zero, from the same weights and with the same settings;
-ToSA's selectors and token impact's filter are distilled first, SPA's gates trained first for as long. "original" is
-the unconverted model, trained on in the same way. A run takes 30 to 45 minutes on one core, an hour or more with token
-impact, and with MCTF, whose loss takes two passes; each is kept in the work folder with its checkpoints until it is in
-the results, so the script may be stopped and started again, and ``--methods``, ``--budgets`` and ``--seeds`` do part of
-the work. On a GPU (``--device cuda --processes 8``) several are trained at once.
+ToSA's selectors and token impact's filter are distilled first, SPA's gates trained first for as long, with the objects'
+silhouettes as selection labels. "original" is the unconverted model, trained on in the same way. A run takes 30 to 45
+minutes on one core, an hour or more with token impact, and with MCTF, whose loss takes two passes; each is kept in the
+work folder with its checkpoints until it is in the results, so the script may be stopped and started again, and
+``--methods``, ``--budgets`` and ``--seeds`` do part of the work. On a GPU (``--device cuda --processes 8``) several are
+trained at once.
 """
 
 import functools
 from pathlib import Path
 
+from gates import silhouettes
 from method_rows import METHODS, ORIGINAL, Task, arguments_of, fill
 from PIL import Image
 from train_fashion_vit import CLASSES, read_idx
@@ -35,7 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     train, test = (unpacked(arguments.data, arguments.work, split) for split in ("train", "t10k"))
     opened = functools.partial(load, "quickstart")
-    task = Task(opened, train, test, arguments.work, FINETUNE, DISTILL, arguments.device)
+    masks = outlined(train, arguments.work)
+    task = Task(opened, train, test, arguments.work, FINETUNE, DISTILL, arguments.device, masks=masks)
     fill(task, arguments, {"precision": SETTINGS["precision"]}, {})
 
 
@@ -49,6 +52,15 @@ def unpacked(data: Path, work: Path, split: str) -> Path:
             Image.fromarray(image.numpy()).save(place / f"{index:05d}.png", compress_level=1)
         (folder / "whole").touch()
     return folder / "images"
+
+
+def outlined(train: Path, work: Path) -> Path:
+    """A folder with the silhouette of the object in each image."""
+    masks = work / "silhouettes"
+    if not (work / "outlined").exists():
+        silhouettes(train, masks)
+        (work / "outlined").touch()
+    return masks
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
 
 def silhouettes(train: Path, masks: Path) -> None:
     """Every pixel of an object is brighter than the black behind it."""
-    masks.mkdir()
+    masks.mkdir(exist_ok=True)
     for file in train.rglob("*.png"):
         pixels = np.asarray(Image.open(file).convert("L"))
         Image.fromarray(((pixels > 16) * 255).astype(np.uint8)).save(masks / file.name)

@@ -84,6 +84,8 @@ class Task:
     """Judge in bfloat16."""
     timed: bool = False
     """Measure the speed in ONNX Runtime beside it."""
+    masks: Path | None = None
+    """Selection labels that SPA's gates learn; otherwise the attention of the original."""
 
 
 def arguments_of(doc: str, methods: tuple[str, ...], budgets: tuple[float, ...], out: Path) -> argparse.ArgumentParser:
@@ -168,7 +170,8 @@ def one(task: Task, base: nn.Module, name: str, budget: float, seed: int) -> dic
     if name == "tosa":
         distill(converted, task.train, DistillSettings(**task.distill), out=place / "distill", seed=seed, resume=True)
     before, settings = copy.deepcopy(converted), FinetuneSettings(**task.finetune)
-    finetune(converted, task.train, settings, out=place / "finetune", seed=seed, resume=True, progress=Progress())
+    kept = {"out": place / "finetune", "seed": seed, "resume": True}
+    finetune(converted, task.train, settings, **kept, progress=Progress(), **labels_of(task, name))
     if name.endswith("spa"):  # gates go on learning, so their thresholds are set again
         converted = at_mean(converted, calibration(task, base, COUNTED), budget)
     parts, cost = converted.tosa_config, flops(converted, images=sample(task.test, preprocessing_of(base), COUNTED)[0])
@@ -207,7 +210,7 @@ def as_asked(task: Task, base: nn.Module, name: str, budget: float, seed: int) -
         lesson, settings = DistillSettings(**task.distill, examples=200), FinetuneSettings(**task.finetune)
         place = task.work / f"gates-{name}-{seed}"
         with FileLock(f"{place}.lock"):  # the first row that needs them trains them, the others wait
-            learnt = gated(base, name, task.train, lesson, settings, seed, place)[0]
+            learnt = gated(base, name, task.train, lesson, settings, seed, place, **labels_of(task, name))[0]
         return at_mean(learnt, images, budget)
     try:
         return copy.deepcopy(at_budget(base, name, budget))
@@ -215,6 +218,10 @@ def as_asked(task: Task, base: nn.Module, name: str, budget: float, seed: int) -
         if name not in DEEPER:
             raise
         return copy.deepcopy(at_budget(base, DEEPER[name], budget))
+
+
+def labels_of(task: Task, name: str) -> dict[str, Path]:
+    return {"masks": task.masks} if name == "spa" and task.masks else {}
 
 
 def planned(task: Task, base: nn.Module, name: str, budget: float) -> ConvertConfig:
