@@ -131,6 +131,7 @@ export: {{images: 8}}
     code, out, err = tosa("run", "mine.yaml", "--out", "all", "--resume")
     assert code == 2
     assert "all/distill was started with other settings (distill.steps)" in err
+    assert "steps: 3" not in (tmp_path / "all/recipe.yaml").read_text(), "it is the run's, not the refused one's"
     shutil.rmtree(tmp_path / "all/finetune")  # a stage that is not begun may be mended
     mended = text.replace("finetune: {steps: 2", "finetune: {steps: 1").replace("export: {images: 8}\n", "")
     (tmp_path / "mine.yaml").write_text(mended)
@@ -141,6 +142,24 @@ export: {{images: 8}}
     code, out, err = tosa("run", "mine.yaml", "--out", "all/finetune", "--resume")
     assert code == 2
     assert "all/finetune is a stage of a run, not the run; resume its parent folder: --out all --resume" in err
+
+
+def test_a_conversion_alone_is_resumed_as_it_was_begun(tosa, tmp_path):
+    text = "model: quickstart\nconvert: {layers: [2, 4], ratio: 0.5, score: norm}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert tosa("run", "mine.yaml", "--out", "all")[0] == 0
+    assert tosa("run", "mine.yaml", "--out", "all", "--resume")[0] == 0
+    (tmp_path / "mine.yaml").write_text(text.replace("0.5", "0.25"))
+    code, out, err = tosa("run", "mine.yaml", "--out", "all", "--resume")
+    assert code == 2
+    assert "all/convert was started with other settings (convert.ratio)" in err
+
+
+@pytest.mark.parametrize("score", ["attention", "impact"])
+def test_a_selector_that_was_never_trained_is_not_finetuned_around(score, tosa, labelled):
+    code, out, err = tosa("finetune", "quickstart", "--score", score, "--data", labelled, "--steps", 1)
+    assert code == 2
+    assert f"score {score} would choose at random: distill quickstart with the same options first" in err
 
 
 def test_an_interrupted_run_is_resumed_as_a_whole(labelled, tmp_path, monkeypatch):

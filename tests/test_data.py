@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,17 @@ from families import SMALL as FAMILY
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from tosa_convert import TosaError, UsageError, convert, evaluate, load, random_control
-from tosa_convert.data.images import Images, built_in_photos, loader, training_loader
+from tosa_convert import (
+    FinetuneSettings,
+    TosaError,
+    UsageError,
+    convert,
+    evaluate,
+    finetune,
+    load,
+    random_control,
+)
+from tosa_convert.data.images import Images, built_in_photos, loader, sample, training_loader
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.tasks.classification import Classification
 
@@ -97,6 +108,21 @@ def test_nothing_readable_is_an_error(tmp_path):
         evaluate(load("quickstart"), tmp_path)
     with pytest.raises(TosaError, match="can be read"):
         Images(tmp_path, SMALL, "crop")[0, 0]
+    with pytest.raises(TosaError) as stop:
+        finetune(convert(load("quickstart"), ratio=0.5), tmp_path, FinetuneSettings(steps=1, workers=1))
+    assert str(stop.value).startswith("none of the images in"), "and nothing of the process that read them"
+
+
+def test_crops_to_measure_on_draw_nothing_from_the_caller(photos):
+    found = []
+    for drawing in (False, True):
+        random.seed(3)
+        torch.manual_seed(3)
+        np.random.seed(3)
+        if drawing:
+            sample(photos, SMALL, 20)
+        found.append((random.random(), torch.rand(1).item(), np.random.rand()))
+    assert found[0] == found[1]
 
 
 def test_evaluation_counts_top1_and_agreement(labelled):

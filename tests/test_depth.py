@@ -272,6 +272,8 @@ def test_what_is_wrong_with_depth_is_said_in_a_line(tmp_path):
     found = evaluate(model, f"depth:{tmp_path / 'size'}", workers=1)
     assert found["images"] == 1
     assert found["broken"] == ["1.png (depth: 20×24, but the image is 40×48)"]
+    (tmp_path / "size" / "depth" / "1.npy").write_bytes(b"")
+    assert "it is no array, or is damaged" in evaluate(model, f"depth:{tmp_path / 'size'}")["broken"][0]
     np.save(tmp_path / "size" / "depth" / "0.npy", np.ones((20, 24), np.float32))
     with pytest.raises(TosaError, match=r"not one of the 2 images .* 0\.png \(depth: 20×24"):
         evaluate(model, f"depth:{tmp_path / 'size'}")

@@ -256,3 +256,24 @@ def test_a_run_whose_score_is_not_imported_says_so(tmp_path, monkeypatch):
 def test_options_belong_to_their_part(options, message):
     with pytest.raises(UsageError, match=message):
         convert(load("quickstart"), **options)
+
+
+def test_a_score_that_fails_while_it_is_made_leaves_the_model_as_it_was(images):
+    class Failing(Score):
+        reads = Reads.TOKENS
+
+        def setup(self, site):
+            if site.layer == 4:
+                raise MemoryError
+
+        def score(self, view):
+            return view.tokens.norm(dim=-1)
+
+    for bypass in ("identity", "persist"):
+        model = FAMILIES["timm vit"]().eval()
+        wanted, members = model(images), set(vars(model))
+        with pytest.raises(MemoryError):
+            convert(model, score=Failing, bypass=bypass, schedule="all", ratio=0.5)
+        assert torch.equal(model(images), wanted)
+        assert set(vars(model)) == members
+        assert not any(hasattr(block, "selection") for block in model.blocks)

@@ -3,6 +3,7 @@ is once."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,9 @@ def process(hub, home: Path, *arguments: str, token: str | None = TOKEN) -> subp
 
 
 def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
+    quick_run = shutil.copytree(quick_run, tmp_path / "run")
+    recipe = yaml.safe_load((quick_run / "recipe.yaml").read_text())
+    (quick_run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {"train": "/data/images"}}))
     push = ("-m", "tosa_convert", "push", str(quick_run), "someone/fast-vit")
     done = process(hub, tmp_path / "here", *push)
     assert done.returncode == 0, done.stderr
@@ -54,6 +58,7 @@ def test_a_run_goes_to_the_hub_and_opens_from_there(hub, quick_run, tmp_path):
     for name in ("config.json", "README.md", "recipe.yaml"):
         assert str(quick_run.parent) not in files[name].decode()
         assert '"/' not in files[name].decode()
+        assert "/data/images" not in files[name].decode()
     assert b"hf:someone/fast-vit" in files["README.md"]
     assert b"\n# someone/fast-vit\n" in files["README.md"]
     opened = process(hub, tmp_path / "there", "-c", OPEN, "hf:someone/fast-vit")
@@ -100,6 +105,7 @@ def test_a_run_that_the_hub_does_not_show_is_said_to_be_so(hub, quick_run, tmp_p
 def test_a_recipe_is_pushed_without_places():
     recipe = {"checkpoint": "/home/me/w.safetensors", "data": {"train": "depth:/data/rooms", "eval": "hfds:org/set"}}
     assert hub_of_runs._places(recipe) == {"/home/me/w.safetensors", "/data/rooms"}
+    assert hub_of_runs._places(["hfds:/home/me/set:test", "depth:/rooms?scale=2"]) == {"/home/me/set", "/rooms"}
 
 
 def test_a_hub_out_of_reach_is_said(hub, quick_run, tmp_path):

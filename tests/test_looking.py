@@ -66,6 +66,15 @@ def test_patches_that_are_gone_stay_dark(options, left, images):
             assert (after.attended <= before.attended).all()
 
 
+def test_images_that_keep_different_numbers_are_seen_as_one_at_a_time(images):
+    model = convert(lively(FAMILIES["timm vit"]()), score="norm", threshold=4.0, layers=[2, 4])
+    together, alone = look(model, images), [look(model, image[None])[0] for image in images]
+    assert len({view.attended.sum() for views in together for view in views}) > 1
+    for ours, theirs in zip(together, alone, strict=True):
+        assert [view.layer for view in ours] == [view.layer for view in theirs] == [2, 4]
+        assert all((a.attended == b.attended).all() for a, b in zip(ours, theirs, strict=True))
+
+
 def test_heads_that_choose_for_themselves_give_shares(images):
     model = convert(lively(FAMILIES["timm vit"]()), layers=[3], ratio=0.5, selection="per_head")
     shares = look(model, images)[0][0].attended

@@ -62,8 +62,21 @@ def test_the_learning_rate_rises_evenly_and_falls_as_timm_says(sched):
     if sched == "poly":
         assert found[10:] == pytest.approx([0.5 * (1 - share) for share in shares])
     if sched == "step":
-        assert sorted({round(lr, 6) for lr in found[10:]}) == [0.0005, 0.005, 0.05, 0.5]
+        assert sorted({round(lr, 6) for lr in found[10:]}) == [0.005, 0.05, 0.5]
     assert found[10:] == sorted(found[10:], reverse=True)
+    make_schedule(optimizer, FinetuneSettings(lr=0.5, warmup=0.0, sched=sched), 50)(0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_layers_of_windows_learn_as_the_layer_before_them():
+    model = FAMILIES["timm sam"]()
+    chosen, scales = {id(block) for block in adapter_of(model).blocks}, layer_scales(model, 0.5)
+    rates = [(id(block) in chosen, {scales[parameter] for parameter in block.parameters()}) for block in model.blocks]
+    assert {whole for whole, _ in rates} == {True, False}
+    before = {0.5 ** (len(chosen) + 1)}
+    for whole, found in rates:
+        before = {2 * rate for rate in before} if whole else before
+        assert found == before
 
 
 @pytest.mark.parametrize("name", ["timm vit", "hf ViT classifier", "timm eva02"])

@@ -390,3 +390,22 @@ def test_the_commands_leave_a_recipe_tables_and_plots(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         main(["plan", model, "--budget", "0.01", "--images", "4", "--out", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()
+
+
+def test_latencies_are_of_the_device_that_is_asked_for_and_models_stay_where_they_are(monkeypatch):
+    asked = []
+
+    def timed(models, settings, *, data, device, progress):
+        asked.append(device)
+        for model in models.values():
+            model.to("meta")
+        return {"cases": [{"models": {name: {"ms": 1.0} for name in models}}]}
+
+    monkeypatch.setattr(cost_model, "bench", timed)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: asked.append(where) or self)
+    model, conditions = load("quickstart"), Conditions("onnx", device="cuda")
+    assert cost_model.time_models({"original": model}, conditions, Progress()) == {"original": 1.0}
+    assert asked == ["cuda", "meta", torch.device("cpu")], "there and back"
+    assert str(conditions) == "onnx, float32, batch 1, 1 thread, cuda"
+    with pytest.raises(UsageError, match="no CUDAExecutionProvider; install onnxruntime-gpu, or add --device cpu"):
+        conditions.check()

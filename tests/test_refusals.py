@@ -1,12 +1,17 @@
 """Conversions that are impossible are refused with the reason, and leave the model as it is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import lively
-from families import FAMILIES
+from families import FAMILIES, HF_SMALL
 
 from tosa_convert import convert
 from tosa_convert.base.errors import UsageError
+from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 
@@ -59,3 +64,27 @@ def test_ratios_follow_their_layers_in_any_order(images):
     model(images)
     counts = {layer: positions.shape[1] - 1 for layer, positions in chosen_tokens(model).items()}
     assert counts == {2: 12, 6: 4}
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "tome"}, {"method": "mctf"}, {"score": "similarity", "bypass": "merge"}]
+)
+def test_what_hangs_on_a_module_itself_is_not_passed_by(options, images):
+    """As accelerate's hooks do, which run a layer's weights from elsewhere."""
+    model = FAMILIES["timm vit"]().eval()
+    wanted = model(images)
+    for part in (model.blocks[1].norm1, model.blocks[1].attn, model.blocks[1].mlp):
+        add_hook_to_module(part, ModelHook())
+    with pytest.raises(UsageError, match=r"something has replaced forward of a .*; load the model without it"):
+        convert(model, **options, ratio=0.8)
+    assert not is_converted(model)
+    assert torch.equal(model(images), wanted)
+
+
+def test_a_classifier_that_looks_at_patches_too_loses_none_of_them():
+    """As that of DINOv2, which joins their mean to the class token."""
+    for name, fits in (("Dinov2", False), ("ViT", True)):
+        config = getattr(transformers, f"{name}Config")(**HF_SMALL)
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+        with nullcontext() if fits else pytest.raises(UsageError, match="classify by their class token"):
+            convert(model, score="norm", bypass="drop", ratio=0.5)

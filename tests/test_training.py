@@ -8,6 +8,8 @@ from conftest import FAMILIES, check_resuming, lively, run_recipe, write_images
 from torch.overrides import TorchFunctionMode
 
 from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
+from tosa_convert.base.files import read_json
+from tosa_convert.config.validation import build
 from tosa_convert.data.images import Draws
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.runs.metrics_log import read_metrics
@@ -205,12 +207,30 @@ def test_a_step_is_one_update_however_many_passes_it_takes(photos, monkeypatch):
 
 
 def test_two_half_batches_accumulate_to_a_whole_one(photos):
-    results = []
+    results, losses = [], []
     for batch_size, accumulate in ((4, 1), (2, 2)):
         model = converted(rows="all")  # a few rows are drawn anew in each pass
-        distill(model, photos, DistillSettings(steps=3, batch_size=batch_size, accumulate=accumulate))
+        settings = DistillSettings(steps=3, batch_size=batch_size, accumulate=accumulate)
+        losses.append(distill(model, photos, settings)["loss"])
         results.append(state(model))
     assert same(*results, tolerance=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_no_checkpoint_is_of_weights_that_are_not_finite(photos, tmp_path, monkeypatch):
+    step, steps = torch.optim.AdamW.step, []
+
+    def spoiled(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) == 3:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiled)
+    settings = DistillSettings(steps=5, batch_size=2, log_every=100, checkpoint_minutes=1e-9)
+    with pytest.raises(TosaError, match="not finite any more at step 3; try a smaller --lr"):
+        distill(converted(), photos, settings, out=tmp_path)
+    assert read_json(tmp_path / "checkpoint" / "step.json")["step"] == 2
 
 
 def test_checkpoints_hold_no_pickled_objects(photos, tmp_path):
@@ -236,6 +256,14 @@ def test_seeds_reach_the_selectors_and_the_control(tmp_path):
 
     assert Recipe(model="x", seed=3).convert.seed == 3
     assert Recipe(model="x", seed=3, convert={"seed": 5}).convert.seed == 5
+    for convert_seed, expected in ((None, 7), (5, 5)):
+        read = Recipe(model="x", convert={} if convert_seed is None else {"seed": convert_seed})
+        assert build(Recipe, {**read.model_dump(exclude_unset=True), "seed": 7}).convert.seed == expected
+
+
+def test_a_seed_may_be_of_any_size(photos):
+    figures = [distill(converted(), photos, DistillSettings(steps=1, batch_size=2), seed=20260101120000) for _ in "ab"]
+    assert figures[0] == figures[1]
 
 
 def test_fp16_on_a_cpu_is_refused(photos):
@@ -269,4 +297,4 @@ def test_the_learning_rate_is_logged_as_it_was_asked_for(labelled, tmp_path):
     settings = FinetuneSettings(steps=2, batch_size=2, lr=1e-3, layer_decay=0.5, warmup=0.0, log_every=1)
     finetune(convert(load("quickstart"), method="spa"), labelled, settings, out=tmp_path / "run")
     first, *_ = read_metrics(tmp_path / "run")
-    assert first["lr"] == pytest.approx(5e-4), "half of it: one step of warm-up"
+    assert first["lr"] == pytest.approx(1e-3)

@@ -1,12 +1,18 @@
 """One family of errors. Each message is one line: what is wrong, then what to do next."""
 
 MOST = 200
+WORKER = "Original Traceback"
+"""What torch puts before the traceback of another process."""
 
 
 class TosaError(Exception):
     """Something failed while working: a file, a download, a model, a check. Exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        """One from a process that loads images comes from torch with that process's traceback before it."""
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip() if WORKER in message else message)
 
 
 class UsageError(TosaError):

@@ -1,9 +1,13 @@
 """What random numbers begin from: Python's, NumPy's and PyTorch's."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+MOST = 2**63
 
 
 def random_state() -> tuple:
@@ -16,13 +20,24 @@ def set_random_state(state: tuple) -> None:
     torch.set_rng_state(state[2])
 
 
+@contextmanager
+def unmoved() -> Iterator[None]:
+    """Random numbers of the caller go on after this block as if it had drawn none; on the CPU."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
 def seed_everything(seed: int) -> None:
+    """Any whole number, of which what PyTorch takes is used."""
     seed_transforms(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % MOST)
 
 
 def seed_transforms(seed: int) -> None:
     """Seeds what augmentation draws from. Other devices stay: seeding those takes a millisecond, for each image."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed % MOST)

@@ -58,7 +58,7 @@ class ConvertConfig(BaseModel):
             "average": the same without weights (MPM). Before the layer: "pool": they are fused, as is its attention
             (MCTF). Fused and merged tokens come back after the last layer.
         schedule: "pairs" (every second layer), "all", "ramp" (falling evenly, ``ratio`` is the mean),
-            "geometric" (PiToMe), "constant" (MCTF), "shifted" (MCTF-Fast), "once" (MPM), "later" (the second half),
+            "geometric" (PiToMe), "constant" (MCTF), "once" (MPM), "later" (the second half),
             "throughout" (one choice for all layers) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
         segment: how many selective layers in a row share one choice: 1, another number, or a list with the number of
             each segment, in order. The first layer chooses, and its groups run the others too, which saves choosing

@@ -69,7 +69,9 @@ class Recipe(BaseModel):
     def _one_seed(self) -> "Recipe":
         """The selectors and the random control follow the recipe's seed, unless they have one of their own."""
         if "seed" not in self.convert.model_fields_set:
-            self.convert = self.convert.model_copy(update={"seed": self.seed})
+            following = self.convert.model_copy(update={"seed": self.seed})
+            following.model_fields_set.discard("seed")  # so that it follows another one too
+            self.convert = following
         return self
 
     def to_yaml(self) -> str:

@@ -30,7 +30,7 @@ def in_segments(layers: list[int], segment: int | list[int]) -> list[list[int]]:
 def as_option(segments: Sequence[Sequence[int]]) -> int | list[int]:
     """The option ``segment`` that makes these of their layers."""
     lengths = list(map(len, segments))
-    return lengths if max(lengths) > 1 else 1
+    return lengths if max(lengths, default=1) > 1 else 1
 
 
 def _of_lengths(layers: list[int], lengths: list[int]) -> list[list[int]]:

@@ -70,8 +70,9 @@ class DenseImages(Images):
             image = self._image(index)
         except UNREADABLE:
             return None, None, self.reader.filename(index)
+        mask = None if self.masks is None else self._outline(index, image.size)
         if not self.maps:
-            return self._seen(image), -1, None
+            return self._varied(image, None, mask)[0] if self.training else self.transform(image), -1, None
         try:
             image, seen = self._framed(image, self.reader.map(index))
         except UNREADABLE as error:
@@ -79,7 +80,13 @@ class DenseImages(Images):
         if not self.training:
             return self.transform(image), seen, None
         nothing = f"{self.reader.filename(index)} ({self.maps}: nothing is known)"
-        return *self._varied(image, seen), None if seen.isfinite().any() else nothing
+        return *self._varied(image, seen, mask), None if seen.isfinite().any() else nothing
+
+    def _outline(self, index: int, size: tuple[int, int]) -> torch.Tensor:
+        """The mask of an image of this (width, height), (H, W) in 0 to 1, as far as the model sees it."""
+        left, top, right, bottom = self.frame(size)
+        mask = np.asarray(self.masks.mask(self.reader.filename(index), size).convert("L"), np.float32) / 255
+        return torch.from_numpy(mask[top:bottom, left:right].copy())
 
     def _framed(self, image: Image.Image, truth: np.ndarray | None) -> tuple[Image.Image, torch.Tensor]:
         """An image and its map as far as the model sees them, NaN where the map does not count.
@@ -107,14 +114,13 @@ class DenseImages(Images):
         except UNREADABLE:
             return None
 
-    def _seen(self, image: Image.Image) -> torch.Tensor:
-        """As the model takes it; for training without a map cropped and mirrored too."""
-        return self._varied(image, None)[0] if self.training else self.transform(image)
-
-    def _varied(self, image: Image.Image, truth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | int]:
-        augment = self.augmentation
+    def _varied(
+        self, image: Image.Image, truth: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """An image for training, with its mask as a last channel if it has one, and its map; −1 without one."""
+        augment, beside = self.augmentation, [each for each in (truth, mask) if each is not None]
         pixels = tv_tensors.Image(v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True))
-        pair = [pixels] if truth is None else [pixels, tv_tensors.Mask(truth[None])]
+        pair = [pixels, *(tv_tensors.Mask(each[None]) for each in beside)]
         if augment.kind != "none":
             pair = _turned(pair, self._degrees())
             if augment.kind == "crop":
@@ -125,10 +131,11 @@ class DenseImages(Images):
                 pair[0] = self._recoloured(pair[0])
         size = list(self.preprocessing.size)
         image = self._normalised(v2.functional.resize(pair[0], size, _resampling(self.preprocessing), antialias=True))
-        if truth is None:
-            return image, -1
-        nearest = v2.functional.resize(pair[1], size, v2.InterpolationMode.NEAREST_EXACT)
-        return image, nearest[0].as_subclass(torch.Tensor)
+        nearest = [v2.functional.resize(each, size, v2.InterpolationMode.NEAREST_EXACT) for each in pair[1:]]
+        maps = [each.as_subclass(torch.Tensor) for each in nearest]
+        if mask is not None:
+            image = torch.cat([image, maps.pop().nan_to_num()])  # nothing matters where a turned image has no pixel
+        return image, maps[0][0] if maps else -1
 
     def _degrees(self) -> float:
         asked = self.augmentation.degrees

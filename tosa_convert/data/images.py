@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
-from tosa_convert.base.seeding import random_state, seed_transforms, set_random_state
+from tosa_convert.base.seeding import random_state, seed_transforms, set_random_state, unmoved
 from tosa_convert.data.masks import Masks
 from tosa_convert.data.reader import Drawn, read
 from tosa_convert.models.preprocessing import Preprocessing
@@ -272,7 +272,8 @@ def sample(
     else:
         crops = make(source, preprocessing, augment="crop")
         indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
-        drawn = [crops[draw, indices[draw % len(indices)]] for draw in range(count)]
+        with unmoved():
+            drawn = [crops[draw, indices[draw % len(indices)]] for draw in range(count)]
         items = [item for item in drawn if item[2] is None]  # without another one in the place of a broken one
     batch = collate(items)
     if not len(batch["images"]):

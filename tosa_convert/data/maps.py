@@ -41,7 +41,7 @@ def read_map(file: Path, deep: bool = False) -> np.ndarray:
     if file.suffix.lower() == ".npy":
         try:
             found = np.load(file, allow_pickle=False)
-        except ValueError as error:  # numpy offers to run what the file holds
+        except (ValueError, EOFError) as error:  # numpy offers to run what the file holds, or it is empty
             raise ValueError("it is no array, or is damaged") from error
         if found.ndim == 3 and 1 in found.shape:
             found = found.squeeze()

@@ -33,7 +33,7 @@ def providers() -> list[str]:
 def missing(runtime: str, device: str) -> str | None:
     """Why a runtime cannot be used on a device; None if it can."""
     if runtime == "onnx" and PROVIDERS[device] not in providers():
-        return f"this onnxruntime has no {PROVIDERS[device]}"
+        return f"this onnxruntime has no {PROVIDERS[device]}; install onnxruntime-gpu, or add --device cpu"
     if runtime == "openvino" and not openvino.is_installed():
         return openvino.LACKING
     if runtime == "openvino" and device != "cpu":

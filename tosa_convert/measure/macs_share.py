@@ -13,9 +13,10 @@ from tosa_convert.selective.selection import keeps_any_number
 class MacsShare:
     """As fvcore counts, in a tenth of its time.
 
-    fvcore traces a graph. Here the operators are counted as they run, which gives the same for all that a conversion
-    changes, but not for every head: operators whose result is not used, and resampling, count differently. So the
-    original is counted by fvcore, and of its conversions only the difference from it is counted here.
+    fvcore traces a graph. Here the operators are counted as they run, which gives the same for nearly all that a
+    conversion changes, but not for every head: operators whose result is not used, and resampling, count differently.
+    So the original is counted by fvcore, and of its conversions only the difference from it is counted here. Where a
+    layer looks ahead (bypass pool) norms run whose result is not used: for MCTF 0.003 of DeiT-Tiny's MACs.
 
     Args:
         model: the original.

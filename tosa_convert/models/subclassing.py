@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tosa_convert.base.errors import TosaError
+from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.thread_local import PerThread
 
 
@@ -63,6 +63,18 @@ def steered_class(base: type[nn.Module], method: str) -> type[nn.Module]:
         return own(self, *args, **kwargs) if answer is None else answer(*args, **kwargs)
 
     return grafted_class("Steered", base, (steered_class, base, method), **{method: steered})
+
+
+def check_own(module: nn.Module, method: str = "forward") -> None:
+    """
+    Raises:
+        UsageError: something hangs another method on the module itself, which would go past its class.
+    """
+    if method in vars(module):
+        raise UsageError(
+            f"something has replaced {method} of a {type(module).__name__}, as accelerate's hooks (device_map) do, so "
+            "its layer cannot be converted; load the model without it, and convert it first"
+        )
 
 
 def steer(module: nn.Module, method: str = "forward") -> None:

@@ -110,7 +110,9 @@ def compare(
     if runtime is not None:
         labelled_models = {f"{name} {budget}": each for (name, budget), each in converted.items()}
         measured = data if any(map(keeps_any_number, converted.values())) else None
-        times = time_models({"original": model, **labelled_models}, Conditions(runtime), progress, data=measured)
+        times = time_models(
+            {"original": model, **labelled_models}, Conditions(runtime, device=device), progress, data=measured
+        )
     rows = []
     for name, budget in converted:
         row = {"method": name, "budget": budget, "macs": shares[name, budget], **seen[name, budget]}

@@ -72,12 +72,14 @@ class Conditions:
         precision: "float32", or of ONNX files "int8".
         threads: of the runtime.
         batch_size: images per forward pass.
+        device: "cpu" or "cuda".
     """
 
     runtime: str = "eager"
     precision: str = "float32"
     threads: int = 1
     batch_size: int = 1
+    device: str = "cpu"
 
     def check(self) -> None:
         """
@@ -92,13 +94,14 @@ class Conditions:
                 f"runtime {self.runtime} is not timed in {self.precision}, only in {' and '.join(known)}; "
                 f"{'use runtime onnx' if self.precision == 'int8' else 'choose one of these'}"
             )
-        if why := missing(self.runtime, "cpu"):
+        if why := missing(self.runtime, self.device):
             raise UsageError(why)
         check_threads(self.threads)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.runtime}, {self.precision}, batch {self.batch_size}, {threads}"
+        where = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.runtime}, {self.precision}, batch {self.batch_size}, {threads}{where}"
 
 
 def price(probe: nn.Module, share_of: MacsShare, by: str, conditions: Conditions, progress: Progress) -> Prices:
@@ -162,7 +165,9 @@ def time_models(
     rounds: int = 15,
     data: str | Path | None = None,
 ) -> dict[str, float]:
-    """Milliseconds per forward pass of each model, in turn; on images of a folder if there is one."""
+    """Milliseconds per forward pass of each model, in turn; on images of a folder if there is one. The models end where
+    they were."""
+    homes = {name: next(model.parameters()).device for name, model in models.items()}
     settings = BenchSettings(
         runtimes=[conditions.runtime],
         precisions=[conditions.precision],
@@ -171,5 +176,7 @@ def time_models(
         rounds=rounds,
         memory=False,
     )
-    case = bench(models, settings, data=data, progress=progress)["cases"][0]
+    case = bench(models, settings, data=data, device=conditions.device, progress=progress)["cases"][0]
+    for name, model in models.items():
+        model.to(homes[name])
     return {name: found["ms"] for name, found in case["models"].items()}

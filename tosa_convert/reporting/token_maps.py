@@ -17,7 +17,7 @@ from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.reporting.map_panels import Panel, map_panels
 from tosa_convert.selective.conversion import is_converted, original
-from tosa_convert.selective.selection import Selection, selective_blocks
+from tosa_convert.selective.selection import Selection, keeps_any_number, selective_blocks
 from tosa_convert.tasks.task import task_of
 
 
@@ -50,6 +50,8 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
     """
     if not is_converted(model):
         raise UsageError("this model is not converted, so it skips no tokens; name a run, or give --ratio and so on")
+    if len(images) > 1 and keeps_any_number(model):
+        return [views for image in images for views in look(model, image[None])]
     run(model, images)
     adapter = adapter_of(model)
     grid = adapter.grid(images.shape[-2:])

@@ -98,8 +98,8 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
                 (Path(scratch) / file).symlink_to((run / file).resolve())
             if "recipe.yaml" in ours:
                 text = (run / "recipe.yaml").read_text(encoding="utf-8")
-                for place in sorted(_places(yaml.safe_load(text)), key=len, reverse=True):
-                    text = text.replace(place, Path(place).name)
+                for path in sorted(_places(yaml.safe_load(text)), key=len, reverse=True):
+                    text = text.replace(path, Path(path).name)
                 write_text(Path(scratch) / "recipe.yaml", _without_folder(text, run))
             if "README.md" in ours:
                 text = (run / "README.md").read_text(encoding="utf-8")
@@ -160,11 +160,11 @@ def _shortened(content: Any) -> Any:
 
 
 def _places(content: Any) -> set[str]:
-    """The absolute paths in nested values, also behind the kind of a source, as in depth:ROOT."""
+    """The absolute paths in nested values, also behind the kind of a source, as in depth:ROOT or hfds:FOLDER:SPLIT."""
     if isinstance(content, dict | list):
         return set().union(*map(_places, content.values() if isinstance(content, dict) else content))
-    found = content.rpartition(":")[2] if isinstance(content, str) else ""
-    return {found} if found.startswith(("/", "~")) else set()
+    found = content.split(":") if isinstance(content, str) else []
+    return {part.partition("?")[0] for part in found if part.startswith(("/", "~"))}
 
 
 def _without_folder(text: str, run: Path) -> str:

@@ -21,7 +21,7 @@ from tosa_convert.models.hooks import remove_hooks
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.prove import in_float32
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.models.subclassing import steer, ungraft
+from tosa_convert.models.subclassing import check_own, steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
@@ -62,7 +62,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
             raise UsageError(str(error)) from None
         check_fit(adapter, config, dict(plan))
         _prove(model)
-    _Surgeon(adapter, config, own).operate(stages)
+        _Surgeon(adapter, config, own).operate(stages)
     layers, ratios = map(list, zip(*plan, strict=True))
     ratio = config.ratio if all(each == config.ratio for each in ratios) else ratios
     _note(model, config, layers, ratio)
@@ -196,10 +196,9 @@ class _Surgeon:
     def operate(self, stages: list[tuple[int, float]]) -> None:
         """Convert the layers of these numbers, with these ratios."""
         adapter, before, previous = self.adapter, 1.0, None
-        if self.config.reduces:
-            _guard_maps(adapter.model, self.current, self.bypass.puts_back)
         segments = self.config.segments([layer for layer, _ in stages])
         thresholds = self.config.thresholds([layer for layer, _ in stages])
+        made = []
         for layer, ratio in stages:
             selection = self._selection(layer, ratio)
             selection.threshold = thresholds[layer]
@@ -208,8 +207,14 @@ class _Surgeon:
                 selection.reduces, before = ratio < before, ratio
             elif previous is not None and previous.layer == layer - 1 and selection.reads_before:
                 selection.previous = previous
-            previous = selection
-            self._convert(adapter.blocks[layer - 1], selection)
+            previous, block = selection, adapter.blocks[layer - 1]
+            for module, method in [(block, "forward"), *self._steered(block)]:
+                check_own(module, method)
+            made.append((block, selection, None if selection.follows else self._score(block, selection)))
+        if self.config.reduces:
+            _guard_maps(adapter.model, self.current, self.bypass.puts_back)
+        for each in made:  # what a score of one's own may fail with is over
+            self._convert(*each)
         adapter.patch_projection.register_forward_hook(self.current.begin)
         adapter.prepare()
 
@@ -226,11 +231,12 @@ class _Surgeon:
             last=layer == len(self.adapter.blocks),
         )
 
-    def _convert(self, block: Any, selection: Selection) -> None:
+    def _convert(self, block: Any, selection: Selection, score: Score | None) -> None:
         adapter = self.adapter
-        block.selector = block.matcher = None
-        if not selection.follows:
-            self._add_score(block, selection)
+        block.selector, block.matcher = score, None
+        if score is not None:
+            finds_partners = score.finds_partners and selection.threshold is None
+            block.matcher = Matcher(adapter.prefix) if self.bypass.partners and not finds_partners else None
         for module, method in self._steered(block):
             steer(module, method)
         kind: Callable[[type], type] = reducing_class if self.config.reduces else selective_class
@@ -242,7 +248,8 @@ class _Surgeon:
         if block.matcher is not None and self.config.reduces:
             self.current.taps.append(adapter.tap(block, block.listen_for_partners))
 
-    def _add_score(self, block: Any, selection: Selection) -> None:
+    def _score(self, block: nn.Module, selection: Selection) -> Score:
+        """That of one layer."""
         weight, adapter = next(block.parameters()), self.adapter
         layer, depth, config = selection.layer, len(adapter.blocks), self.config
         site = Site(layer, adapter.heads, adapter.prefix, adapter.width, config.acts, config.seed, depth)
@@ -251,10 +258,7 @@ class _Surgeon:
             torch.default_generator.manual_seed(self.config.seed * 1009 + selection.layer)
             score = copy.deepcopy(self.score)
             score.setup(site)
-        block.selector = score.to(weight.device, weight.dtype).train(block.training)
-        finds_partners = score.finds_partners and selection.threshold is None
-        partners_needed = self.bypass.partners and not finds_partners
-        block.matcher = Matcher(adapter.prefix) if partners_needed else None
+        return score.to(weight.device, weight.dtype).train(block.training)
 
     def _steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
         """What is answered for in this block, see :func:`tosa_convert.models.subclassing.answered`."""

@@ -20,7 +20,7 @@ from tosa_convert.models.adapter import Adapter, run
 from tosa_convert.models.branches import silenced
 from tosa_convert.models.proof.calls import call_of, repeat
 from tosa_convert.models.relative_bias import RelativeAdapter
-from tosa_convert.models.subclassing import grafted_class
+from tosa_convert.models.subclassing import check_own, grafted_class
 from tosa_convert.selective.block import listen
 from tosa_convert.selective.forward_state import Arrival, CurrentForward
 from tosa_convert.selective.look_ahead import Run, look_ahead, run_fused
@@ -159,11 +159,14 @@ def check_halves(adapter: Adapter, block: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: it does not, so its halves cannot be run apart.
+        UsageError: see :func:`tosa_convert.models.subclassing.check_own`.
     """
     weight, preprocessing = next(block.parameters()), adapter.preprocessing()
     image = weight.new_zeros(1, preprocessing.channels, *preprocessing.size)
     call = call_of(block, lambda: run(adapter.model, image))
     tokens, silent = call.tokens, [pair for branch in adapter.branches(block) for pair in branch]
+    for module, _ in silent:
+        check_own(module)
     try:
         for module, answer in silent:
             module.forward = answer

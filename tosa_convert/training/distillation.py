@@ -74,6 +74,11 @@ def check_distillable(model: nn.Module) -> None:
     config = model.tosa_config
     if config.part(Score).learns_in == "finetune":
         raise UsageError(f"score {config.score!r} learns in finetune, together with the model; go on with that")
+    if config.part(Score).learns_in == "ablation" and len(choosing_blocks(model)) > 1:
+        raise UsageError(
+            f"score {config.score!r} learns for one choice, before the first layer that skips tokens, and here "
+            f"{len(choosing_blocks(model))} layers choose; convert with schedule throughout, as --method impact does"
+        )
     if not config.part(Score).learns:
         learn = " or ".join(
             repr(name) for name, part in every(Score).items() if part.learns and part.learns_in != "finetune"

@@ -118,14 +118,16 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
         for step, passes in enumerate(_grouped(read, settings.accumulate), start=first + 1):
             seed_everything(stage.seed * 1_000_003 + step * world + accelerator.process_index)
             schedule(step - 1)
+            figures = []
             for batch in passes:
                 with accelerator.accumulate(objective):
-                    figures = objective(batch["images"], batch["labels"])
-                    accelerator.backward(figures["loss"])
+                    found = objective(batch["images"], batch["labels"])
+                    accelerator.backward(found["loss"])
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(objective.parameters(), settings.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+                figures.append({key: value.detach().float() for key, value in found.items()})
                 recorder.broken.update(batch["broken"])
             if average is not None:
                 average.update(stage.averaged, step)
@@ -241,11 +243,12 @@ class _Recorder:
         self.last: dict[str, float] = {}
         self.started = self.saved = time.monotonic()
 
-    def note(self, step: int, figures: dict[str, torch.Tensor], lr: float, images: int, final: bool) -> None:
+    def note(self, step: int, figures: list[dict[str, torch.Tensor]], lr: float, images: int, final: bool) -> None:
+        """A line of metrics every so many steps: means over the batches of the step, on all processes."""
         if step % self.stage.settings.log_every and not final:
             return
-        means = self.accelerator.reduce({key: value.detach().float() for key, value in figures.items()}, "mean")
-        self.last = {key: value.item() for key, value in means.items()}
+        own = {key: torch.stack([each[key] for each in figures]).mean() for key in figures[0]}
+        self.last = {key: value.item() for key, value in self.accelerator.reduce(own, "mean").items()}
         if not math.isfinite(self.last["loss"]):
             raise TosaError(f"the loss became {self.last['loss']} at step {step}; try a smaller --lr")
         if self.stage.out and self.accelerator.is_main_process:
@@ -284,7 +287,14 @@ class _Recorder:
             self.checkpoint(step)
 
     def checkpoint(self, step: int) -> None:
-        """Write the state after a step, all processes together."""
+        """Write the state after a step, all processes together.
+
+        Raises:
+            TosaError: there is nothing to go on from in it.
+        """
+        learnt = (each for each in self.stage.objective.parameters() if each.requires_grad)
+        if not all(each.isfinite().all() for each in learnt):
+            raise TosaError(f"the weights are not finite any more at step {step}; try a smaller --lr")
         fresh, kept = self.stage.out / f"{CHECKPOINT}.part", self.stage.out / CHECKPOINT
         if self.accelerator.is_main_process:
             _settle(fresh, kept)

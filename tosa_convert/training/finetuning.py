@@ -197,8 +197,8 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
                 stacklevel=3,
             )
         return
-    if settings.gates == 0:
-        raise UsageError("gates 0 learns nothing from masks and boxes; leave out one of the two")
+    if settings.gates == 0 or settings.head_only:
+        raise UsageError("nothing is learnt from masks and boxes with gates 0 or head_only; leave out one of the two")
     if not weights.get("gates"):
         raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
     if settings.aa or settings.reprob or settings.mixup or settings.cutmix or images.reader.streams:
@@ -261,11 +261,11 @@ class SelectiveFinetuning(nn.Module):
 
     def __init__(self, model: nn.Module, weights: dict[str, float], settings: FinetuneSettings):
         super().__init__()
-        self.model, self.weights = model, weights
+        self.model, self.weights, self.head_only = model, weights, settings.head_only
         teacher = original(model).eval().requires_grad_(False)
         self.teacher = (teacher,)  # in a tuple, so that it is neither trained nor checkpointed nor wrapped
         for block in choosing_blocks(model):
-            block.selector.requires_grad_(block.selector.gates)
+            block.selector.requires_grad_(block.selector.gates and not settings.head_only)
         wanted = [kind for kind in every_loss() if weights.get(kind.name())]
         mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": settings.smoothing}
         mixes = settings.mixup or settings.cutmix
@@ -275,10 +275,11 @@ class SelectiveFinetuning(nn.Module):
 
     def train(self, mode: bool = True) -> "SelectiveFinetuning":
         """Taught by the original alone, batch normalisation keeps the statistics that the teacher works with: those of
-        a few hundred images would carry the model away from what it is to give."""
+        a few hundred images would carry the model away from what it is to give. So does a backbone that stays as it
+        is."""
         super().train(mode)
-        if not self.weights["labels"]:
-            for module in self.model.modules():
+        if self.head_only or not self.weights["labels"]:
+            for module in (self.model.encoder if self.head_only else self.model).modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tosa_convert.base.distributed import pick_device
+from tosa_convert.base import distributed as processes
 from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
@@ -54,7 +54,8 @@ def learn_impact(
     device: str | None,
     progress: Progress,
 ) -> dict:
-    """Label tokens of a sample of the images by their impact, and train the filter on these labels.
+    """Label tokens of a sample of the images by their impact, and train the filter on these labels. Several processes
+    each do all of it; the first one writes.
 
     Returns:
         {"loss", "precision", "recall", "kept", "steps", "images", "broken"}; the middle three on images that the filter
@@ -66,7 +67,7 @@ def learn_impact(
     images = task.read(data, preprocessing_of(model), None, seed)
     if images.reader.streams:
         raise UsageError("token impact looks at a sample of the images, and a stream has none; give hfds: or a folder")
-    model.to(pick_device(device)).eval()
+    model.to(processes.pick_device(device)).eval()
     if out:
         out.mkdir(parents=True, exist_ok=True)
     try:
@@ -78,7 +79,7 @@ def learn_impact(
         figures = _train(model, examples, settings, seed, progress)
     finally:
         model.to(home)
-    if out:
+    if out and processes.is_main():
         append_metrics(
             out, stage="distill", step=figures["steps"], **{k: v for k, v in figures.items() if k != "steps"}
         )
@@ -171,7 +172,7 @@ class _Examples:
             self.written = time.monotonic()
 
     def write(self) -> None:
-        if self.file is None or not self.found:
+        if self.file is None or not self.found or not processes.is_main():
             return
         with atomic(self.file) as fresh:
             tokens = {f"tokens.{index}": each.tokens.contiguous() for index, each in self.found.items()}
@@ -253,10 +254,11 @@ def _train(model: nn.Module, examples: list[Example], settings: DistillSettings,
     optimizer, steps = make_optimizer(score, settings, None), settings.total_steps(len(own), 1)
     schedule = make_schedule(optimizer, settings, steps)
     seed_everything(seed)
+    at_once = settings.batch_size * settings.accumulate  # it is small enough
     with torch.enable_grad(), progress.track("filter", steps) as advance:
         for step in range(steps):
             schedule(step)
-            drawn = own[torch.randint(len(own), (min(settings.batch_size, len(own)),), device=device)]
+            drawn = own[torch.randint(len(own), (min(at_once, len(own)),), device=device)]
             loss = score.fit(tokens[drawn], labels[drawn])
             loss.backward()
             nn.utils.clip_grad_norm_(score.parameters(), settings.clip_norm)

@@ -15,7 +15,7 @@ from tosa_convert.methods.parts import near
 from tosa_convert.models.adapter import Adapter, adapter_of
 
 STEPS_DOWN = 3
-"""How often the schedule "step" falls to a tenth."""
+"""Parts of the schedule "step", each at a tenth of the rate of the one before."""
 
 
 def check_optimiser(settings: TrainSettings) -> None:
@@ -68,13 +68,13 @@ def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Callable[[int], None]:
     """Sets the learning rate of a step, from 0: a linear rise, then timm's schedule of this name, down to zero."""
-    rising = max(1, round(steps * settings.warmup))
+    rising = max(1, round(steps * settings.warmup)) if settings.warmup else 0
     falling = max(1, steps - rising)
     schedule, _ = create_scheduler_v2(
         optimizer,
         settings.sched,
         num_epochs=falling,
-        decay_epochs=max(1, falling // STEPS_DOWN),
+        decay_epochs=-(-falling // STEPS_DOWN),
         decay_rate=1.0 if settings.sched == "poly" else 0.1,  # the power of "poly"
         warmup_epochs=rising,
         warmup_prefix=True,
@@ -85,14 +85,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
 
 def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """Learning rates that fall by a factor from each layer to the one before it, down to the patch embedding; what
-    comes after the layers, such as the head, has the full one (BEiT, arXiv 2106.08254)."""
+    comes after the layers, such as the head, has the full one (BEiT, arXiv 2106.08254). What stands between two of
+    them, such as layers of windows, learns as the one before."""
     blocks = adapter_of(model).blocks
     of_blocks = {parameter: index for index, block in enumerate(blocks) for parameter in block.parameters()}
     scales, depth = {}, -1
     for parameter in model.parameters():  # in the order in which a model is made
         depth = max(depth, of_blocks.get(parameter, depth))
         behind = depth == len(blocks) - 1 and parameter not in of_blocks
-        scales[parameter] = 1.0 if behind else decay ** (len(blocks) - of_blocks.get(parameter, -1))
+        scales[parameter] = 1.0 if behind else decay ** (len(blocks) - of_blocks.get(parameter, depth))
     return scales
 
 

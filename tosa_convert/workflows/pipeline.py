@@ -67,15 +67,18 @@ def distill_stage(
 @writes_alone
 def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Load and convert, for what needs no training; a run in ``out``."""
-    if processes.is_main() and not (resume and runs.is_run(out)):
+    if processes.is_main():
         model = converted(recipe)
         check_thresholds(model, recipe)
-        runs.prepare(out, resume)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
-        write_text(out / "recipe.yaml", resolved.to_yaml())
-        model = with_mean(model, recipe, progress)
-        results = {"stage": "convert", "run": str(out), "flops": _cost(model, recipe)}
-        _keep(model, out, results)
+        if resume:
+            check_same_job(resolved, out / "recipe.yaml", "convert")
+        if not (resume and runs.is_run(out)):
+            runs.prepare(out, resume)
+            write_text(out / "recipe.yaml", resolved.to_yaml())
+            model = with_mean(model, recipe, progress)
+            results = {"stage": "convert", "run": str(out), "flops": _cost(model, recipe)}
+            _keep(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
 
@@ -84,12 +87,14 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
     model = to_finetune(source, recipe)
+    fresh = not runs.is_run(source) or not is_converted(model)
     if not is_converted(model):
         convert(model, recipe.convert)
-    if not runs.is_run(source) and model.tosa_config.part(Score).learns_in == "ablation":
+    score = model.tosa_config.part(Score)
+    if fresh and score.learns and score.learns_in != "finetune" and not is_whole(model):
         raise UsageError(
-            f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first, "
-            "then finetune that run"
+            f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first "
+            "(distill: in a recipe), then finetune that run"
         )
     return _train_stage("finetune", model, recipe, out, resume, device, progress)
 
@@ -103,10 +108,11 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     """
     stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
     if stages in ([], ["export"]):
-        if recipe.convert.part(Score).learns:
+        score = recipe.convert.part(Score)
+        if score.learns:
             raise UsageError(
-                f"the recipe trains nothing, and score {recipe.convert.score} has to be trained; add distill: or "
-                "finetune:"
+                f"the recipe trains nothing, and score {recipe.convert.score} has to be trained; add "
+                f"{'finetune' if score.learns_in == 'finetune' else 'distill'}:"
             )
         stages = ["convert", *stages]
     if resume and (runs.is_run(out) or (out / CHECKPOINT).exists()):
@@ -115,13 +121,17 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
         )
     check_recipe(recipe)
     check_measured(recipe)
+    file = out / "recipe.yaml"
+    before = file.read_text(encoding="utf-8") if file.exists() else None
     if processes.is_main():
         runs.prepare(out, resume)
-        write_text(out / "recipe.yaml", recipe.to_yaml())
+        write_text(file, recipe.to_yaml())
     try:
         return _stage_by_stage(stages, recipe, out, resume, device, progress, report)
     except UsageError:
         if processes.is_main():
+            if before is not None:  # of the run that is not gone on with
+                write_text(file, before)
             runs.discard(out)
         raise
 
@@ -156,6 +166,7 @@ def _stage_by_stage(
                 results[f"eval {name}"] = eval_stage(
                     str(run),
                     eval_source(recipe),
+                    seed=recipe.seed,
                     device=device,
                     progress=progress,
                     **({} if name == "convert" else _reading(getattr(recipe, name))),

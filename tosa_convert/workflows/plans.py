@@ -69,7 +69,7 @@ def plan_stage(
     options = {
         "keep": keep,
         "by": by,
-        "conditions": Conditions(runtime, precision, threads, batch_size),
+        "conditions": Conditions(runtime, precision, threads, batch_size, device),
         "target_ms": target_ms,
         "segment": segment,
         "adaptive": adaptive,

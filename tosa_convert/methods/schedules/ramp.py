@@ -5,7 +5,8 @@ from tosa_convert.methods.score import Acts
 
 
 class Ramp(Schedule):
-    """Where tokens are gone after a layer this takes a fixed number per layer, ToMe's r (arXiv 2210.09461)."""
+    """Where tokens are gone after a layer this takes a fixed number per layer, ToMe's r (arXiv 2210.09461), and the
+    ratio is the mean over what enters each layer and what leaves it."""
 
     def ratios(self, ratio, count, acts):
         if 2 * ratio - 1 <= 0:

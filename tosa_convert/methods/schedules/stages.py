@@ -1,4 +1,5 @@
-"""EViT's and IdleViT's schedule (arXiv 2202.07800, 2310.05654): the ratio ρ, then ρ², then ρ³."""
+"""The schedule of EViT, IdleViT and MCTF-Fast (arXiv 2202.07800, 2310.05654, 2403.10030): the ratio ρ, then ρ², then
+ρ³."""
 
 from tosa_convert.methods.schedule import Schedule
 

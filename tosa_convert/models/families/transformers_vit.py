@@ -34,6 +34,8 @@ PREFIX_TOKENS = {
 TRANSFORMERS = tuple(PREFIX_TOKENS)
 FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1", "rms_norm1")
 UNMASKED = "sdpa_without_mask"
+BY_CLASS_TOKEN = {f"{name}ForImageClassification" for name in ("ViT", "DeiT", "ViTMSN")}
+"""Others take patches into what they classify by, such as their mean beside the class token."""
 TEXTS = {"input_ids", "decoder_input_ids"}
 """What models of texts are called with."""
 
@@ -129,7 +131,7 @@ class TransformersVit(Adapter):
 
     @property
     def classifies_by_class_token(self) -> bool:
-        return type(self.model).__name__.endswith("ForImageClassification") and self.class_token
+        return any(kind.__name__ in BY_CLASS_TOKEN for kind in type(self.model).__mro__) and self.class_token
 
     def as_attention_output(self, tokens, weights=None):
         return tokens, weights

@@ -17,7 +17,8 @@ DRAWN, AGAINST = 8, 16
 DISTANCE = 3.0
 """How much the distance of the class tokens counts beside the loss on labels."""
 CONFIDENT = 0.4
-"""The distance counts where the answer is given with more than this probability."""
+"""The distance is the mean over the images whose label, or without labels whose answer, has more than this
+probability."""
 
 
 class Consistency(Loss):
@@ -61,14 +62,24 @@ class Consistency(Loss):
         apart = (_normed(self.tokens.value) - self.wanted).square().mean(-1)
         if not self.task.metrics or self.task.differences:
             return DISTANCE * apart.mean()
-        sure = output.detach().softmax(-1).amax(-1) > CONFIDENT
-        distance = DISTANCE * (apart * sure).mean()
+        sure = _confidence(output.detach().softmax(-1), labels if self.settings.labels else None) > CONFIDENT
+        distance = DISTANCE * (apart * sure).sum() / sure.sum().clamp(min=1)
         if not self.settings.labels:
             return distance
         return distance + self.settings.labels * self.task.loss(self.other, labels, self.settings)
 
     def close(self):
         self.handle.remove()
+
+
+def _confidence(shares: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """(B, classes) → (B,): what the labels get, of a mixture of images that of each as far as it counts; without labels
+    the largest."""
+    if labels is None:
+        return shares.amax(-1)
+    if labels.is_floating_point():
+        return (shares * labels).sum(-1)
+    return shares.gather(-1, labels[:, None])[:, 0]
 
 
 def _normed(tokens: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,11 @@ class Gates(Loss):
         if not situation.model.tosa_config.part(Score).gates:
             raise UsageError("the selection loss is for score gate, as in SPA; set gates to 0")
 
+    @classmethod
+    def default(cls, situation):
+        """Nothing while the head alone learns."""
+        return 0.0 if situation.settings.head_only else super().default(situation)
+
     def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """Queries and keys of the original's last layer, (B, H, N, D)."""
         asking = queries[:, :, :1] if self.class_token else queries
