@@ -102,10 +102,15 @@ def test_a_run_that_the_hub_does_not_show_is_said_to_be_so(hub, quick_run, tmp_p
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_recipe_is_pushed_without_places():
+def test_nothing_is_pushed_with_places():
     recipe = {"checkpoint": "/home/me/w.safetensors", "data": {"train": "depth:/data/rooms", "eval": "hfds:org/set"}}
-    assert hub_of_runs._places(recipe) == {"/home/me/w.safetensors", "/data/rooms"}
-    assert hub_of_runs._places(["hfds:/home/me/set:test", "depth:/rooms?scale=2"]) == {"/home/me/set", "/rooms"}
+    kept = {"checkpoint": "w.safetensors", "data": {"train": "depth:rooms", "eval": "hfds:org/set"}}
+    assert hub_of_runs._shortened(recipe) == kept
+    sources = ["hfds:/home/me/set:test", "depth:/rooms?scale=2", "/my photos/of 2026", "~/photos", "https://a.b/c/d"]
+    kept = ["hfds:set:test", "depth:rooms?scale=2", "of 2026", "photos", "https://a.b/c/d"]
+    assert hub_of_runs._shortened(sources) == kept
+    card = "## 3 images of /home/me/photos (see docs/guide.md), 1/2 of `~/more`, https://a.b/c"
+    assert hub_of_runs._nameless(card) == "## 3 images of photos (see docs/guide.md), 1/2 of `more`, https://a.b/c"
 
 
 def test_a_hub_out_of_reach_is_said(hub, quick_run, tmp_path):

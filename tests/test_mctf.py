@@ -221,3 +221,5 @@ def test_a_run_with_the_schedule_of_before_opens_as_it_was(images, tmp_path):
     opened = load(tmp_path / "run")
     grey = images[:, :1, :28, :28]
     assert torch.equal(opened(grey), model(grey))
+    with pytest.raises(UsageError, match="shifted"):
+        convert(load("quickstart"), schedule="shifted", score="multi_criteria", bypass="pool", ratio=0.8)

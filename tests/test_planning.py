@@ -16,6 +16,7 @@ from transformers import Data2VecVisionConfig, Data2VecVisionModel, ViTConfig, V
 from tosa_convert import ConvertConfig, UsageError, compare, convert, find_plan, flops, load, plan
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
+from tosa_convert.export import runtimes
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.adapter import adapter_of
@@ -397,15 +398,27 @@ def test_latencies_are_of_the_device_that_is_asked_for_and_models_stay_where_the
 
     def timed(models, settings, *, data, device, progress):
         asked.append(device)
-        for model in models.values():
-            model.to("meta")
-        return {"cases": [{"models": {name: {"ms": 1.0} for name in models}}]}
+        raise UsageError("nothing can be timed")
 
     monkeypatch.setattr(cost_model, "bench", timed)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: asked.append(where) or self)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where: asked.append(where) or self)
     model, conditions = load("quickstart"), Conditions("onnx", device="cuda")
-    assert cost_model.time_models({"original": model}, conditions, Progress()) == {"original": 1.0}
-    assert asked == ["cuda", "meta", torch.device("cpu")], "there and back"
+    with pytest.raises(UsageError):
+        cost_model.time_models({"original": model}, conditions, Progress())
+    assert asked == ["cuda", (torch.device("cpu"), torch.float32)], "there, and back even so"
     assert str(conditions) == "onnx, float32, batch 1, 1 thread, cuda"
+    Conditions("onnx", "int8", device="cuda").check(timed=False)
+    monkeypatch.setattr(cost_model, "pick_device", lambda device: device)
+    monkeypatch.setattr(runtimes, "providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UsageError, match="no CUDAExecutionProvider; install onnxruntime-gpu, or add --device cpu"):
         conditions.check()
+
+
+def test_what_cannot_be_distilled_is_left_out_of_a_comparison():
+    found = compare(
+        load("quickstart"), budgets=[0.9], methods=["impact/identity"], distill_steps=1, images=4, runtime=None
+    )
+    assert [row["method"] for row in found["rows"]] == ["random"]
+    assert any(
+        note.startswith("impact/identity is left out: score 'impact' learns for one choice") for note in found["notes"]
+    )

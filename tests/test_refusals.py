@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from conftest import lively
 from families import FAMILIES, HF_SMALL
 
@@ -79,6 +79,8 @@ def test_what_hangs_on_a_module_itself_is_not_passed_by(options, images):
         convert(model, **options, ratio=0.8)
     assert not is_converted(model)
     assert torch.equal(model(images), wanted)
+    remove_hook_from_submodules(model)
+    assert not torch.equal(convert(model, **options, ratio=0.8)(images), wanted)
 
 
 def test_a_classifier_that_looks_at_patches_too_loses_none_of_them():

@@ -16,6 +16,7 @@ from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.selective.selection import chosen_tokens
 from tosa_convert.training import engine as engine
 from tosa_convert.training.losses.cut import TokenCut
+from tosa_convert.workflows.sources import converted as conversion_of
 
 OPTIONS = {"layers": [2, 4, 6], "ratio": 0.5}
 
@@ -258,11 +259,16 @@ def test_seeds_reach_the_selectors_and_the_control(tmp_path):
     assert Recipe(model="x", seed=3, convert={"seed": 5}).convert.seed == 5
     for convert_seed, expected in ((None, 7), (5, 5)):
         read = Recipe(model="x", convert={} if convert_seed is None else {"seed": convert_seed})
-        assert build(Recipe, {**read.model_dump(exclude_unset=True), "seed": 7}).convert.seed == expected
+        recipe = build(Recipe, {**read.model_dump(exclude_unset=True), "seed": 7})
+        assert recipe.convert.seed == expected
+        recipe = recipe.model_copy(update={"model": "quickstart"})
+        assert conversion_of(recipe).tosa_config.seed == expected, "and the model's"
 
 
-def test_a_seed_may_be_of_any_size(photos):
-    figures = [distill(converted(), photos, DistillSettings(steps=1, batch_size=2), seed=20260101120000) for _ in "ab"]
+@pytest.mark.parametrize("seed", [20260101120000, 10**19, 2**70])
+def test_a_seed_may_be_of_any_size(seed, photos):
+    settings = DistillSettings(steps=1, batch_size=2)
+    figures = [distill(converted(seed=seed), photos, settings, seed=seed) for _ in "ab"]
     assert figures[0] == figures[1]
 
 

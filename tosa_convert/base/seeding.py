@@ -7,8 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-MOST = 2**63
-
 
 def random_state() -> tuple:
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -31,13 +29,17 @@ def unmoved() -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Any whole number, of which what PyTorch takes is used."""
     seed_transforms(seed)
-    torch.manual_seed(seed % MOST)
+    torch.manual_seed(as_seed(seed))
+
+
+def as_seed(number: int) -> int:
+    """Of any whole number what PyTorch takes."""
+    return number % 2**63
 
 
 def seed_transforms(seed: int) -> None:
     """Seeds what augmentation draws from. Other devices stay: seeding those takes a millisecond, for each image."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed % MOST)
+    torch.default_generator.manual_seed(as_seed(seed))

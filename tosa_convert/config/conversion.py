@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tosa_convert.config.fit import check_parts
+from tosa_convert.config.fit import check_parts, of_before
 from tosa_convert.config.segments import in_segments
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
@@ -81,8 +81,8 @@ class ConvertConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _method_sets_its_parts(cls, values: Any) -> Any:
-        name = values.get("method") if isinstance(values, dict) else None
-        if name is None:
+        values = of_before(values)
+        if (name := values.get("method") if isinstance(values, dict) else None) is None:
             return values
         known = published()
         if not isinstance(name, str) or name not in known:

@@ -1,6 +1,6 @@
 """Whether the parts of a conversion go together."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
@@ -8,6 +8,13 @@ from tosa_convert.methods.score import Acts, Score
 
 if TYPE_CHECKING:
     from tosa_convert.config.conversion import ConvertConfig
+
+
+def of_before(values: Any) -> Any:
+    """Schedule "shifted" of 0.2.0 had layers of its own; a run has them, and their ratios, beside its name."""
+    if not isinstance(values, dict) or values.get("schedule") != "shifted" or not isinstance(values.get("ratio"), list):
+        return values
+    return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
 
 
 def check_parts(config: "ConvertConfig") -> None:

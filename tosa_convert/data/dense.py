@@ -70,13 +70,16 @@ class DenseImages(Images):
             image = self._image(index)
         except UNREADABLE:
             return None, None, self.reader.filename(index)
-        mask = None if self.masks is None else self._outline(index, image.size)
-        if not self.maps:
-            return self._varied(image, None, mask)[0] if self.training else self.transform(image), -1, None
+        mask = None
         try:
-            image, seen = self._framed(image, self.reader.map(index))
+            if self.masks is not None:
+                mask = self._outline(index, image.size)
+            if self.maps:
+                image, seen = self._framed(image, self.reader.map(index))
         except UNREADABLE as error:
             return None, None, f"{self.reader.filename(index)} ({self.maps}: {gist(error)})"
+        if not self.maps:
+            return self._varied(image, None, mask)[0] if self.training else self.transform(image), -1, None
         if not self.training:
             return self.transform(image), seen, None
         nothing = f"{self.reader.filename(index)} ({self.maps}: nothing is known)"
@@ -131,11 +134,14 @@ class DenseImages(Images):
                 pair[0] = self._recoloured(pair[0])
         size = list(self.preprocessing.size)
         image = self._normalised(v2.functional.resize(pair[0], size, _resampling(self.preprocessing), antialias=True))
-        nearest = [v2.functional.resize(each, size, v2.InterpolationMode.NEAREST_EXACT) for each in pair[1:]]
-        maps = [each.as_subclass(torch.Tensor) for each in nearest]
-        if mask is not None:
-            image = torch.cat([image, maps.pop().nan_to_num()])  # nothing matters where a turned image has no pixel
-        return image, maps[0][0] if maps else -1
+        if mask is not None:  # nothing matters where a turned image has no pixel; what is thin stays, as a share
+            mask = pair.pop().as_subclass(torch.Tensor).nan_to_num()
+            mask = v2.functional.resize(mask, size, v2.InterpolationMode.BILINEAR, antialias=True)
+            image = torch.cat([image, mask])
+        if truth is None:
+            return image, -1
+        nearest = v2.functional.resize(pair[1], size, v2.InterpolationMode.NEAREST_EXACT)
+        return image, nearest[0].as_subclass(torch.Tensor)
 
     def _degrees(self) -> float:
         asked = self.augmentation.degrees

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
-from tosa_convert.base.seeding import random_state, seed_transforms, set_random_state, unmoved
+from tosa_convert.base.seeding import as_seed, random_state, seed_transforms, set_random_state, unmoved
 from tosa_convert.data.masks import Masks
 from tosa_convert.data.reader import Drawn, read
 from tosa_convert.models.preprocessing import Preprocessing
@@ -307,7 +307,7 @@ class Draws(Sampler):
         for position in range(self.first, self.last):
             epoch, place = divmod(position, self.length)
             if place == 0 or position == self.first:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
+                generator = torch.Generator().manual_seed(as_seed(self.seed + epoch))
                 order = torch.randperm(self.length, generator=generator).tolist()
             yield position, order[place // self.repeats]
 

@@ -153,6 +153,11 @@ class Score(Part, nn.Module):
         """Make what depends on the model and the layer: parameters, a seed. Called once per selective layer."""
 
     @classmethod
+    def distilled(cls) -> bool:
+        """Whether distill trains it, before the model itself learns."""
+        return cls.learns and cls.learns_in != "finetune"
+
+    @classmethod
     def suits(cls, acts: Acts) -> bool:
         """Whether it can be combined with a bypass that acts so."""
         return cls.reads is not Reads.ATTENTION or acts is Acts.BEFORE

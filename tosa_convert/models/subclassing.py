@@ -66,11 +66,15 @@ def steered_class(base: type[nn.Module], method: str) -> type[nn.Module]:
 
 
 def check_own(module: nn.Module, method: str = "forward") -> None:
-    """
+    """What a method of a module calls is its class's.
+
     Raises:
-        UsageError: something hangs another method on the module itself, which would go past its class.
+        UsageError: something hangs another one on the module itself, which would go past its class.
     """
-    if method in vars(module):
+    own = vars(module).get(method)
+    if getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is getattr(type(module), method):
+        delattr(module, method)  # as accelerate leaves it when it takes its hooks off
+    elif own is not None:
         raise UsageError(
             f"something has replaced {method} of a {type(module).__name__}, as accelerate's hooks (device_map) do, so "
             "its layer cannot be converted; load the model without it, and convert it first"

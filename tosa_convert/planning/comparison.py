@@ -87,7 +87,11 @@ def compare(
     for name in methods:
         reached = _at_budgets(model, name, budgets, keep, share_of, samples, notes, progress)
         if distill_steps:
-            _teach([found for found, _ in reached.values()], data, distill_steps, device, progress)
+            try:
+                _teach([found for found, _ in reached.values()], data, distill_steps, device, progress)
+            except UsageError as error:
+                notes.append(f"{name} is left out: {error}")
+                continue
         for budget, (found, share) in reached.items():
             if name == ADAPTIVE and not keeps_any_number(found):
                 notes.append(f"adaptive at {budget}: thresholds gain nothing clear, so it is the plan with numbers")
@@ -137,7 +141,7 @@ def compare(
 def _learns(model: nn.Module, *stages: str) -> bool:
     """In distillation, or in one of these stages."""
     score = model.tosa_config.part(Score)
-    return score.learns and (score.learns_in in stages if stages else score.learns_in != "finetune")
+    return score.learns and score.learns_in in stages if stages else score.distilled()
 
 
 def _teach(models: list[nn.Module], data: str | Path | None, steps: int, device: str, progress: Progress) -> None:

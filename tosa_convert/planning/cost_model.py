@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import check_threads
@@ -72,17 +73,20 @@ class Conditions:
         precision: "float32", or of ONNX files "int8".
         threads: of the runtime.
         batch_size: images per forward pass.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; None for that of the model.
     """
 
     runtime: str = "eager"
     precision: str = "float32"
     threads: int = 1
     batch_size: int = 1
-    device: str = "cpu"
+    device: str | None = None
 
-    def check(self) -> None:
+    def check(self, timed: bool = True) -> None:
         """
+        Args:
+            timed: whether anything will be; otherwise the runtime need not be there.
+
         Raises:
             UsageError: the runtime does not run in this precision, or there are fewer processors.
         """
@@ -94,13 +98,13 @@ class Conditions:
                 f"runtime {self.runtime} is not timed in {self.precision}, only in {' and '.join(known)}; "
                 f"{'use runtime onnx' if self.precision == 'int8' else 'choose one of these'}"
             )
-        if why := missing(self.runtime, self.device):
+        if timed and (why := missing(self.runtime, pick_device(self.device or "cpu"))):
             raise UsageError(why)
         check_threads(self.threads)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        where = "" if self.device == "cpu" else f", {self.device}"
+        where = f", {self.device}" if self.device == "cuda" else ""
         return f"{self.runtime}, {self.precision}, batch {self.batch_size}, {threads}{where}"
 
 
@@ -167,7 +171,8 @@ def time_models(
 ) -> dict[str, float]:
     """Milliseconds per forward pass of each model, in turn; on images of a folder if there is one. The models end where
     they were."""
-    homes = {name: next(model.parameters()).device for name, model in models.items()}
+    weights = {name: next(model.parameters()) for name, model in models.items()}
+    homes = {name: (weight.device, weight.dtype) for name, weight in weights.items()}
     settings = BenchSettings(
         runtimes=[conditions.runtime],
         precisions=[conditions.precision],
@@ -176,7 +181,9 @@ def time_models(
         rounds=rounds,
         memory=False,
     )
-    case = bench(models, settings, data=data, device=conditions.device, progress=progress)["cases"][0]
-    for name, model in models.items():
-        model.to(homes[name])
+    try:
+        case = bench(models, settings, data=data, device=conditions.device, progress=progress)["cases"][0]
+    finally:
+        for name, model in models.items():
+            model.to(*homes[name])
     return {name: found["ms"] for name, found in case["models"].items()}

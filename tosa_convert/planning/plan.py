@@ -1,5 +1,6 @@
 """Find score, bypass and keep ratios for a budget, without training."""
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -76,7 +77,8 @@ def find_plan(
         raise UsageError(f"target {target_ms:g} ms is out of range; give milliseconds per forward pass such as 25")
     by = "latency" if target_ms is not None else by
     conditions = conditions or Conditions()
-    conditions.check()
+    conditions = conditions if conditions.device else replace(conditions, device=next(model.parameters()).device.type)
+    conditions.check(timed=by == "latency")
     if by == "latency" and adaptive:
         raise UsageError("an adaptive plan has a budget of MACs; leave adaptive or the latency out")
     budget = BUDGET if budget is None else budget

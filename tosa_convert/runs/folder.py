@@ -126,9 +126,6 @@ def _conversion(config: dict) -> ConvertConfig | None:
     if config.get("version", 0) < 2:
         unused = unknown_options(values)
         values = {name: value for name, value in values.items() if name not in unused}
-    if values.get("schedule") == "shifted":  # of 0.2.0, for mctf_fast; layers and ratios stand beside it
-        method = "mctf" if values.get("method") else None
-        values = {**values, "schedule": "constant", "method": method}
     return validated(ConvertConfig, values)
 
 

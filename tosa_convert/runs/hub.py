@@ -1,5 +1,6 @@
 """Runs on the Hugging Face hub."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ SHIPPED = (
     "*.png",
 )
 """What of a run goes to the hub beside its config.json; logs, checkpoints and reports stay."""
+PATH = re.compile(r"(?<![\w/.])(?:/(?!/)|~/)[^\s`\"|)\]]+")
 OPENED = ("config.json", "model.safetensors")
 """What it takes to open one from there."""
 
@@ -97,14 +99,13 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
             for file in sorted(ours - {"config.json", "README.md", "recipe.yaml"}):
                 (Path(scratch) / file).symlink_to((run / file).resolve())
             if "recipe.yaml" in ours:
-                text = (run / "recipe.yaml").read_text(encoding="utf-8")
-                for path in sorted(_places(yaml.safe_load(text)), key=len, reverse=True):
-                    text = text.replace(path, Path(path).name)
+                recipe = _shortened(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+                text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=110)
                 write_text(Path(scratch) / "recipe.yaml", _without_folder(text, run))
             if "README.md" in ours:
                 text = (run / "README.md").read_text(encoding="utf-8")
                 text = text.replace(f"# {run.name}\n", f"# {name}\n", 1).replace("hf:ORG/NAME", f"hf:{name}")
-                write_text(Path(scratch) / "README.md", _without_folder(text, run))
+                write_text(Path(scratch) / "README.md", _nameless(_without_folder(text, run)))
             message = f"tosa-convert run {run.name}"
             api.upload_folder(repo_id=place.repo_id, folder_path=scratch, commit_message=message)
     except HFValidationError as error:
@@ -156,15 +157,14 @@ def _shortened(content: Any) -> Any:
         return {key: _shortened(value) for key, value in content.items()}
     if isinstance(content, list):
         return [_shortened(value) for value in content]
-    return Path(content).name if isinstance(content, str) and content.startswith(("/", "~")) else content
+    if not isinstance(content, str):
+        return content
+    return Path(content).name if content.startswith(("/", "~")) else _nameless(content)
 
 
-def _places(content: Any) -> set[str]:
-    """The absolute paths in nested values, also behind the kind of a source, as in depth:ROOT or hfds:FOLDER:SPLIT."""
-    if isinstance(content, dict | list):
-        return set().union(*map(_places, content.values() if isinstance(content, dict) else content))
-    found = content.split(":") if isinstance(content, str) else []
-    return {part.partition("?")[0] for part in found if part.startswith(("/", "~"))}
+def _nameless(text: str) -> str:
+    """With the last part in the place of each absolute path, also behind the kind of a source, as in depth:ROOT."""
+    return PATH.sub(lambda found: Path(found[0]).name, text)
 
 
 def _without_folder(text: str, run: Path) -> str:

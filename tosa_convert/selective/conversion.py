@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError, UsageError, gist
+from tosa_convert.base.seeding import as_seed
 from tosa_convert.config.conversion import KINDS, ConvertConfig
 from tosa_convert.config.options import over
 from tosa_convert.config.segments import as_option
@@ -159,7 +160,8 @@ def set_ratios(model: nn.Module, ratios: dict[int, float], segments: list[list[i
 
 def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
     """``config`` with ``options`` over it, validated; every mistake is named in one message."""
-    return build(ConvertConfig, over(config.model_dump(exclude_unset=True) if config else {}, options))
+    given = {} if config is None else {**config.model_dump(exclude_unset=True), "seed": config.seed}
+    return build(ConvertConfig, over(given, options))
 
 
 def light_copy(model: nn.Module) -> nn.Module:
@@ -255,7 +257,7 @@ class _Surgeon:
         site = Site(layer, adapter.heads, adapter.prefix, adapter.width, config.acts, config.seed, depth)
         with torch.random.fork_rng(devices=[]):
             # The CPU's only: a GPU's stays as it is.
-            torch.default_generator.manual_seed(self.config.seed * 1009 + selection.layer)
+            torch.default_generator.manual_seed(as_seed(self.config.seed * 1009 + selection.layer))
             score = copy.deepcopy(self.score)
             score.setup(site)
         return score.to(weight.device, weight.dtype).train(block.training)

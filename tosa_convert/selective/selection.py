@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaError
+from tosa_convert.base.seeding import as_seed
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.packing import by_image, choose_above, match_in_row
 from tosa_convert.methods.score import Reads, Score, View
@@ -213,7 +214,7 @@ class Selection:
         weighs them with them."""
         if self.chance is None:
             return worth
-        generator = torch.Generator().manual_seed(1009 * self.chance + self.layer)
+        generator = torch.Generator().manual_seed(as_seed(1009 * self.chance + self.layer))
         order = torch.randperm(worth.shape[1] - self.prefix, generator=generator) + self.prefix
         order = torch.cat([torch.arange(self.prefix), order]).to(worth.device)
         if self.layer in state.weights:

@@ -80,9 +80,7 @@ def check_distillable(model: nn.Module) -> None:
             f"{len(choosing_blocks(model))} layers choose; convert with schedule throughout, as --method impact does"
         )
     if not config.part(Score).learns:
-        learn = " or ".join(
-            repr(name) for name, part in every(Score).items() if part.learns and part.learns_in != "finetune"
-        )
+        learn = " or ".join(repr(name) for name, part in every(Score).items() if part.distilled())
         raise UsageError(f"score {config.score!r} has nothing to learn; distill is for score {learn}")
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -272,7 +273,8 @@ class _Recorder:
             yield from batches
         except Exception:
             if alone and self.stage.out and self.step:
-                self.checkpoint(self.step)
+                with suppress(TosaError):  # of weights that there is nothing to go on from
+                    self.checkpoint(self.step)
             raise
 
     def checkpoint_when_due(self, step: int, final: bool) -> None:

@@ -31,7 +31,7 @@ from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import check_finetuning, check_recipe, finetune
 from tosa_convert.training.impact import FILE as IMPACT
-from tosa_convert.workflows.same_job import check_same_job
+from tosa_convert.workflows.same_job import OtherJobError, check_same_job
 from tosa_convert.workflows.sources import (
     check_measured,
     converted,
@@ -91,7 +91,7 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
     if not is_converted(model):
         convert(model, recipe.convert)
     score = model.tosa_config.part(Score)
-    if fresh and score.learns and score.learns_in != "finetune" and not is_whole(model):
+    if fresh and score.distilled() and not is_whole(model):
         raise UsageError(
             f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first "
             "(distill: in a recipe), then finetune that run"
@@ -128,9 +128,9 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
         write_text(file, recipe.to_yaml())
     try:
         return _stage_by_stage(stages, recipe, out, resume, device, progress, report)
-    except UsageError:
+    except UsageError as error:
         if processes.is_main():
-            if before is not None:  # of the run that is not gone on with
+            if before is not None and isinstance(error, OtherJobError):
                 write_text(file, before)
             runs.discard(out)
         raise

@@ -15,6 +15,10 @@ TRAININGS = ("distill", "finetune")
 """Stages with settings of their own."""
 
 
+class OtherJobError(UsageError):
+    """A run is to be gone on with by other settings than its own."""
+
+
 def check_same_job(recipe: Recipe, path: Path, stage: str) -> None:
     """A stage is resumed with the settings it was started with, or its result would belong to neither job. Those of
     another stage, which is checked on its own, may have been mended."""
@@ -24,16 +28,18 @@ def check_same_job(recipe: Recipe, path: Path, stage: str) -> None:
     others = [each for each in TRAININGS if each != stage]
     undecided = (path.parent / IMPACT).exists() and not is_run(path.parent)
     afterwards = AFTERWARDS if undecided else ()
+    counted = recipe.convert.threshold is not None  # over the training images
+    measured = (*MEASURED, "data") if stage == "convert" and not counted else MEASURED
     changed = [
         key
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
-        and not key.startswith(MEASURED)
+        and not key.startswith(measured)
         and key not in afterwards
         and key.split(".")[0] not in others
     ]
     if changed:
-        raise UsageError(
+        raise OtherJobError(
             f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
             "command, or start a new run with another --out"
         )
