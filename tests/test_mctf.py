@@ -91,18 +91,17 @@ def test_too_large_an_r_says_what_goes():
 
 
 def test_what_is_offered_in_place_of_too_large_an_r_goes():
-    method = "mctf"
     model = VisionTransformer(**{**SMALL, "img_size": 128, "depth": 12})
     with pytest.raises(UsageError) as refused:
-        convert(model, method=method, r=30)
+        convert(model, method="mctf", r=30)
     most = int(re.search(r"give at most (\d+)", str(refused.value))[1])
-    assert convert(copy.deepcopy(model), method=method, r=most)
+    assert convert(copy.deepcopy(model), method="mctf", r=most)
     with pytest.raises(UsageError) as refused:
-        convert(copy.deepcopy(model), method=method, ratio=0.2)
+        convert(copy.deepcopy(model), method="mctf", ratio=0.2)
     least = float(re.search(r"stay above (\d\.\d+)", str(refused.value))[1])
-    assert convert(copy.deepcopy(model), method=method, ratio=least + 0.01)
+    assert convert(copy.deepcopy(model), method="mctf", ratio=least + 0.01)
     with pytest.raises(UsageError, match="at most half of the tokens; take less"):
-        convert(copy.deepcopy(model), method=method, r=most + 1)
+        convert(copy.deepcopy(model), method="mctf", r=most + 1)
 
 
 def test_without_a_class_token_all_tokens_may_fuse(images):

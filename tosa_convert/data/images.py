@@ -165,10 +165,9 @@ class Images(Dataset):
     def _mask(self, index: int, state: tuple) -> torch.Tensor:
         """(1, H, W) in 0 to 1: the mask of an image, cropped and mirrored as the image was."""
         mask = self.masks.mask(self.reader.filename(index), self.size_of(index)).convert(self.preprocessing.mode)
-        after = random_state()
-        set_random_state(state)
-        seen = self.transform(mask)[:1]
-        set_random_state(after)
+        with unmoved():
+            set_random_state(state)
+            seen = self.transform(mask)[:1]
         return seen * self.preprocessing.std[0] + self.preprocessing.mean[0]
 
     def decoded(self, content: BinaryIO) -> torch.Tensor:

@@ -32,9 +32,10 @@ SHIPPED = (
     "*.png",
 )
 """What of a run goes to the hub beside its config.json; logs, checkpoints and reports stay."""
-PATH = re.compile(r"(?<![\w/.])(?:/(?!/)|~/)[^\s`\"|)\]]+")
 OPENED = ("config.json", "model.safetensors")
 """What it takes to open one from there."""
+PATH = re.compile(r"(?<![\w/.])(?:/(?!/)|~/)[^\s`\"|)\]]+")
+"""An absolute path within a text; not what an address on the web has."""
 
 
 def run_of(name: str) -> Path | None:

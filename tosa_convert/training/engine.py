@@ -128,7 +128,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
                         accelerator.clip_grad_norm_(objective.parameters(), settings.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                figures.append({key: value.detach().float() for key, value in found.items()})
+                figures.append({key: value.detach() for key, value in found.items()})
                 recorder.broken.update(batch["broken"])
             if average is not None:
                 average.update(stage.averaged, step)
@@ -248,7 +248,7 @@ class _Recorder:
         """A line of metrics every so many steps: means over the batches of the step, on all processes."""
         if step % self.stage.settings.log_every and not final:
             return
-        own = {key: torch.stack([each[key] for each in figures]).mean() for key in figures[0]}
+        own = {key: torch.stack([each[key].float() for each in figures]).mean() for key in figures[0]}
         self.last = {key: value.item() for key, value in self.accelerator.reduce(own, "mean").items()}
         if not math.isfinite(self.last["loss"]):
             raise TosaError(f"the loss became {self.last['loss']} at step {step}; try a smaller --lr")
