@@ -210,15 +210,24 @@ def test_other_scores_find_partners_in_every_family(family, score):
     assert torch.isfinite(first(run(model, images))).all()
 
 
-def test_a_run_with_the_schedule_of_before_opens_as_it_was(images, tmp_path):
-    ratios = {2: 1.0, 3: 0.8, 4: 0.8, 5: 0.6, 6: 0.5}
-    model = convert(load("quickstart"), score="multi_criteria", bypass="pool", schedule="constant", layers=ratios)
+@pytest.mark.parametrize(
+    ("parts", "before"),
+    [
+        (
+            {"score": "multi_criteria", "bypass": "pool", "schedule": "constant"},
+            {"method": "mctf_fast", "schedule": "shifted"},
+        ),
+        ({"score": "class_attention", "schedule": "stages"}, {"method": "idle"}),
+    ],
+)
+def test_runs_of_0_2_0_open_as_they_were(parts, before, images, tmp_path):
+    model = convert(load("quickstart"), **parts, layers={2: 1.0, 3: 0.8, 4: 0.8, 5: 0.6, 6: 0.5})
     save(model, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    config["convert"] |= {"method": "mctf_fast", "schedule": "shifted"}
+    config["convert"] |= before
     (tmp_path / "run/config.json").write_text(json.dumps({**config, "version": 2}))
     opened = load(tmp_path / "run")
     grey = images[:, :1, :28, :28]
     assert torch.equal(opened(grey), model(grey))
-    with pytest.raises(UsageError, match="shifted"):
-        convert(load("quickstart"), schedule="shifted", score="multi_criteria", bypass="pool", ratio=0.8)
+    with pytest.raises(UsageError, match=before.get("schedule", "class_query")):
+        convert(load("quickstart"), **{**parts, **before}, ratio=0.8)

@@ -11,6 +11,7 @@ from conftest import LAYERS, lively
 from families import FAMILIES
 from test_contract import close, first
 from test_refusals import check_refusal
+from torch import nn
 
 from tosa_convert import (
     ConvertConfig,
@@ -29,14 +30,16 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.matching import choose_by_energy
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Acts
+from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.projections import class_logits
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
 
 WHOLE = tuple(name for name, part in every(Bypass).items() if part.acts is Acts.AROUND)
 LASTING = tuple(every(Bypass).keys() - set(WHOLE))
 SCORES = ("attention", "class_attention", "similarity", "norm", "random")
 PAIRS = [*product(SCORES, WHOLE), *product(SCORES, ("persist",)), ("class_attention", "fuse")]
-PAIRS += [("multi_criteria", "pool"), ("similarity", "pool")]
+PAIRS += [("multi_criteria", "pool"), ("similarity", "pool"), ("class_query", "merge"), ("class_query", "persist")]
 
 
 def fits(model, score: str, bypass: str) -> bool:
@@ -45,7 +48,9 @@ def fits(model, score: str, bypass: str) -> bool:
     whole_only = adapter.windows or not apart or "ResPost" in type(adapter.blocks[0]).__name__
     if bypass == "pool" and not adapter.own_heads:
         return False
-    return (adapter.class_token or score != "class_attention") and not (whole_only and bypass in LASTING)
+    if score == "class_query" and not adapter.own_heads:
+        return False
+    return (adapter.class_token or not score.startswith("class_")) and not (whole_only and bypass in LASTING)
 
 
 def layers_for(score: str) -> list[int]:
@@ -192,25 +197,90 @@ def test_evit_is_the_papers(images):
     assert torch.allclose(found, model.forward_head(model.norm(tokens)), atol=1e-5)
 
 
-def test_idle_reselects_by_the_class_tokens_last_look(images):
-    """IdleViT: a token that was skipped keeps the score it had, and can come back."""
-    model = convert(lively(FAMILIES["timm vit"]()), method="idle", ratio=0.6)
-    blocks, rows = selective_blocks(model), {}
-    assert [block.selection.layer for block in blocks] == [2, 3, 4, 5, 6]
-    assert [round(block.selection.ratio, 4) for block in blocks] == [0.6, 0.6, 0.36, 0.36, 0.216]
-    for block in blocks:
-        keep = block.selection.layer
-        block.selector.register_forward_hook(lambda _, __, output, keep=keep: rows.update({keep: output.mean(1)}))
-    model(images)
-    scores = rows[2]
-    chosen = chosen_tokens(model)
-    state = blocks[0].selection.current.state
-    for block in blocks[1:]:
-        layer = block.selection.layer
-        scores = scores.scatter(1, chosen[layer - 1], rows[layer])
-        assert torch.allclose(state.scores[layer], scores)
-        best = scores[:, 1:].topk(chosen[layer].shape[1] - 1).indices + 1
-        assert [set(row.tolist()) for row in best] == [set(row[1:].tolist()) for row in chosen[layer]]
+def test_idle_is_the_papers(images):
+    """IdleViT (arXiv 2310.05654) written out on timm's parts: in each layer the class token's own query looks at every
+    token, the idle ones too."""
+    model = lively(FAMILIES["timm vit"]())
+    converted = convert(copy.deepcopy(model), method="idle", ratio=0.6)
+    ratios = {block.selection.layer: block.selection.ratio for block in selective_blocks(converted)}
+    assert {layer: round(ratio, 4) for layer, ratio in ratios.items()} == {2: 0.6, 3: 0.6, 4: 0.36, 5: 0.36, 6: 0.216}
+    found, chosen, back = converted.forward_features(images), last_choices(converted), 0
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for layer, block in enumerate(model.blocks, start=1):
+        if layer not in ratios:
+            tokens = block(tokens)
+            continue
+        queries, keys, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        logits = (queries[:, :, 0, None] @ keys.mT)[:, :, 0, 1:].mean(1)
+        places = logits.topk(keep_count(16, ratio_steps(ratios[layer]))).indices.sort(1).values + 1
+        assert places.equal(chosen[layer].attended[:, 1:].sort(1).values)
+        rows = []
+        for image, own in zip(tokens, places, strict=True):
+            row, own = image.clone(), [0, *own.tolist()]
+            row[own] = block(image[own][None])[0]
+            rows.append(row)
+        tokens = torch.stack(rows)
+        if layer > 2:
+            before = chosen[layer - 1].attended
+            back += sum(len(set(now.tolist()) - set(was.tolist())) for now, was in zip(places, before, strict=True))
+    assert torch.allclose(found, model.norm(tokens), atol=1e-5)
+    assert back, "an idle token is selected again"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_class_logits_are_those_of_the_layers_queries_and_keys(name):
+    """Also where they are worked out without keys, and in families that inherit from one where they are."""
+    model = lively(FAMILIES[name]())
+    with torch.no_grad():  # biases too
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    adapter, seen = adapter_of(model), {}
+    if not (adapter.class_token and adapter.own_heads):
+        with pytest.raises(UsageError, match="class token"):
+            convert(model, score="class_query", layers=[2], ratio=0.5)
+        return
+    block = adapter.blocks[1]
+
+    def look(block, args, kwargs):
+        entering, *seen["others"] = adapter.entering(args, kwargs)
+        seen["normed"] = adapter.normed(block, adapter.taken(entering))
+
+    handle = block.register_forward_pre_hook(look, with_kwargs=True)
+    tap = adapter.tap(block, lambda queries, keys: seen.update(queries=queries, keys=keys))
+    with torch.no_grad():
+        run(model, torch.randn(2, 3, *adapter.preprocessing().size, generator=torch.Generator().manual_seed(2)))
+    tap.remove()
+    handle.remove()
+    found = class_logits(adapter, block, seen["normed"], *seen["others"])
+    wanted = (seen["queries"][:, :, :1] * adapter.scale(seen["queries"]) @ seen["keys"].mT).mean(1)[:, 0]
+    assert torch.allclose(found, wanted, atol=1e-4)
+    converted = convert(model, score="class_query", layers=[1, 3], ratio=0.5)
+    assert set(last_choices_of(converted)) == {1, 3}
+
+
+def last_choices_of(model) -> dict:
+    with torch.no_grad():
+        run(model, torch.randn(2, 3, *adapter_of(model).preprocessing().size))
+    return last_choices(model)
+
+
+def test_class_query_follows_replaced_projections(images):
+    """Where the projection is no plain linear layer any longer, it is run."""
+
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, tokens):
+            return 2 * self.inner(tokens)
+
+    model = convert(lively(FAMILIES["timm vit"]()), score="class_query", layers=[3], ratio=0.5)
+    doubled = copy.deepcopy(model)
+    doubled.blocks[2].attn.qkv = Doubled(doubled.blocks[2].attn.qkv)
+    model(images), doubled(images)
+    scores = (each.blocks[2].selection.current.state.scores[3] for each in (model, doubled))
+    assert torch.allclose(4 * next(scores), next(scores), atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["class_attention", "random", "norm"])

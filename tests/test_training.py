@@ -1,13 +1,24 @@
 """Seeded against seeded, interrupted against uninterrupted, one process against two."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 from conftest import FAMILIES, check_resuming, lively, run_recipe, write_images
 from torch.overrides import TorchFunctionMode
 
-from tosa_convert import DistillSettings, FinetuneSettings, TosaError, UsageError, convert, distill, finetune, load
+from tosa_convert import (
+    DistillSettings,
+    FinetuneSettings,
+    TosaError,
+    UsageError,
+    convert,
+    distill,
+    finetune,
+    load,
+    original,
+)
 from tosa_convert.base.files import read_json
 from tosa_convert.config.validation import build
 from tosa_convert.data.images import Draws
@@ -88,7 +99,7 @@ def test_finetuning_without_labels_comes_closer_to_the_original(photos):
     [
         ({"labels": 1.0}, "has no labels"),
         ({"labels": 0.0, "logits": 0.0, "features": 0.0}, "nothing to learn"),
-        ({"cut": 1.0}, "token cut loss is for score class_attention"),
+        ({"cut": 1.0}, "token cut loss is for scores class_query and class_attention"),
     ],
 )
 def test_losses_that_cannot_be_had_are_refused(settings, message, photos):
@@ -107,35 +118,36 @@ def test_idle_learns_to_select_what_belongs_together(photos):
 
 @pytest.mark.parametrize("name", ["timm vit", "hf ViT classifier"])
 def test_the_token_cut_is_the_attention_that_crosses(name):
-    """Written out for the layer after a selective one, whose attention is among its own tokens."""
+    """Written out for a layer after a selective one: its attention among all of its tokens, the idle ones too."""
     model = convert(lively(FAMILIES[name]()), method="idle", ratio=0.6)
     adapter, images = adapter_of(model), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cut = TokenCut(model, None, FinetuneSettings())
-    seen = {}
-    tap = adapter.tap(adapter.blocks[2], lambda queries, keys: seen.update(queries=queries, keys=keys))
-    run(model, images)
-    tap.remove()
-    chosen = chosen_tokens(model)
-    values = []
-    for image in range(2):
-        maps = (seen["queries"][image] @ seen["keys"][image].mT / seen["keys"].shape[-1] ** 0.5).softmax(-1).mean(0)
-        present, selected = chosen[3][image].tolist(), set(chosen[4][image].tolist())
-        crossing, all_edges = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-        for row, place in enumerate(present):
-            for column, other in enumerate(present):
-                if place and other:
-                    all_edges[place in selected] += maps[row, column].item()
-                    crossing[place in selected] += ((place in selected) != (other in selected)) * maps[
-                        row, column
-                    ].item()
-        values.append(sum(crossing[side] / max(all_edges[side], 1e-6) for side in (True, False)))
     side = next(side for side in cut.sides if side.selection.layer == 4)
+    entering, seen, twin = [], {}, original(model)
+    handle = adapter.blocks[2].register_forward_hook(lambda block, inputs, output: entering.append(output))
+    run(model, images)
+    handle.remove()
+    tap = adapter_of(twin).tap(adapter_of(twin).blocks[3], lambda queries, keys: seen.update(q=queries, k=keys))
+    adapter_of(twin).blocks[3](entering[0].detach())
+    tap.remove()
+    chosen, values = chosen_tokens(model)[4], []
+    for image in range(2):
+        maps = (seen["q"][image] @ seen["k"][image].mT / seen["k"].shape[-1] ** 0.5).softmax(-1).mean(0)
+        selected = set(chosen[image].tolist())
+        crossing, all_edges = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        for row, column in itertools.product(range(1, 17), repeat=2):
+            weight, crosses = maps[row, column].item(), (row in selected) != (column in selected)
+            all_edges[row in selected] += weight
+            crossing[row in selected] += crosses * weight
+        values.append(sum(crossing[side] / all_edges[side] for side in (True, False)))
     assert side.loss().item() == pytest.approx(sum(values) / 2, rel=1e-4)
+    run(model, images)
     cut.of({}, {}, None).backward()
     assert model.get_parameter(
         next(n for n, _ in model.named_parameters() if "patch" in n and "weight" in n)
     ).grad.any()
     cut.close()
+    assert not any(block._forward_pre_hooks for block in adapter.blocks)
 
 
 def test_a_wrong_class_count_is_refused(tmp_path):

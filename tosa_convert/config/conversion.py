@@ -47,10 +47,10 @@ class ConvertConfig(BaseModel):
             layer, so that every image keeps as many as it needs. ``ratio`` is then the most that attend, 1 unless it
             is given. With bypasses around a block.
         score: which tokens attend. "attention" is ToSA's learned selector, "class_attention" takes the
-            tokens that the class token looks at, "similarity" skips those that another one can stand
-            in for, "mutual" one of each pair that are most like each other, "energy" those with much company, "norm"
-            takes those with the longest keys, "received" those that get the most attention, "multi_criteria" is MCTF's,
-            "gate" SPA's, "impact" the filter of token impact, "random" the control.
+            tokens that the class token looks at, "class_query" those that it will look at in the layer itself,
+            "similarity" skips those that another one can stand in for, "mutual" one of each pair that are most like
+            each other, "energy" those with much company, "norm" takes those with the longest keys, "received" those
+            with the most attention, "multi_criteria" is MCTF's, "gate" SPA's, "impact" DL-ViT's, "random" the control.
         bypass: what the others get. "identity": nothing (ToSA); "borrow": the update of their most similar attended
             token; "merge": they are averaged into it before the layer and get its update; all tokens leave such a
             layer, in order. Between attention and MLP: "drop": they are removed; "fuse": they become one token (EViT),

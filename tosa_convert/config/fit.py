@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
 
 def of_before(values: Any) -> Any:
-    """Schedule "shifted" of 0.2.0 had layers of its own; a run has them, and their ratios, beside its name."""
-    if not isinstance(values, dict) or values.get("schedule") != "shifted" or not isinstance(values.get("ratio"), list):
+    """What a run of 0.2.0 says that is called otherwise now; it has layers and ratios beside it.
+
+    Schedule "shifted" had layers of its own; method "idle" went by the attention in the layer before.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("ratio"), list):
         return values
-    return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
+    if values.get("schedule") == "shifted":
+        return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
+    if values.get("method") == "idle" and values.get("score") == "class_attention":
+        return {**values, "method": None}
+    return values
 
 
 def check_parts(config: "ConvertConfig") -> None:

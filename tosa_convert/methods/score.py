@@ -24,6 +24,7 @@ class Reads(StrEnum):
     QUERIES_KEYS = "queries and keys"
     TOKENS = "tokens"
     ATTENTION = "the attention that tokens get"
+    CLASS_QUERY = "the query of the class token, before its layer runs"
 
 
 class Site(NamedTuple):
@@ -56,6 +57,8 @@ class View(NamedTuple):
         patches: patch tokens of the image, those that are gone by now included.
         grid: rows and columns of the patches; of a video's, times before them.
         reading: what :meth:`Score.read` gave; None for a score that reads tokens.
+        class_logits: gives (B, N), what the class token's query in the layer makes of all tokens, the mean over heads,
+            for a score that reads it.
         received: (B, N), the attention that each token gets in the layer, the mean over heads and queries, for a score
             that reads it.
         tokens: (B, N, C), the tokens that enter the layer, or its MLP where the bypass acts before that; None for a
@@ -73,6 +76,7 @@ class View(NamedTuple):
     patches: int
     grid: tuple[int, ...]
     reading: Any = None
+    class_logits: Callable[[], torch.Tensor] | None = None
     received: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     normed: torch.Tensor | None = None
@@ -115,7 +119,7 @@ class Score(Part, nn.Module):
         finds_partners: whether that choice names a partner for each skipped token.
         half_at_most: whether it skips at most half of the tokens at once where tokens are gone after a layer.
         scores_heads: whether its scores may be taken head by head, see bypass identity.
-        needs_class_token: whether it reads the class token's attention.
+        needs_class_token: whether it goes by the class token's attention.
         weighs: whether its scores are shares of the class token's attention.
         learns: whether it has to be trained before it is of use.
         learns_in: how: by "lesson", see :meth:`lesson`, from the model's own attention; by "ablation", from what the

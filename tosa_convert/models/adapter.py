@@ -22,6 +22,7 @@ from tosa_convert.models.branches import Branch, two_modules
 from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.projections import Affine
 from tosa_convert.models.unsupported import why_not
 
 TOKENS = ("hidden_states", "hidden_state", "x")
@@ -222,6 +223,10 @@ class Adapter(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
 
+    def query_and_key(self, attention: nn.Module) -> tuple[Affine | None, Affine | None]:
+        """How :meth:`project` makes queries and keys, where it does no more than that."""
+        return None, None
+
     def attend(
         self,
         attention: nn.Module,
@@ -343,8 +348,3 @@ def families() -> list:
 def run(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """:meth:`Adapter.outputs` of a model of any supported library; the images take the type of its weights."""
     return adapter_of(model).outputs(images.to(next(model.parameters()).dtype))
-
-
-def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, N, H·D) → (B, H, N, D)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)

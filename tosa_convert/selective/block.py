@@ -18,6 +18,7 @@ from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.methods.token_ops import Choice, pick, put, stand_ins
+from tosa_convert.models.projections import class_logits
 from tosa_convert.models.subclassing import answered, grafted_class
 from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.packed import run_row
@@ -48,14 +49,19 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
                     f"selective layer {selection.layer} chooses for each head, and was called with a mask of padding; "
                     "convert with --selection shared"
                 )
-            choice, _ = _choose(self, tokens, selection.arrive(selection.current.state, entering, padding))
+            arrival = selection.arrive(selection.current.state, entering, padding)
+            choice, _ = _choose(self, tokens, arrival, others, named)
             attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
             with answered(adapter.attention(self), attend):
                 return base.forward(self, entering, *others, **named)
         run = functools.partial(_run, self, base, others, named)
-        by = _by_groups if selection.bypass.shares else _by_layer
         arrival = selection.arrive(selection.current.state, entering, padding)
-        return adapter.given_back(adapter.restored(_weighed(self, tokens, by(self, run, tokens, arrival)), entering))
+        choose = functools.partial(_choose, self, tokens, arrival, others, named)
+        if selection.bypass.shares:
+            after = _by_groups(self, run, choose, tokens, arrival)
+        else:
+            after = _by_layer(self, run, choose, tokens)
+        return adapter.given_back(adapter.restored(_weighed(self, tokens, after), entering))
 
     return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
 
@@ -74,14 +80,16 @@ def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice
     return run_row(block, call, tokens, args, kwargs, choice.packed, sizes, normed)
 
 
-def _by_layer(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
+def _by_layer(block: nn.Module, run: Callable, choose: Callable, tokens: torch.Tensor) -> torch.Tensor:
     """(B, N, D) → (B, N, D), by the tokens that the layer chooses."""
-    choice, normed = _choose(block, tokens, arrival)
+    choice, normed = choose()
     together = (as_row(each, choice) for each in (tokens, normed))
     return block.selection.bypass.apply(functools.partial(run, choice), *together, choice).reshape(tokens.shape)
 
 
-def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: Arrival) -> torch.Tensor:
+def _by_groups(
+    block: nn.Module, run: Callable, choose: Callable, tokens: torch.Tensor, arrival: Arrival
+) -> torch.Tensor:
     """(B, N, D) → (B, N, D), by way of the groups that the layer forms, or that it goes on with."""
     selection, normed = block.selection, None
     state, bypass, layer = selection.current.state, selection.bypass, selection.layer
@@ -93,7 +101,7 @@ def _by_groups(block: nn.Module, run: Callable, tokens: torch.Tensor, arrival: A
         if selection.segment[0] in state.scores:
             state.scores[layer] = state.scores[selection.segment[0]]
     else:
-        choice, normed = _choose(block, tokens, arrival)
+        choice, normed = choose()
         segment, course, normed = form(bypass, *(as_row(each, choice) for each in (tokens, normed)), choice)
     course = course._replace(groups=run(segment.choice, course.groups, segment.sizes, normed))
     output = leave(segment, course).reshape(tokens.shape)
@@ -119,18 +127,21 @@ def _weighed(block: nn.Module, before: torch.Tensor, after: torch.Tensor) -> tor
     return before + own.reshape(*before.shape[:2], 1).to(after.dtype) * (after - before)
 
 
-def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival):
+def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival, args: tuple, kwargs: dict):
     """The choice of a block for its tokens, and these after its first norm if anyone asks for them."""
     selection, state = block.selection, block.selection.current.state
     padding = arrival.padding
     view = View(selection.steps, tokens.shape[1] - selection.prefix, arrival.grid)
     view = view._replace(padding=padding, partners=selection.bypass.partners)
     normed = None
-    if selection.bypass.partners or selection.reads is Reads.TOKENS:
+    if selection.bypass.partners or selection.reads is not Reads.QUERIES_KEYS:
         normed = block.adapter.normed(block, tokens)
     if selection.reads is Reads.TOKENS:
         seen = (tokens, normed) if block.selector.gates else (tokens.detach(), normed.detach())
         view = view._replace(tokens=seen[0], normed=seen[1])
+    if selection.reads is Reads.CLASS_QUERY:
+        looks = functools.partial(class_logits, block.adapter, block, normed, args, kwargs)
+        view = view._replace(class_logits=looks)
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:
         features = state.features.pop(selection.layer, None)

@@ -3,7 +3,7 @@
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.score import Acts, Score
+from tosa_convert.methods.score import Acts, Reads, Score
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.reducing_block import check_halves
 
@@ -18,6 +18,11 @@ def check_fit(adapter: Adapter, config: ConvertConfig, ratios: dict[int, float])
     bypass = config.make(Bypass)
     if config.part(Score).needs_class_token and not adapter.class_token:
         raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
+    if config.part(Score).reads_at(config.acts) is Reads.CLASS_QUERY and not adapter.own_heads:
+        raise UsageError(
+            f"score {config.score} works out what the class token looks for before a layer runs, and this model mixes "
+            "its heads inside the attention or has tokens behind its patches; use class_attention"
+        )
     least, lowest = config.part(Score).least, min(ratios.values())
     if not config.reduces and lowest < least:
         raise UsageError(

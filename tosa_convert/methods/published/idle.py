@@ -2,4 +2,4 @@
 
 from tosa_convert.methods.method import Method
 
-METHOD = Method(score="class_attention", bypass="identity", schedule="stages", losses={"cut": 1.0})
+METHOD = Method(score="class_query", bypass="identity", schedule="stages", losses={"cut": 1.0})

@@ -9,8 +9,9 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.models.adapter import Adapter, split_heads
+from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
+from tosa_convert.models.projections import split_heads
 from tosa_convert.models.rotary import RotaryTap, positions_at
 from tosa_convert.models.symbolic_sizes import OpenRanges, open_numbers
 

@@ -7,9 +7,10 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
-from tosa_convert.models.adapter import Adapter, split_heads
+from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.hooks import Tap
+from tosa_convert.models.projections import split_heads
 from tosa_convert.models.relative_bias import OwnBias, RelativeAdapter, total
 
 TIMM = ("beit", "vision_transformer_relpos")

@@ -6,8 +6,9 @@ Its layers are called with the cosines and sines of the patches' positions.
 import torch
 from torch import nn
 
-from tosa_convert.models.adapter import Adapter, split_heads
+from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit, row_of_class
+from tosa_convert.models.projections import split_heads
 from tosa_convert.models.rotary import RotaryTap, positions_at, turn_halves
 
 TRANSFORMERS = ("DINOv3ViTLayer",)

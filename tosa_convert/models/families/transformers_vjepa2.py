@@ -8,9 +8,10 @@ import functools
 from torch import nn
 
 from tosa_convert.base.errors import UsageError
-from tosa_convert.models.adapter import Adapter, split_heads
+from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.transformers_vit import TransformersVit, layer_class
 from tosa_convert.models.preprocessing import Preprocessing
+from tosa_convert.models.projections import split_heads
 from tosa_convert.models.rotary import RotaryTap
 from tosa_convert.models.subclassing import answered
 from tosa_convert.models.videos import standing_still

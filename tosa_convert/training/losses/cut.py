@@ -1,31 +1,40 @@
 """IdleViT's token cut loss (arXiv 2310.05654): attention that crosses from selected to idle tokens costs, so that
 the selected ones come to hold what belongs together."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.methods.score import Score
-from tosa_convert.models.adapter import adapter_of
-from tosa_convert.selective.selection import Selection, selective_blocks
+from tosa_convert.models.adapter import Adapter, adapter_of
+from tosa_convert.models.hooks import Hook, remove_hooks
+from tosa_convert.models.projections import projected
+from tosa_convert.selective.selection import selective_blocks
 from tosa_convert.training.loss import Loss
 
 
 class TokenCut(Loss):
-    """Listens, with gradients, to the attention that each selective layer of a converted model chooses by."""
+    """Looks, with gradients, at what the attention of each selective layer would be among all tokens that enter it."""
 
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         adapter = adapter_of(model)
-        self.sides = [_Side(block.selection) for block in selective_blocks(model)]
-        self.taps = [adapter.tap(adapter.blocks[s.selection.layer - 2], s.listen, detach=False) for s in self.sides]
+        self.sides = [_Side(adapter, block) for block in selective_blocks(model)]
 
     @classmethod
     def check(cls, situation):
         config = situation.model.tosa_config
-        if not config.part(Score).weighs or config.reduces or config.threshold is not None:
+        if not config.part(Score).needs_class_token or config.reduces or config.threshold is not None:
             raise UsageError(
-                "the token cut loss is for score class_attention with a number of tokens and all of them kept, as in "
-                "IdleViT; set cut to 0"
+                "the token cut loss is for scores class_query and class_attention with a number of tokens and all of "
+                "them kept, as in IdleViT; set cut to 0"
+            )
+        if not adapter_of(situation.model).own_heads:
+            raise UsageError(
+                "the token cut loss looks at the attention between all tokens, and this model mixes its heads inside "
+                "it or has tokens behind its patches; set cut to 0"
             )
 
     def of(self, found, wanted, labels):
@@ -33,29 +42,30 @@ class TokenCut(Loss):
         return torch.stack([side.loss() for side in self.sides]).mean()
 
     def close(self):
-        for tap in self.taps:
-            tap.remove()
+        for side in self.sides:
+            remove_hooks(side.block, lambda hook, side=side: hook is side)
 
 
-class _Side:
-    """One selective layer: the attention before it, and who was selected by it."""
+class _Side(Hook):
+    """One selective layer: the attention among all of its tokens, and who was selected."""
 
-    def __init__(self, selection: Selection):
-        self.selection = selection
+    def __init__(self, adapter: Adapter, block: Any):
+        self.adapter, self.block, self.selection = adapter, block, block.selection
+        self.maps: Any = None
+        block.register_forward_pre_hook(self.look, with_kwargs=True)
 
-    def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        self.maps = (queries * queries.shape[-1] ** -0.5 @ keys.mT).softmax(-1).mean(1)
+    def look(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        entering, *others = self.adapter.entering(args, kwargs)
+        normed = self.adapter.normed(block, self.adapter.taken(entering))
+        queries, keys = projected(self.adapter, block, normed, *others)
+        self.maps = (queries @ keys.mT).softmax(-1).mean(1)
 
     def loss(self) -> torch.Tensor:
-        selection, before = self.selection, self.selection.previous
-        state = selection.current.state
-        attended = state.choices[selection.layer].attended
-        selected = torch.zeros(len(attended), state.scores[selection.layer].shape[1], device=attended.device)
-        selected = selected.scatter(1, attended, 1.0)
-        if before is not None and before.selects:  # its attention is among its own tokens only
-            selected = selected.gather(1, state.choices[before.layer].attended)
-        patches = slice(selection.prefix, None)
-        return normalized_cut(self.maps[:, patches, patches], selected[:, patches])
+        attended = self.selection.current.state.choices[self.selection.layer].attended
+        maps, self.maps = self.maps, None  # a copy of the model should carry none
+        selected = torch.zeros(maps.shape[:2], device=attended.device).scatter(1, attended, 1.0)
+        patches = slice(self.selection.prefix, None)
+        return normalized_cut(maps[:, patches, patches], selected[:, patches])
 
 
 def normalized_cut(maps: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
