@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.method import published
 from tosa_convert.methods.score import Acts, Score
 
 if TYPE_CHECKING:
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
 def of_before(values: Any) -> Any:
     """What a run of 0.2.0 says that is called otherwise now; it has layers and ratios beside it.
 
-    Schedule "shifted" had layers of its own; method "idle" went by the attention in the layer before.
+    Schedule "shifted" had layers of its own; a method may have gone by another score.
     """
     if not isinstance(values, dict) or not isinstance(values.get("ratio"), list):
         return values
     if values.get("schedule") == "shifted":
         return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
-    if values.get("method") == "idle" and values.get("score") == "class_attention":
+    method, score = published().get(str(values.get("method"))), values.get("score")
+    if method is not None and score is not None and score == method.score_before:
         return {**values, "method": None}
     return values
 

@@ -15,6 +15,7 @@ class Method(NamedTuple):
         score, bypass, schedule: its parts, by name.
         losses: what fine-tuning minimises besides, name → weight.
         control: whether it is what methods are compared with, not one of them.
+        score_before: what stood for its score in 0.2.0; a run that was made with that keeps it.
     """
 
     score: str
@@ -22,6 +23,7 @@ class Method(NamedTuple):
     schedule: str
     losses: Mapping[str, float] = MappingProxyType({})
     control: bool = False
+    score_before: str | None = None
 
     @property
     def parts(self) -> dict[str, str]:

@@ -2,4 +2,6 @@
 
 from tosa_convert.methods.method import Method
 
-METHOD = Method(score="class_query", bypass="identity", schedule="stages", losses={"cut": 1.0})
+METHOD = Method(
+    score="class_query", bypass="identity", schedule="stages", losses={"cut": 1.0}, score_before="class_attention"
+)
