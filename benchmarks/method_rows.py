@@ -22,6 +22,7 @@ from gates import gated
 from torch import nn
 
 from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, evaluate, finetune, flops
+from tosa_convert.base.environment import machine
 from tosa_convert.base.files import write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
@@ -147,8 +148,10 @@ def measured(task: Task, keys: list[dict], processes: int) -> Iterator[dict]:
 
 
 def measure(task: Task, key: dict) -> dict:
-    """One row."""
-    return {**key, **one(task, task.opened().to(task.device), key["method"], key["budget"], key["seed"])}
+    """One row; rows of a table may come from several machines, over weeks."""
+    found = one(task, task.opened().to(task.device), key["method"], key["budget"], key["seed"])
+    about = machine(task.device)
+    return {**key, **found, "processor": about.get("gpu", about["cpu"])}
 
 
 def kept_top1(task: Task) -> float:
