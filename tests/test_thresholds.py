@@ -19,7 +19,7 @@ from test_contract import _mask, close, first
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tosa_convert import TosaError, UsageError, convert, evaluate, find_plan, flops
+from tosa_convert import TosaError, UsageError, convert, evaluate, find_plan, flops, load, save
 from tosa_convert.export.graph import write_graph
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.evaluation import random_control
@@ -446,6 +446,13 @@ def test_the_control_keeps_as_many_tokens(small):
     assert (
         evaluate({"converted": converted, "control": control}, reference="converted")["models"]["control"]["cosine"] < 1
     )
+
+
+def test_eval_says_that_a_threshold_saves_nothing(tosa, labelled):
+    save(convert(load("quickstart"), score="norm", bypass="borrow", layers=[2, 4], threshold=-1000.0), "run")
+    code, out, err = tosa("eval", "run", "--data", labelled, "--no-labels")
+    assert code == 0, err
+    assert "saves nothing on any of these images; raise it" in " ".join(out.split())
 
 
 def test_an_adaptive_plan_by_command(tosa, labelled, monkeypatch):

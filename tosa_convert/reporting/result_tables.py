@@ -133,6 +133,8 @@ def _these_images_notes(results: dict) -> list[str]:
         return []
     (mean, least, most), before = results["macs"].values(), results["macs_before"]
     notes = [f"MACs: {percent(mean)} of the original on average, {percent(least)} to {percent(most)} of single images"]
+    if least >= 1:
+        notes.append("the threshold saves nothing on any of these images; raise it, or have it set with --mean-macs")
     if before is not None and abs(mean - before) > FAR:
         notes.append(
             f"these images differ from those that it was made on, which take {percent(before)}; plan on images like "
