@@ -258,6 +258,26 @@ def test_options_belong_to_their_part(options, message):
         convert(load("quickstart"), **options)
 
 
+class Sought(Score):
+    reads = Reads.CLASS_QUERY
+
+    def score(self, view):
+        return view.class_logits()
+
+
+def test_a_score_by_the_class_query(images):
+    """As class_query; where there is none to go by, it is refused."""
+    model = lively(FAMILIES["timm vit"]())
+    sought, known = (
+        convert(copy.deepcopy(model), score=score, layers=[3], ratio=0.5) for score in (Sought, "class_query")
+    )
+    assert torch.equal(sought(images), known(images))
+    with pytest.raises(UsageError, match=r"goes by the query of the class token, .* use borrow"):
+        convert(FAMILIES["timm vit"](), score=Sought, bypass="persist", layers=[3], ratio=0.5)
+    with pytest.raises(UsageError, match="needs a class token"):
+        convert(FAMILIES["timm siglip"](), score=Sought, layers=[3], ratio=0.5)
+
+
 def test_a_score_that_fails_while_it_is_made_leaves_the_model_as_it_was(images):
     class Failing(Score):
         reads = Reads.TOKENS

@@ -86,7 +86,7 @@ def test_too_large_an_r_says_what_goes():
         convert(FAMILIES["timm vit"](), method="mctf", r=2)
     with pytest.raises(UsageError, match=r"stay above 0\.50"):
         convert(FAMILIES["timm vit"](), method="mctf", ratio=0.3)
-    with pytest.raises(UsageError, match=r"which bypass merge does not know yet .* use pool"):
+    with pytest.raises(UsageError, match=r"which bypass merge does not know .* use pool"):
         convert(FAMILIES["timm vit"](), score="multi_criteria", bypass="merge")
 
 
@@ -210,18 +210,23 @@ def test_other_scores_find_partners_in_every_family(family, score):
     assert torch.isfinite(first(run(model, images))).all()
 
 
+RATIOS = {2: 1.0, 3: 0.8, 4: 0.8, 5: 0.6, 6: 0.5}
+FUSED = {"score": "multi_criteria", "bypass": "pool", "schedule": "constant"}
+LOOKED_AT = {"score": "class_attention", "schedule": "stages"}
+
+
 @pytest.mark.parametrize(
-    ("parts", "before"),
+    ("options", "before", "method"),
     [
-        (
-            {"score": "multi_criteria", "bypass": "pool", "schedule": "constant"},
-            {"method": "mctf_fast", "schedule": "shifted"},
-        ),
-        ({"score": "class_attention", "schedule": "stages"}, {"method": "idle"}),
+        ({**FUSED, "layers": RATIOS}, {"method": "mctf_fast", "schedule": "shifted"}, "mctf"),
+        ({**LOOKED_AT, "layers": RATIOS}, {"method": "idle"}, "idle"),
+        ({**LOOKED_AT, "layers": [3], "ratio": 0.6}, {"method": "idle"}, "idle"),
+        ({**LOOKED_AT, "layers": [2, 3], "threshold": 0.01}, {"method": "idle"}, "idle"),
+        ({**LOOKED_AT, "ratio": 1.0}, {"method": "idle"}, "idle"),
     ],
 )
-def test_runs_of_0_2_0_open_as_they_were(parts, before, images, tmp_path):
-    model = convert(load("quickstart"), **parts, layers={2: 1.0, 3: 0.8, 4: 0.8, 5: 0.6, 6: 0.5})
+def test_runs_of_0_2_0_open_as_they_were(options, before, method, images, tmp_path):
+    model = convert(load("quickstart"), **options)
     save(model, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["convert"] |= before
@@ -229,5 +234,11 @@ def test_runs_of_0_2_0_open_as_they_were(parts, before, images, tmp_path):
     opened = load(tmp_path / "run")
     grey = images[:, :1, :28, :28]
     assert torch.equal(opened(grey), model(grey))
-    with pytest.raises(UsageError, match=before.get("schedule", "class_query")):
-        convert(load("quickstart"), **{**parts, **before}, ratio=0.8)
+    assert opened.tosa_config.method == method, "and is fine-tuned as it is published"
+
+
+def test_the_schedule_of_before_is_none_for_others():
+    with pytest.raises(UsageError, match="shifted"):
+        convert(load("quickstart"), schedule="shifted", score="multi_criteria", bypass="pool", ratio=0.8)
+    with pytest.raises(UsageError, match="has score 'class_query', not 'norm'"):
+        convert(load("quickstart"), method="idle", score="norm")

@@ -33,6 +33,8 @@ from tosa_convert.methods.score import Acts
 from tosa_convert.methods.token_ops import keep_count, ratio_steps
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.projections import class_logits
+from tosa_convert.models.proof.positions import named, names_of
+from tosa_convert.models.subclassing import plain_class
 from tosa_convert.selective.selection import chosen_tokens, last_choices, selective_blocks
 
 WHOLE = tuple(name for name, part in every(Bypass).items() if part.acts is Acts.AROUND)
@@ -242,7 +244,8 @@ def test_class_logits_are_those_of_the_layers_queries_and_keys(name):
     block = adapter.blocks[1]
 
     def look(block, args, kwargs):
-        entering, *seen["others"] = adapter.entering(args, kwargs)
+        entering, args, kwargs = adapter.entering(args, kwargs)
+        seen["arguments"] = named(names_of(plain_class(block).forward), (None, *args), kwargs)
         seen["normed"] = adapter.normed(block, adapter.taken(entering))
 
     handle = block.register_forward_pre_hook(look, with_kwargs=True)
@@ -251,11 +254,15 @@ def test_class_logits_are_those_of_the_layers_queries_and_keys(name):
         run(model, torch.randn(2, 3, *adapter.preprocessing().size, generator=torch.Generator().manual_seed(2)))
     tap.remove()
     handle.remove()
-    found = class_logits(adapter, block, seen["normed"], *seen["others"])
+    found = class_logits(adapter, block, seen["normed"], seen["arguments"])
     wanted = (seen["queries"][:, :, :1] * adapter.scale(seen["queries"]) @ seen["keys"].mT).mean(1)[:, 0]
     assert torch.allclose(found, wanted, atol=1e-4)
+    before = flops(model).layers[0].macs
     converted = convert(model, score="class_query", layers=[1, 3], ratio=0.5)
     assert set(last_choices_of(converted)) == {1, 3}
+    cost = flops(converted)
+    assert cost.layers[0].macs < 0.75 * before, "choosing costs less than it saves"
+    assert cost.layers[0].selector >= 2 * adapter.width**2
 
 
 def last_choices_of(model) -> dict:

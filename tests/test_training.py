@@ -1,5 +1,6 @@
 """Seeded against seeded, interrupted against uninterrupted, one process against two."""
 
+import copy
 import functools
 import itertools
 
@@ -26,6 +27,7 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.selective.selection import chosen_tokens
 from tosa_convert.training import engine as engine
+from tosa_convert.training.loss import Situation
 from tosa_convert.training.losses.cut import TokenCut
 from tosa_convert.workflows.sources import converted as conversion_of
 
@@ -123,6 +125,7 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
     adapter, images = adapter_of(model), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cut = TokenCut(model, None, FinetuneSettings())
     side = next(side for side in cut.sides if side.selection.layer == 4)
+    cut.begin(images)
     entering, seen, twin = [], {}, original(model)
     handle = adapter.blocks[2].register_forward_hook(lambda block, inputs, output: entering.append(output))
     run(model, images)
@@ -141,6 +144,7 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
             crossing[row in selected] += crosses * weight
         values.append(sum(crossing[side] / all_edges[side] for side in (True, False)))
     assert side.loss().item() == pytest.approx(sum(values) / 2, rel=1e-4)
+    cut.begin(images)
     run(model, images)
     cut.of({}, {}, None).backward()
     assert model.get_parameter(
@@ -148,6 +152,32 @@ def test_the_token_cut_is_the_attention_that_crosses(name):
     ).grad.any()
     cut.close()
     assert not any(block._forward_pre_hooks for block in adapter.blocks)
+
+
+ROTARY = ("timm eva02", "timm dinov3", "timm mixed rope", "hf DINOv3ViTModel", "hf MLCDVisionModel")
+
+
+@pytest.mark.parametrize("name", [*ROTARY, "timm beit", "timm qk-norm", "hf Dinov2 registers"])
+@pytest.mark.parametrize("score", ["class_query", "class_attention"])
+def test_looking_for_the_cut_changes_nothing(name, score):
+    """Found: taps of the layers behind listened to it."""
+    model = convert(lively(FAMILIES[name]()), score=score, schedule="all", ratio=0.6)
+    images = torch.randn(2, 3, *adapter_of(model).preprocessing().size, generator=torch.Generator().manual_seed(0))
+    wanted = next(iter(run(model, images).values()))
+    cut = TokenCut(model, None, FinetuneSettings())
+    cut.begin(images)
+    assert torch.equal(next(iter(run(model, images).values())), wanted)
+    assert 0 < cut.of({}, {}, None).item() < 2
+    run(model, images)
+    copy.deepcopy(model)  # no map is kept of a forward pass that is no step
+    cut.close()
+
+
+@pytest.mark.parametrize(("head_only", "weight"), [(False, 1.0), (True, 0.0)])
+def test_no_cut_where_the_head_alone_learns(head_only, weight):
+    model = convert(load("quickstart"), method="idle", ratio=0.6)
+    settings = FinetuneSettings(head_only=head_only)
+    assert TokenCut.weight(Situation(settings, None, model, 10, None)) == weight
 
 
 def test_a_wrong_class_count_is_refused(tmp_path):

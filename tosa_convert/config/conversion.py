@@ -89,9 +89,9 @@ class ConvertConfig(BaseModel):
             raise ValueError(f"there is no method {name!r}; choose from {', '.join(known)}")
         row = known[name].parts
         for kind, part in row.items():
-            if values.get(kind, part) != part:
+            if not known[name].admits(kind, values.get(kind, part)):
                 raise ValueError(f"method {name!r} has {kind} {part!r}, not {values[kind]!r}; leave out one of the two")
-        return {**values, **row}
+        return {**row, **values}
 
     @model_validator(mode="before")
     @classmethod

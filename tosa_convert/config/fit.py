@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.method import published
 from tosa_convert.methods.score import Acts, Score
 
 if TYPE_CHECKING:
@@ -12,18 +11,10 @@ if TYPE_CHECKING:
 
 
 def of_before(values: Any) -> Any:
-    """What a run of 0.2.0 says that is called otherwise now; it has layers and ratios beside it.
-
-    Schedule "shifted" had layers of its own; a method may have gone by another score.
-    """
-    if not isinstance(values, dict) or not isinstance(values.get("ratio"), list):
+    """Schedule "shifted" of 0.2.0 had layers of its own; a run has them, and their ratios, beside its name."""
+    if not isinstance(values, dict) or values.get("schedule") != "shifted" or not isinstance(values.get("ratio"), list):
         return values
-    if values.get("schedule") == "shifted":
-        return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
-    method, score = published().get(str(values.get("method"))), values.get("score")
-    if method is not None and score is not None and score == method.score_before:
-        return {**values, "method": None}
-    return values
+    return {**values, "schedule": "constant", "method": "mctf" if values.get("method") else None}
 
 
 def check_parts(config: "ConvertConfig") -> None:
@@ -44,8 +35,8 @@ def check_parts(config: "ConvertConfig") -> None:
         )
     if not score.suits(bypass.acts):
         raise ValueError(
-            f"score {config.score} goes by the attention of its own layer, which bypass {config.bypass} does not know "
-            f"yet when it takes tokens away; use {_names(Bypass, lambda part: score.suits(part.acts))}"
+            f"score {config.score} goes by {score.reads_at(bypass.acts)}, which bypass {config.bypass} does not know "
+            f"when it takes tokens away; use {_names(Bypass, lambda part: score.suits(part.acts))}"
         )
     if bypass.per_head and not score.scores_heads:
         fits = _names(Score, lambda part: part.scores_heads)

@@ -15,7 +15,7 @@ class Method(NamedTuple):
         score, bypass, schedule: its parts, by name.
         losses: what fine-tuning minimises besides, name → weight.
         control: whether it is what methods are compared with, not one of them.
-        score_before: what stood for its score in 0.2.0; a run that was made with that keeps it.
+        score_before: what its score was in 0.2.0; runs of then have that, and whoever asks for it.
     """
 
     score: str
@@ -24,6 +24,10 @@ class Method(NamedTuple):
     losses: Mapping[str, float] = MappingProxyType({})
     control: bool = False
     score_before: str | None = None
+
+    def admits(self, kind: str, part: str) -> bool:
+        """Whether a part is one of its own, or was."""
+        return part == self.parts[kind] or (kind == "score" and part == self.score_before)
 
     @property
     def parts(self) -> dict[str, str]:

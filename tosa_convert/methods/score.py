@@ -164,7 +164,8 @@ class Score(Part, nn.Module):
     @classmethod
     def suits(cls, acts: Acts) -> bool:
         """Whether it can be combined with a bypass that acts so."""
-        return cls.reads is not Reads.ATTENTION or acts is Acts.BEFORE
+        wanted = {Reads.ATTENTION: Acts.BEFORE, Reads.CLASS_QUERY: Acts.AROUND}.get(cls.reads_at(acts), acts)
+        return acts is wanted
 
     @classmethod
     def reads_at(cls, acts: Acts) -> Reads:

@@ -22,7 +22,7 @@ from tosa_convert.models.branches import Branch, two_modules
 from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.projections import Affine
+from tosa_convert.models.projections import QueryKey
 from tosa_convert.models.unsupported import why_not
 
 TOKENS = ("hidden_states", "hidden_state", "x")
@@ -129,8 +129,7 @@ class Adapter(ABC):
         """Make each forward of a block call ``receive`` with its queries and keys; without gradients if ``detach``."""
 
     def steered(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
-        """The modules of a block, and their methods, that :meth:`call` answers for it on some of its tokens; see
-        :func:`tosa_convert.models.subclassing.answered`."""
+        """The modules of a block, and their methods, that :meth:`call` answers for it on some of its tokens."""
         return []
 
     def given(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -154,9 +153,8 @@ class Adapter(ABC):
         if mask is None:
             return None
         seen = mask[:, 0]  # padding is what nobody sees
-        if seen.is_floating_point():
-            return seen.amax(1) < torch.finfo(seen.dtype).min / 2
-        return ~seen.bool().any(1)
+        hidden = seen < torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else ~seen.bool()
+        return hidden.all(1)
 
     def restored(self, tokens: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, C) in the order of :meth:`taken` → in the form and order of what the block was called with."""
@@ -223,9 +221,13 @@ class Adapter(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
 
-    def query_and_key(self, attention: nn.Module) -> tuple[Affine | None, Affine | None]:
-        """How :meth:`project` makes queries and keys, where it does no more than that."""
-        return None, None
+    def query_and_key(self, attention: nn.Module) -> QueryKey | None:
+        """How :meth:`project` makes queries and keys before they are :meth:`compared`, where that is linear."""
+        return None
+
+    def compared(self, attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor, arguments: dict):
+        """Queries and keys (B, H, N, D) as the attention compares them, with its norms and rotary positions."""
+        return queries, keys
 
     def attend(
         self,
@@ -310,8 +312,7 @@ class Adapter(ABC):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Rows and columns of the patches of images of this size (H, W); of a model of videos, times before them."""
-        height, width = (side // patch for side, patch in zip(size, self.patch, strict=True))
-        return height, width
+        return tuple(side // patch for side, patch in zip(size, self.patch, strict=True))
 
     def patches(self, size: tuple[int, int]) -> int:
         """How many patches images of this size (H, W) are cut into."""
@@ -319,9 +320,8 @@ class Adapter(ABC):
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether images of this size (H, W) are cut into whole patches, or are of the model's own size."""
-        if tuple(size) == tuple(self.preprocessing().size):  # where patches overlap
-            return True
-        return not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+        whole = not any(side % patch for side, patch in zip(size, self.patch, strict=True))
+        return whole or tuple(size) == tuple(self.preprocessing().size)  # where patches overlap
 
 
 def adapter_of(model: nn.Module) -> Adapter:

@@ -6,7 +6,8 @@ deep copy of the model then carries copies that call the copied receiver.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ Receive = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes queries and keys, both (B, H, N, D)."""
 PARTS = ("first", "second")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+DEAF = PerThread()
+"""Whether taps do not listen now, in this thread."""
 
 
 class Hook:
@@ -37,6 +40,16 @@ def remove_hooks(module: nn.Module, which: Callable[[Hook], bool] = lambda hook:
             if isinstance(owner, Hook) and which(owner):
                 del hooks[key]
                 getattr(module, f"{kind}_with_kwargs").pop(key, None)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within this block, and in this thread, projections are called beside a layer's own forward: no tap listens."""
+    DEAF.set(True)
+    try:
+        yield
+    finally:
+        DEAF.set(None)
 
 
 class Tap(Hook, ABC):
@@ -85,10 +98,12 @@ class Tap(Hook, ABC):
         self.places = []
 
     def take_first(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._take("first", self.cut(output))
+        if not DEAF.get():
+            self._take("first", self.cut(output))
 
     def take_second(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._take("second", self.cut(output))
+        if not DEAF.get():
+            self._take("second", self.cut(output))
 
     def _take(self, name: str, output: torch.Tensor) -> None:
         raise NotImplementedError

@@ -1,14 +1,12 @@
 """How an attention makes queries and keys of tokens, and what can be told from that before its layer runs."""
 
-import functools
-import inspect
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.models.subclassing import plain_class
+from tosa_convert.models.hooks import unheard
 
 if TYPE_CHECKING:
     from tosa_convert.models.adapter import Adapter
@@ -20,48 +18,71 @@ def split_heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class Affine(NamedTuple):
-    """``weight @ token + bias``: how an attention makes queries or keys, all heads in a row, where it does no more."""
+    """``weight @ token + bias``: how an attention makes queries or keys, all heads in a row."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
+
+class QueryKey(NamedTuple):
+    """How an attention makes queries and keys.
+
+    Attributes:
+        as_they_are: whether it compares these as they are, without norms of their own or rotary positions.
+    """
+
+    query: Affine
+    key: Affine
+    as_they_are: bool
+
     @classmethod
-    def of(cls, projection: nn.Module, part: slice = slice(None)) -> "Affine | None":
-        """A part of what a projection gives; None where that is no plain linear layer (any longer)."""
-        if type(projection) is not nn.Linear or hasattr(projection.weight, "__tensor_flatten__"):
+    def of(cls, projections: list[nn.Module], as_they_are: bool, biases: tuple | None = None) -> "QueryKey | None":
+        """Of two linear layers, or one that gives queries, keys and values in this order; None where they are none (any
+        longer).
+
+        Args:
+            biases: of queries and keys, where they are kept elsewhere.
+        """
+        if any(type(each) is not nn.Linear or hasattr(each.weight, "__tensor_flatten__") for each in projections):
             return None  # LoRA's, a quantiser's; or only the weight is one of a quantiser's tensors
-        return cls(projection.weight[part], None if projection.bias is None else projection.bias[part])
+        if len(projections) == 1:
+            weights, own = projections[0].weight.chunk(3)[:2], projections[0].bias
+            biases = (biases or (None, None)) if own is None else own.chunk(3)[:2]
+        else:
+            weights, biases = zip(*((each.weight, each.bias) for each in projections[:2]), strict=True)
+        query, key = (Affine(*each) for each in zip(weights, biases, strict=True))
+        return cls(query, key, as_they_are)
 
 
 def projected(
-    adapter: "Adapter", block: nn.Module, normed: torch.Tensor, args: tuple, kwargs: dict
+    adapter: "Adapter", block: nn.Module, normed: torch.Tensor, arguments: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of the tokens that enter a layer, (B, H, N, D), before it runs.
+    """Queries, scaled, and keys of the tokens that enter a layer, (B, H, N, D), before it runs.
 
     Args:
         normed: (B, N, C), the tokens as the layer's attention takes them.
-        args, kwargs: what the block is called with after its tokens.
+        arguments: the keywords that the block is called with.
     """
-    arguments = {**dict(zip(_names(plain_class(block)), args, strict=False)), **kwargs}
-    queries, keys, _ = adapter.project(adapter.attention(block), normed, arguments)
+    with unheard():
+        queries, keys, _ = adapter.project(adapter.attention(block), normed, arguments)
     return queries * adapter.scale(queries), keys
 
 
-@functools.cache
-def _names(block: type[nn.Module]) -> list[str]:
-    """What a block's forward calls its arguments after itself and the tokens."""
-    return list(inspect.signature(block.forward).parameters)[2:]
-
-
-def class_logits(adapter: "Adapter", block: nn.Module, normed: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+def class_logits(adapter: "Adapter", block: nn.Module, normed: torch.Tensor, arguments: dict) -> torch.Tensor:
     """The logits of the class token's attention to every token that enters a layer, the mean over heads (IdleViT, arXiv
     2310.05654), without what the attention adds for each pair of places: (B, N). Arguments as of :func:`projected`."""
-    query, key = adapter.query_and_key(adapter.attention(block))
-    if query is None or key is None:
-        queries, keys = projected(adapter, block, normed, args, kwargs)
+    attention = adapter.attention(block)
+    made = adapter.query_and_key(attention)
+    if made is None:
+        queries, keys = projected(adapter, block, normed, arguments)
         return (queries[:, :, :1] @ keys.mT).mean(1)[:, 0]
+    queries, width = F.linear(normed[:, :1], *made.query), len(made.query.weight) // adapter.heads
+    if not made.as_they_are:
+        keys = F.linear(normed, *made.key)
+        pair = (split_heads(each, each.shape[-1] // width) for each in (queries.expand(-1, normed.shape[1], -1), keys))
+        queries, keys = adapter.compared(attention, *pair, arguments)
+        return (queries[:, :, :1] * adapter.scale(queries) @ keys.mT).mean(1)[:, 0]
     # The sum over heads is the product over all channels, and q·(Wx + b) = (Wᵀq)·x + q·b: no key is worked out.
-    queries = F.linear(normed[:, :1], *query)
     queries = queries * (adapter.scale(split_heads(queries, adapter.heads)) / adapter.heads)
-    logits = queries @ key.weight @ normed.mT
-    return (logits if key.bias is None else logits + F.linear(queries, key.bias[None]))[:, 0]
+    logits = queries @ made.key.weight @ normed.mT
+    return (logits if made.key.bias is None else logits + F.linear(queries, made.key.bias[None]))[:, 0]

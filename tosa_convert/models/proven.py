@@ -21,7 +21,8 @@ from tosa_convert.models.branches import two_modules
 from tosa_convert.models.families.transformers_vit import TransformersVit
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.proof.attention import form, project
+from tosa_convert.models.projections import QueryKey
+from tosa_convert.models.proof.attention import form, normalised, project
 from tosa_convert.models.proof.calls import first_of, packed
 from tosa_convert.models.proof.images import (
     as_taken,
@@ -139,10 +140,24 @@ class ProvenVit(TransformersVit):
 
     def project(self, attention, tokens, arguments):
         queries, keys, values = project(attention, self.structure.heads, tokens)
+        return *self.turned(queries, keys, arguments), values
+
+    def turned(self, queries: torch.Tensor, keys: torch.Tensor, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """By the positions of the tokens that a block runs on, if there are any."""
         if self.positions is None:
-            return queries, keys, values
+            return queries, keys
         angles = self.angles(arguments[self.positions.name])
-        return (*(turned(self.positions, each, *angles) for each in (queries, keys)), values)
+        return turned(self.positions, queries, *angles), turned(self.positions, keys, *angles)
+
+    def query_and_key(self, attention):
+        heads = self.structure.heads
+        if heads.order == "heads qkv":
+            return None
+        return QueryKey.of(list(self.projections(attention)), not heads.norms and self.positions is None)
+
+    def compared(self, attention, queries, keys, arguments):
+        queries, keys = normalised(attention, self.structure.heads, queries.transpose(1, 2), keys.transpose(1, 2))
+        return self.turned(queries.transpose(1, 2), keys.transpose(1, 2), arguments)
 
     def angles(self, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the tokens that a block runs on, from what its attention is called with."""

@@ -37,7 +37,11 @@ def _again(make: Callable, *arguments: Any) -> nn.Module:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module was made with."""
-    kind = type(module)
+    return ungrafted(type(module))
+
+
+def ungrafted(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that one was made of here, or that class itself."""
     while (base := getattr(kind, "grafted_on", None)) is not None:
         kind = base
     return kind

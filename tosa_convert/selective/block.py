@@ -19,7 +19,9 @@ from tosa_convert.methods.packing import as_row
 from tosa_convert.methods.score import Reads, View
 from tosa_convert.methods.token_ops import Choice, pick, put, stand_ins
 from tosa_convert.models.projections import class_logits
-from tosa_convert.models.subclassing import answered, grafted_class
+from tosa_convert.models.proof.positions import named as named_as
+from tosa_convert.models.proof.positions import names_of
+from tosa_convert.models.subclassing import answered, grafted_class, ungrafted
 from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.packed import run_row
 from tosa_convert.selective.per_head_attention import attend_per_head
@@ -32,6 +34,7 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
 
     The base is held here rather than found through the instance's class, which wrappers such as FSDP replace.
     """
+    names = names_of(ungrafted(base).forward)  # looked up once: torch.compile does not follow signatures
 
     def forward(self, *args, **kwargs):
         selection, adapter = self.selection, self.adapter
@@ -63,7 +66,12 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
             after = _by_layer(self, run, choose, tokens)
         return adapter.given_back(adapter.restored(_weighed(self, tokens, after), entering))
 
-    return grafted_class("Selective", base, (selective_class, base), forward=forward, listen=listen)
+    def called_with(self, args: tuple, kwargs: dict) -> dict:
+        """What it is called with after its tokens, by name."""
+        return named_as(names, (None, *args), kwargs)
+
+    members = {"forward": forward, "listen": listen, "called_with": called_with}
+    return grafted_class("Selective", base, (selective_class, base), **members)
 
 
 def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice, tokens, sizes=None, normed=None):
@@ -140,7 +148,7 @@ def _choose(block: nn.Module, tokens: torch.Tensor, arrival: Arrival, args: tupl
         seen = (tokens, normed) if block.selector.gates else (tokens.detach(), normed.detach())
         view = view._replace(tokens=seen[0], normed=seen[1])
     if selection.reads is Reads.CLASS_QUERY:
-        looks = functools.partial(class_logits, block.adapter, block, normed, args, kwargs)
+        looks = functools.partial(class_logits, block.adapter, block, normed, block.called_with(args, kwargs))
         view = view._replace(class_logits=looks)
     choice = selection.choose(block.selector, state, arrival, view)
     if block.matcher is not None:

@@ -16,9 +16,10 @@ def check_fit(adapter: Adapter, config: ConvertConfig, ratios: dict[int, float])
         UnsupportedModelError: its blocks cannot be run in halves.
     """
     bypass = config.make(Bypass)
-    if config.part(Score).needs_class_token and not adapter.class_token:
+    looks = config.part(Score).reads_at(config.acts) is Reads.CLASS_QUERY
+    if (config.part(Score).needs_class_token or looks) and not adapter.class_token:
         raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
-    if config.part(Score).reads_at(config.acts) is Reads.CLASS_QUERY and not adapter.own_heads:
+    if looks and not adapter.own_heads:
         raise UsageError(
             f"score {config.score} works out what the class token looks for before a layer runs, and this model mixes "
             "its heads inside the attention or has tokens behind its patches; use class_attention"

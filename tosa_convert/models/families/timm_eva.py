@@ -11,7 +11,7 @@ from torch import nn
 from tosa_convert.base.errors import TosaError
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
-from tosa_convert.models.projections import split_heads
+from tosa_convert.models.projections import QueryKey, split_heads
 from tosa_convert.models.rotary import RotaryTap, positions_at
 from tosa_convert.models.symbolic_sizes import OpenRanges, open_numbers
 
@@ -71,12 +71,19 @@ class TimmEva(TimmVit):
                     (attention.v_proj, _key_heads(attention)),
                 )
             )
+        queries, keys = self.compared(attention, queries, keys, arguments)
+        return queries, keys, _for_all_heads(attention, values)
+
+    def query_and_key(self, attention):
+        if attention.qkv is None:
+            return QueryKey.of([attention.q_proj, attention.k_proj], False)
+        elsewhere = getattr(attention, "q_bias", None) is not None
+        return QueryKey.of([attention.qkv], False, (attention.q_bias, attention.k_bias) if elsewhere else None)
+
+    def compared(self, attention, queries, keys, arguments):
         rope = arguments.get("rope")
-        queries, keys = (
-            _rotated(attention, attention.q_norm(queries), rope),
-            _rotated(attention, attention.k_norm(keys), rope),
-        )
-        return queries, _for_all_heads(attention, keys), _for_all_heads(attention, values)
+        queries = _rotated(attention, attention.q_norm(queries), rope)
+        return queries, _for_all_heads(attention, _rotated(attention, attention.k_norm(keys), rope))
 
 
 def _key_heads(attention: nn.Module) -> int:

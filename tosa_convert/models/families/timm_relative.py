@@ -10,7 +10,7 @@ from torch import nn
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.hooks import Tap
-from tosa_convert.models.projections import split_heads
+from tosa_convert.models.projections import QueryKey, split_heads
 from tosa_convert.models.relative_bias import OwnBias, RelativeAdapter, total
 
 TIMM = ("beit", "vision_transformer_relpos")
@@ -64,6 +64,13 @@ class TimmBeit(_TimmRelative):
 
     def project(self, attention, tokens, arguments):
         return _projected(attention, tokens, 3)
+
+    def query_and_key(self, attention):
+        biases = None if attention.q_bias is None else (attention.q_bias, attention.k_bias)
+        return QueryKey.of([attention.qkv], True, biases)
+
+    def compared(self, attention, queries, keys, arguments):
+        return queries, keys
 
 
 def _projected(attention: nn.Module, tokens: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.hooks import ProjectionTap, Receive, Tap
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.projections import Affine
+from tosa_convert.models.projections import QueryKey
 from tosa_convert.models.unsupported import not_understood
 
 TIMM = ("vision_transformer", "deit")
@@ -86,11 +86,12 @@ class TimmVit(Adapter):
         return split_qkv(attention, attention.qkv(tokens))
 
     def query_and_key(self, attention):
-        own_way = type(self).project is not TimmVit.project  # of a family that inherits from this one
-        if own_way or not all(isinstance(norm, nn.Identity) for norm in (attention.q_norm, attention.k_norm)):
-            return None, None
-        width = attention.num_heads * attention.head_dim
-        return Affine.of(attention.qkv, slice(width)), Affine.of(attention.qkv, slice(width, 2 * width))
+        if type(self).project is not TimmVit.project:  # a family that inherits from this one
+            return None
+        return QueryKey.of([attention.qkv], isinstance(attention.k_norm, nn.Identity))
+
+    def compared(self, attention, queries, keys, arguments):
+        return attention.q_norm(queries), attention.k_norm(keys)
 
     def finish(self, attention, joined, tokens, weights=None):
         joined = attention.norm(joined)

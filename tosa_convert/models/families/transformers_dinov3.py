@@ -42,10 +42,9 @@ class TransformersDinov3(TransformersVit):
         taken = tuple(positions_at(each, patches) for each in kwargs["position_embeddings"])
         return args, {**kwargs, "position_embeddings": taken}
 
-    def project(self, attention, tokens, arguments):
-        queries, keys, values = super().project(attention, tokens, arguments)
+    def compared(self, attention, queries, keys, arguments):
         positions = arguments["position_embeddings"]
-        return _turned(queries, positions, self.prefix), _turned(keys, positions, self.prefix), values
+        return _turned(queries, positions, self.prefix), _turned(keys, positions, self.prefix)
 
 
 def _turned(heads: torch.Tensor, positions: Positions, prefix: int) -> torch.Tensor:

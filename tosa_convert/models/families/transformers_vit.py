@@ -18,7 +18,7 @@ from tosa_convert.base.errors import UnsupportedModelError, UsageError, gist
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.hooks import PairTap
 from tosa_convert.models.preprocessing import Preprocessing
-from tosa_convert.models.projections import Affine, split_heads
+from tosa_convert.models.projections import QueryKey, split_heads
 from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.symbolic_sizes import open_numbers
 
@@ -157,13 +157,13 @@ class TransformersVit(Adapter):
 
     def project(self, attention, tokens, arguments):
         heads = attention.config.num_attention_heads
-        return tuple(split_heads(linear(tokens), heads) for linear in self.projections(attention))
+        queries, keys, values = (split_heads(linear(tokens), heads) for linear in self.projections(attention))
+        return *self.compared(attention, queries, keys, arguments), values
 
     def query_and_key(self, attention):
         if type(self).project is not TransformersVit.project:  # a family that inherits from this one
-            return None, None
-        query, key, _ = self.projections(attention)
-        return Affine.of(query), Affine.of(key)
+            return None
+        return QueryKey.of(list(self.projections(attention)), type(self).compared is TransformersVit.compared)
 
     @property
     def shows_attention(self):

@@ -69,10 +69,17 @@ def form(attention: nn.Module, heads: Heads, projected: list[torch.Tensor]) -> t
         projected = list(parts.unbind(-3 if heads.order == "qkv heads" else -2))
     else:
         projected = [each.unflatten(-1, (heads.count, -1)) for each in projected]
-    for index, name in enumerate(heads.norms):
-        norm, each = attention.get_submodule(name), projected[index]
-        projected[index] = norm(each) if heads.norm_heads else norm(each.flatten(-2)).unflatten(-1, (heads.count, -1))
+    projected[:2] = normalised(attention, heads, *projected[:2])
     return tuple(each.transpose(1, 2) for each in projected)
+
+
+def normalised(attention: nn.Module, heads: Heads, *projected: torch.Tensor) -> list[torch.Tensor]:
+    """Queries and keys (B, N, H, D), with the attention's norms of them, if it has any."""
+    found = list(projected)
+    for index, name in enumerate(heads.norms):
+        norm, each = attention.get_submodule(name), found[index]
+        found[index] = norm(each) if heads.norm_heads else norm(each.flatten(-2)).unflatten(-1, (heads.count, -1))
+    return found
 
 
 def _candidates(attention: nn.Module, width: int) -> Iterator[Heads]:

@@ -37,6 +37,15 @@ class TokenCut(Loss):
                 "it or has tokens behind its patches; set cut to 0"
             )
 
+    @classmethod
+    def default(cls, situation):
+        """Nothing while the head alone learns."""
+        return 0.0 if situation.settings.head_only else super().default(situation)
+
+    def begin(self, images):
+        for side in self.sides:
+            side.awaited = True
+
     def of(self, found, wanted, labels):
         """The mean over layers and images."""
         return torch.stack([side.loss() for side in self.sides]).mean()
@@ -52,17 +61,19 @@ class _Side(Hook):
     def __init__(self, adapter: Adapter, block: Any):
         self.adapter, self.block, self.selection = adapter, block, block.selection
         self.maps: Any = None
+        self.awaited = False
         block.register_forward_pre_hook(self.look, with_kwargs=True)
 
     def look(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         entering, *others = self.adapter.entering(args, kwargs)
         normed = self.adapter.normed(block, self.adapter.taken(entering))
-        queries, keys = projected(self.adapter, block, normed, *others)
-        self.maps = (queries @ keys.mT).softmax(-1).mean(1)
+        queries, keys = projected(self.adapter, block, normed, block.called_with(*others))
+        maps = (queries @ keys.mT).softmax(-1).mean(1)
+        self.maps = maps if self.awaited else None  # none where a layer is run again for its gradients
 
     def loss(self) -> torch.Tensor:
         attended = self.selection.current.state.choices[self.selection.layer].attended
-        maps, self.maps = self.maps, None  # a copy of the model should carry none
+        maps, self.maps, self.awaited = self.maps, None, False  # a copy of the model should carry none
         selected = torch.zeros(maps.shape[:2], device=attended.device).scatter(1, attended, 1.0)
         patches = slice(self.selection.prefix, None)
         return normalized_cut(maps[:, patches, patches], selected[:, patches])
