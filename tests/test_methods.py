@@ -442,7 +442,7 @@ def test_any_grid_is_read_from_the_image(images):
         ({"score": "random", "bypass": "fuse"}, "fuse weighs tokens"),
         ({"score": "similarity", "selection": "per_head"}, "Eq. 4"),
         ({"schedule": "all"}, "neighbours"),
-        ({"method": "idle", "layers": [1, 2]}, "start at 2"),
+        ({"score": "class_attention", "layers": [1, 2]}, "start at 2"),
         ({"schedule": "ramp", "score": "similarity", "ratio": 0.4}, "no token at all"),
         ({"score": "random", "bypass": "persist", "layers": {2: 0.5, 4: 0.8}}, "ratios only fall"),
         ({"score": "similarity", "bypass": "persist", "layers": {2: 0.4}}, "at most half"),
