@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--images", type=int, help="so many of all images in the folder, in place of those 24 scenes")
     parser.add_argument("--speed", action="store_true", help="also time ONNX Runtime on the photos")
+    parser.add_argument("--segment", type=int, help="so many layers in a row of the adaptive plan share a choice")
     parser.add_argument("--plans", type=Path, help="file in which plans are kept, to go on with")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -71,9 +72,10 @@ def measure(arguments: argparse.Namespace, model, tuning: torch.Tensor, folder: 
     known = json.loads(arguments.plans.read_text()) if arguments.plans and arguments.plans.exists() else {}
 
     def planned(budget: float, adaptive: bool):
-        key = f"{budget} {adaptive}"
+        segment = arguments.segment if adaptive else None
+        key = f"{budget} {adaptive} {segment}"
         if key not in known:
-            known[key] = find_plan(model, tuning, budget, adaptive=adaptive).config.model_dump()
+            known[key] = find_plan(model, tuning, budget, adaptive=adaptive, segment=segment).config.model_dump()
             if arguments.plans:
                 arguments.plans.write_text(json.dumps(known))
         return convert(copy.deepcopy(model), **known[key])
@@ -111,7 +113,8 @@ def measure(arguments: argparse.Namespace, model, tuning: torch.Tensor, folder: 
         {"macs": share, "patch": e[:, 0].mean().item(), "class": e[:, 1].mean().item()} for share, e in fixed.items()
     ]
     out = arguments.out or Path("benchmarks/results") / OUT[arguments.model]
-    record.write(out, {"model": arguments.model, "data": data, "fixed": curve, "rows": rows})
+    about = {"model": arguments.model, "data": data, "segment": arguments.segment}
+    record.write(out, {**about, "fixed": curve, "rows": rows})
 
 
 def interpolated(fixed: dict[float, torch.Tensor], share: float) -> torch.Tensor:
