@@ -763,3 +763,16 @@ def test_what_is_learnt_by_ablation_is_learnt_once_for_all_budgets(labelled, mon
     of_impact = [[row for row in rows if (row["method"], row["budget"]) == ("impact", 0.8)] for rows in (both, alone)]
     assert of_impact[0] == of_impact[1]
     assert len(of_impact[0]) == 1
+
+
+def test_token_impact_of_one_image_is_refused_before_the_work(tosa):
+    write_images(Path("one"), 1)
+    code, out, err = tosa("distill", "quickstart", "--method", "impact", "--data", "one", "--out", "filter")
+    assert code, out
+    assert "one image is too few" in err
+    assert not Path("filter").exists()
+
+
+def test_containers_are_for_images_that_differ_in_number():
+    with pytest.raises(UsageError, match="container goes with a threshold"):
+        convert(load("quickstart"), score="norm", ratio=0.5, container=64)

@@ -46,9 +46,10 @@ def check_parts(config: "ConvertConfig") -> None:
         raise ValueError(f"segment is for bypasses around a block that share a choice: {fits}, not {config.bypass}")
     if score.gates and (config.segment != 1 or config.reduces):
         raise ValueError(f"score {config.score} decides in each layer, with bypasses around a block; leave segment out")
-    for name in score.for_thresholds if config.threshold is None else ():
-        if getattr(config, name) != score.Options.model_fields[name].default:
-            raise ValueError(f"{name} goes with a threshold, and this conversion has none; leave it out")
+    for part in (score, type(bypass)) if config.threshold is None else ():
+        for name in part.for_thresholds:
+            if getattr(config, name) != part.Options.model_fields[name].default:
+                raise ValueError(f"{name} goes with a threshold, and this conversion has none; leave it out")
     if config.threshold is not None:
         _check_threshold(config, score, bypass)
 

@@ -25,11 +25,13 @@ class Part:
         kind: "score", "bypass" or "schedule".
         folder: where ours of this kind are.
         Options: the options of this one; :attr:`options` holds their values.
+        for_thresholds: those that mean something only with a threshold.
     """
 
     kind: ClassVar[str]
     folder: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
+    for_thresholds: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **options: Any):
         super().__init__()

@@ -129,7 +129,6 @@ class Score(Part, nn.Module):
         least: the smallest share of a layer's patches that it can choose.
         ordinary_before: whether the layer that it reads must not be selective itself.
         variants: options that a plan tries in place of the defaults.
-        for_thresholds: options that mean something only with a threshold.
         any_number_variants: the same of a plan in which each image keeps as many tokens as it needs.
     """
 
@@ -150,7 +149,6 @@ class Score(Part, nn.Module):
     least: ClassVar[float] = 0.0
     ordinary_before: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
-    for_thresholds: ClassVar[tuple[str, ...]] = ()
     any_number_variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def setup(self, site: Site) -> None:

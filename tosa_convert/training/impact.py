@@ -34,6 +34,7 @@ AT_ONCE = 64
 """Copies of an image, each without another token, in one forward pass."""
 HELD_OUT = 5
 """One in so many images tells how well the filter learnt."""
+TOO_FEW = "one image is too few: the filter is judged on images that it did not learn from; give more"
 
 
 class Example(NamedTuple):
@@ -67,6 +68,8 @@ def learn_impact(
     images = task.read(data, preprocessing_of(model), None, seed)
     if images.reader.streams:
         raise UsageError("token impact looks at a sample of the images, and a stream has none; give hfds: or a folder")
+    if min(settings.examples, len(images)) < 2:
+        raise UsageError(TOO_FEW)
     model.to(processes.pick_device(device)).eval()
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +240,7 @@ def _train(model: nn.Module, examples: list[Example], settings: DistillSettings,
     tokens, impact = (torch.stack(each).to(device) for each in zip(*examples, strict=True))
     tokens = tokens.to(next(score.parameters()).dtype)
     if len(tokens) < 2:
-        raise UsageError("one image is too few: the filter is judged on images that it did not learn from; give more")
+        raise UsageError(TOO_FEW)
     rho = score.options.rho
     if rho is None:
         rho = impact.flatten().quantile(1 - (score.options.kept or KEPT)).item()

@@ -12,6 +12,8 @@ from tosa_convert.methods.token_ops import gather_tokens
 class Identity(Bypass):
     """Skipped tokens are left as they are."""
 
+    for_thresholds = ("container",)
+
     class Options(parts.Options):
         """
         Attributes:
