@@ -94,7 +94,8 @@ def measure(arguments: argparse.Namespace, model, tuning: torch.Tensor, folder: 
         }
         for place, name in enumerate(("patch", "class")):
             row[f"{name}_fixed"] = interpolated(fixed, mean)[:, place].mean().item()
-            row[f"{name}_share"] = found[place] / row[f"{name}_fixed"]
+            known_there = min(fixed) <= mean <= max(fixed)  # beyond, there is nothing to hold it against
+            row[f"{name}_share"] = found[place] / row[f"{name}_fixed"] if known_there else None
         row["oracle"] = oracle(fixed, mean)
         if arguments.speed:
             timed = bench(
