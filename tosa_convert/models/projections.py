@@ -49,7 +49,7 @@ class QueryKey(NamedTuple):
             weights, own = projections[0].weight.chunk(3)[:2], projections[0].bias
             biases = (biases or (None, None)) if own is None else own.chunk(3)[:2]
         else:
-            weights, biases = zip(*((each.weight, each.bias) for each in projections[:2]), strict=True)
+            weights, biases = zip(*((each.weight, each.bias) for each in projections), strict=True)
         query, key = (Affine(*each) for each in zip(weights, biases, strict=True))
         return cls(query, key, as_they_are)
 
@@ -73,16 +73,23 @@ def class_logits(adapter: "Adapter", block: nn.Module, normed: torch.Tensor, arg
     2310.05654), without what the attention adds for each pair of places: (B, N). Arguments as of :func:`projected`."""
     attention = adapter.attention(block)
     made = adapter.query_and_key(attention)
+    if made is not None and made.as_they_are:
+        return _without_keys(adapter, made, normed)
     if made is None:
         queries, keys = projected(adapter, block, normed, arguments)
-        return (queries[:, :, :1] @ keys.mT).mean(1)[:, 0]
-    queries, width = F.linear(normed[:, :1], *made.query), len(made.query.weight) // adapter.heads
-    if not made.as_they_are:
-        keys = F.linear(normed, *made.key)
-        pair = (split_heads(each, each.shape[-1] // width) for each in (queries.expand(-1, normed.shape[1], -1), keys))
+    else:
+        width = len(made.query.weight) // adapter.heads
+        queries = F.linear(normed[:, :1], *made.query).expand(-1, normed.shape[1], -1)
+        pair = (split_heads(each, each.shape[-1] // width) for each in (queries, F.linear(normed, *made.key)))
         queries, keys = adapter.compared(attention, *pair, arguments)
-        return (queries[:, :, :1] * adapter.scale(queries) @ keys.mT).mean(1)[:, 0]
-    # The sum over heads is the product over all channels, and q·(Wx + b) = (Wᵀq)·x + q·b: no key is worked out.
+        queries = queries[:, :, :1] * adapter.scale(queries)
+    return (queries[:, :, :1] @ keys.mT).mean(1)[:, 0]
+
+
+def _without_keys(adapter: "Adapter", made: QueryKey, normed: torch.Tensor) -> torch.Tensor:
+    """:func:`class_logits` where nothing is done with queries and keys: the sum over heads is the product over all
+    channels, and q·(Wx + b) = (Wᵀq)·x + q·b."""
+    queries = F.linear(normed[:, :1], *made.query)
     queries = queries * (adapter.scale(split_heads(queries, adapter.heads)) / adapter.heads)
     logits = queries @ made.key.weight @ normed.mT
     return (logits if made.key.bias is None else logits + F.linear(queries, made.key.bias[None]))[:, 0]

@@ -153,7 +153,7 @@ class ProvenVit(TransformersVit):
         heads = self.structure.heads
         if heads.order == "heads qkv":
             return None
-        return QueryKey.of(list(self.projections(attention)), not heads.norms and self.positions is None)
+        return QueryKey.of(list(self.projections(attention)[:2]), not heads.norms and self.positions is None)
 
     def compared(self, attention, queries, keys, arguments):
         queries, keys = normalised(attention, self.structure.heads, queries.transpose(1, 2), keys.transpose(1, 2))

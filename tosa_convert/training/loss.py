@@ -40,10 +40,12 @@ class Loss(ABC):
 
     Attributes:
         taught: whether it compares this batch with what the original model gives.
+        teaches_selection: whether it is of use to what selects tokens alone: it is none while the head alone learns.
         masks: (B, H, W) of the batch, which pixels matter; None where the images have none.
     """
 
     taught: bool = False
+    teaches_selection: bool = False
     masks: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: FinetuneSettings):
@@ -73,6 +75,8 @@ class Loss(ABC):
     @classmethod
     def default(cls, situation: Situation) -> float:
         """The weight if none is asked for: that of the published method."""
+        if cls.teaches_selection and situation.settings.head_only:
+            return 0.0
         method = published().get(situation.model.tosa_config.method)
         return 0.0 if method is None else method.losses.get(cls.name(), 0.0)
 

@@ -163,7 +163,7 @@ class TransformersVit(Adapter):
     def query_and_key(self, attention):
         if type(self).project is not TransformersVit.project:  # a family that inherits from this one
             return None
-        return QueryKey.of(list(self.projections(attention)), type(self).compared is TransformersVit.compared)
+        return QueryKey.of(list(self.projections(attention)[:2]), type(self).compared is TransformersVit.compared)
 
     @property
     def shows_attention(self):

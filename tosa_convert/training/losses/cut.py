@@ -18,6 +18,8 @@ from tosa_convert.training.loss import Loss
 class TokenCut(Loss):
     """Looks, with gradients, at what the attention of each selective layer would be among all tokens that enter it."""
 
+    teaches_selection = True
+
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         adapter = adapter_of(model)
@@ -36,11 +38,6 @@ class TokenCut(Loss):
                 "the token cut loss looks at the attention between all tokens, and this model mixes its heads inside "
                 "it or has tokens behind its patches; set cut to 0"
             )
-
-    @classmethod
-    def default(cls, situation):
-        """Nothing while the head alone learns."""
-        return 0.0 if situation.settings.head_only else super().default(situation)
 
     def begin(self, images):
         for side in self.sides:

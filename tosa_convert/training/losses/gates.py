@@ -18,6 +18,8 @@ class Gates(Loss):
     """The labels are masks or boxes of the images, rasterised to patches; without any, what the last layer of the
     original attends to above average: from the class token, or from all tokens where there is none."""
 
+    teaches_selection = True
+
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         adapter, original = adapter_of(model), adapter_of(teacher)
@@ -33,11 +35,6 @@ class Gates(Loss):
     def check(cls, situation):
         if not situation.model.tosa_config.part(Score).gates:
             raise UsageError("the selection loss is for score gate, as in SPA; set gates to 0")
-
-    @classmethod
-    def default(cls, situation):
-        """Nothing while the head alone learns."""
-        return 0.0 if situation.settings.head_only else super().default(situation)
 
     def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """Queries and keys of the original's last layer, (B, H, N, D)."""
