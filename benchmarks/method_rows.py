@@ -224,7 +224,8 @@ def as_asked(task: Task, base: nn.Module, name: str, budget: float, seed: int) -
 
 
 def labels_of(task: Task, name: str) -> dict[str, Path]:
-    return {"masks": task.masks} if name == "spa" and task.masks else {}
+    """The control of SPA learns from the same, so that its gates let as many tokens through."""
+    return {"masks": task.masks} if name.endswith("spa") and task.masks else {}
 
 
 def planned(task: Task, base: nn.Module, name: str, budget: float) -> ConvertConfig:
