@@ -5,15 +5,17 @@
         --batches 4 16 64 256 --out benchmarks/results/packing_gpu.json
 
 The latter takes the classifier of benchmarks/cifar10.py. ``row`` is what the project does: a row, the attention of each
-image by a call of its own. ``nested`` is the row with one call of attention on nested tensors. ``images`` runs the
-blocks image by image. ``containers`` packs images into containers as long as a whole image, with masks (Select and
-Pack). ``groups`` pads the attention of four images of similar length to the longest of them. ``mask`` runs one row with
-one attention over all of it and a block-diagonal mask. ``padded`` is the plan with numbers at the most tokens that an
-image of the batch keeps in each layer, which is what padding would cost.
+image by a call of its own. ``nested`` is the row with one call of attention on nested tensors, ``flex`` (on a GPU) with
+one of FlexAttention, which leaves out what lies between images. ``images`` runs the blocks image by image.
+``containers`` packs images into containers as long as a whole image, with masks (Select and Pack). ``groups`` pads the
+attention of four images of similar length to the longest of them. ``mask`` runs one row with one attention over all of
+it and a block-diagonal mask. ``padded`` is the plan with numbers at the most tokens that an image of the batch keeps in
+each layer, which is what padding would cost.
 """
 
 import argparse
 import copy
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -22,6 +24,7 @@ import methods
 import record
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tosa_convert import convert, load
 from tosa_convert.base.timing import Timing, interleave, pinned
@@ -82,6 +85,23 @@ def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **o
     return found.transpose(1, 2).values()[..., :channels].transpose(0, 1)[None]
 
 
+def flexible_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
+    """The same by FlexAttention, whose mask is of blocks of tokens; compiled on a GPU."""
+    on_gpu, total = query.is_cuda, query.shape[-2]
+    image = torch.repeat_interleave(torch.tensor(lengths, device=query.device))
+    together = create_block_mask(
+        lambda batch, head, asked, seen: image[asked] == image[seen], None, None, total, total, query.device
+    )
+    added = None if mask is None else lambda logit, batch, head, asked, seen: logit + mask[0, 0, 0, seen]
+    attention = compiled() if on_gpu else flex_attention
+    return attention(query, key, value, score_mod=added, block_mask=together)
+
+
+@functools.cache
+def compiled():
+    return torch.compile(flex_attention, dynamic=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
@@ -139,6 +159,8 @@ def measure(model, plan, images, rounds: int) -> dict:
         "mask": patched("attend", masked_attention),
         "padded": lambda: run(padded, images),
     }
+    if images.is_cuda:
+        ways["flex"] = patched("attend", flexible_attention)
     if len(images) * patches > ONE_MASK_AT_MOST:
         del ways["mask"]
     on_gpu = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()

@@ -26,7 +26,7 @@ def test_every_name_that_a_script_takes_is_there(name):
     assert importlib.import_module(name).__doc__
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:flex_attention called without")
 def test_every_way_to_run_a_batch_of_different_lengths_runs():
     packing = importlib.import_module("packing")
     model = lively(VisionTransformer(**{**SMALL, "img_size": 56, "patch_size": 14}))
@@ -40,5 +40,19 @@ def test_every_way_to_run_a_batch_of_different_lengths_runs():
     sizes = torch.rand(1, 1, 1, sum(lengths))
     for mask in (None, sizes):
         wanted = attend(query, key, value, lengths, mask)
-        for way in (packing.grouped_attention, packing.masked_attention, packing.nested_attention):
+        others = ("grouped", "masked", "nested", "flexible")
+        for way in (getattr(packing, f"{name}_attention") for name in others):
             assert torch.allclose(way(query, key, value, lengths, mask), wanted, atol=1e-5), way.__name__
+
+
+def test_every_way_to_pack_a_batch_in_a_graph_gives_what_single_images_give():
+    batches = importlib.import_module("onnx_batches")
+    blocks = lively(VisionTransformer(**SMALL)).blocks
+    tokens = torch.randn(3, 7, SMALL["embed_dim"], generator=torch.Generator().manual_seed(0))
+    attends = torch.rand(len(blocks), 3, 7, generator=torch.Generator().manual_seed(1)) > 0.5
+    attends[..., :2] = True
+    with torch.no_grad():
+        alone = batches.Blocks(blocks, "alone")
+        wanted = torch.cat([alone(tokens[[at]], attends[:, [at]]) for at in range(3)])
+        for way in ("row", "unpacked", "padded"):
+            assert torch.allclose(batches.Blocks(blocks, way)(tokens, attends), wanted, atol=1e-5), way
