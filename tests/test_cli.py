@@ -16,6 +16,7 @@ from families import FAMILIES
 
 from tosa_convert import load
 from tosa_convert.base.errors import InterruptedTrainingError
+from tosa_convert.cli.main import main
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.metrics_log import read_metrics
@@ -376,3 +377,23 @@ def test_every_command_that_converts_has_every_conversion_option(command, tosa):
     code, out, err = tosa(command, "--help")
     assert code == 0, err
     assert all(f"--{name}" in out for name in CONVERSION)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9"),
+    ],
+)
+def test_what_does_not_fit_into_memory_says_what_to_do(error, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("tosa_convert.workflows.inspection.flops_stage", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["flops", "quickstart"])
+    assert stopped.value.code == 1
+    assert "out of memory: use a smaller batch or smaller images" in capsys.readouterr().err

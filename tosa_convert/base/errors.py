@@ -31,6 +31,15 @@ class UnsupportedModelError(TosaError):
     """The model is of a kind that cannot be made token-selective; the message says why."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something did not fit into memory: torch's error on a GPU and on a CPU, ONNX Runtime's, Python's own, or
+    one of ours that came of such a one. Told without torch, whose import takes a second."""
+    if isinstance(error, TosaError):
+        return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "allocate memory" in str(error)
+
+
 def gist(error: Exception) -> str:
     """What a library's error says, in one line of up to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,7 @@ from rich.text import Text
 # virtual machines. Before torch is imported, which reads it once; a choice of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, gist
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, gist, is_out_of_memory
 from tosa_convert.cli.bench import bench
 from tosa_convert.cli.dense import source_with, takes_head, takes_maps
 from tosa_convert.cli.export import export
@@ -181,6 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}; check the path and the free space, or choose another --out", 1, debug)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(f"out of memory: use a smaller batch or smaller images ({gist(error)})", 1, debug)
         _fail(
             f"{type(error).__name__}: {gist(error)}; add --debug for the traceback, and report it if it persists",
             1,

@@ -13,7 +13,7 @@ from torch import nn
 
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.environment import machine
-from tosa_convert.base.errors import TosaError, UsageError, gist
+from tosa_convert.base.errors import TosaError, UsageError, gist, is_out_of_memory
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, check_threads, interleave, pinned, quartiles
 from tosa_convert.data.images import sample
@@ -142,8 +142,8 @@ def bench(
                     except _CompilerError as error:
                         notes.append(f"torch.compile does not work here: {error}")
                         continue
-                    except (torch.OutOfMemoryError, TosaError) as error:
-                        if not _is_full(error):
+                    except Exception as error:
+                        if not is_out_of_memory(error):
                             raise
                         left_out = f"{case.runtime}, {case.precision}, batch {case.batch_size}, {size[0]}×{size[1]} px"
                         notes.append(f"{left_out} is left out: it does not fit into memory")
@@ -167,11 +167,6 @@ def bench(
         "notes": list(dict.fromkeys(notes)),
         "cases": cases,
     }
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether something did not fit into a GPU's memory, a row of images among it."""
-    return isinstance(error.__cause__ or error, torch.OutOfMemoryError)
 
 
 class _NoBatchError(Exception):
@@ -282,7 +277,9 @@ def _run(
                 continue
             try:
                 peaks[name] = _peak(case, model, files[name], batches[name][0], settings.threads)
-            except (torch.OutOfMemoryError, TosaError) as error:
+            except Exception as error:
+                if not (isinstance(error, TosaError) or is_out_of_memory(error)):
+                    raise
                 notes.append(f"{name}, {case.runtime}: no peak memory: {gist(error)}")
             advance()
     return timings, peaks
@@ -317,7 +314,7 @@ def _compile(contestants: dict[str, Callable[[], None]]) -> None:
         for contestant in contestants.values():
             contestant()
     except Exception as error:
-        if isinstance(error, TosaError) or _is_full(error):
+        if isinstance(error, TosaError) or is_out_of_memory(error):
             raise
         raise _CompilerError(gist(error)) from error
 

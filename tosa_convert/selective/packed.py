@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tosa_convert.base.errors import TosaError
+from tosa_convert.base.errors import TosaError, is_out_of_memory
 from tosa_convert.methods.score import Score
 from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
@@ -108,8 +108,8 @@ def run_row(
         return call(tokens, args, kwargs, packed.places, sizes, normed)
     try:
         return _run_row(block, call, tokens, args, kwargs, packed, sizes, normed)
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise TosaError(
             f"{len(packed.lengths)} images make a row of {tokens.shape[1]} tokens of {tokens.shape[2]} channels, which "
