@@ -717,6 +717,9 @@ def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why, met
     code, out, err = tosa("flops", "quickstart", *method, "--threshold", threshold)
     assert code == 0, err
     assert f"which all take the same: {why} the threshold" in " ".join(out.split())
+    code, out, err = tosa("show", "quickstart", *method, "--threshold", threshold)
+    assert code == 0, err
+    assert ("every patch reaches the threshold" in " ".join(out.split())) == (threshold < 0)
 
 
 @pytest.mark.parametrize("options", [(), ("--score", "norm", "--bypass", "merge", "--schedule", "all")])

@@ -223,6 +223,7 @@ def test_what_cannot_be_drawn_says_why(quick_run, tmp_path, capsys):
         (("show", str(quick_run), "--image", __file__), "not an image"),
         (("show", str(quick_run), "--out", "a.jpg"), "a.jpg is not a .png file"),
         (("report", "quickstart"), "is not a run"),
+        (("report", str(quick_run.parent)), f"holds runs; name one of them: {quick_run.name}"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(list(arguments))

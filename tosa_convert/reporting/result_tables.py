@@ -9,6 +9,8 @@ from tosa_convert.reporting.table import Table, mega, milliseconds, percent
 from tosa_convert.runs.metrics_log import read_metrics
 from tosa_convert.tasks.task import every_metric
 
+KEEPS_ALL = "every patch reaches the threshold, so none is skipped; raise it"
+
 
 def training_table(results: dict) -> Table:
     """What a distill or finetune stage ended with."""
@@ -70,7 +72,7 @@ def _extreme(cost: dict) -> str:
     if cost.get("fewest") is None:
         return ""
     if min(layer["tokens"] for layer in cost["layers"]) == cost["patches"]:
-        return ": every patch reaches the threshold, so none is skipped; raise it"
+        return f": {KEEPS_ALL}"
     if cost["macs"] == cost["fewest"]:
         return ": no patch reaches the threshold, so the fewest possible are kept; lower it"
     return ""
@@ -241,6 +243,8 @@ def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
     rows += [[f"MACs of {name}", percent(share)] for name, share in results["macs"].items()]
     notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]
+    if results["macs"] and min(results["attended"].values()) == 1:
+        notes.append(KEEPS_ALL)
     if not rows:  # a dense model that is not converted
         return Table("Maps", ["image"], [[name] for name in results["images"]], [f"plot: {results['plot']}"])
     return Table("Patches that attend", ["", "attend"], rows, notes)

@@ -76,6 +76,22 @@ def is_converted_run(folder: str | Path) -> bool:
     return is_run(folder) and bool(read_json(Path(folder) / "config.json").get("convert"))
 
 
+def check_finished(folder: Path) -> None:
+    """
+    Raises:
+        TosaError: an interrupted run.
+        UsageError: a folder of runs, or of something else.
+    """
+    if is_run(folder):
+        return
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json") if is_run(path.parent))
+    if inside:
+        raise UsageError(f"{folder} holds runs; name one of them: {', '.join(inside)}")
+    if (folder / "recipe.yaml").exists():
+        raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
+    raise UsageError(f"{folder} is not a run; name the folder of one")
+
+
 def load_run(folder: str | Path) -> nn.Module:
     """The model of a finished run, in eval mode.
 
@@ -83,13 +99,8 @@ def load_run(folder: str | Path) -> nn.Module:
         TosaError: not a run, an interrupted or damaged one, or one written by a newer version.
     """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        inside = [path.parent.name for path in folder.glob("*/config.json")]
-        if inside:
-            raise UsageError(f"{folder} holds several runs; name one of them: {', '.join(sorted(inside))}")
-        if (folder / "recipe.yaml").exists():
-            raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
-        raise UsageError(f"{folder} is neither a run nor a model folder: it has no config.json")
+    if not (folder / "config.json").exists():  # with one, what is wrong in it is said
+        check_finished(folder)
     config = read_json(folder / "config.json")
     written = config.get("version", 0)
     if not isinstance(written, int):

@@ -80,8 +80,7 @@ def push(run: Path, name: str, *, private: bool = True, may_overwrite: Callable[
         UsageError: not a run, a name that the hub does not take, no token, or files that may not be replaced.
         TosaError: the hub cannot be reached, or refuses.
     """
-    if not runs.is_run(run):
-        raise UsageError(f"{run} is not a finished run; name the folder of one")
+    runs.check_finished(run)
     if name.count("/") != 1:
         raise UsageError(f"{name!r} is no name on the hub; give ORG/NAME, such as my-team/fast-vit")
     _check_weights(run)

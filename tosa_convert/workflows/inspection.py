@@ -130,8 +130,7 @@ def report_stage(source: str, out: Path | None, *, device=None, progress: Progre
     from tosa_convert.reporting.html import write_html
 
     folder = Path(source)
-    if not runs.is_run(folder):
-        raise UsageError(f"{source} is not a run; name the folder of a run")
+    runs.check_finished(folder)
     file = out or folder / "report.html"
     write_html(folder, load(source).to(pick_device(device)), file, progress or Progress())
     return {"run": source, "file": str(file)}
