@@ -10,10 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = {path.name: path for path in (ROOT / "benchmarks" / "results").iterdir()}
-FIGURES = (ROOT / "docs" / "figures.md").read_text()
-SECTIONS = dict(
-    zip(re.findall(r"^## (.+)$", FIGURES, re.M), re.split(r"^## .+$", FIGURES, flags=re.M)[1:], strict=True)
-)
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "figures").glob("*.md"))}
+FIGURES = "\n".join(PAGES.values()) + (ROOT / "docs" / "figures.md").read_text()
+HEADING = re.compile(r"^##? (.+)$", re.M)
+SECTIONS = {
+    f"{page}: {title}": text
+    for page, content in PAGES.items()
+    for title, text in zip(HEADING.findall(content), HEADING.split(content)[2::2], strict=True)
+    if text.strip()
+}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*\.\d+|\d[\d,]*(?= ?[%×]))( ?[%×])?")
 """A number with decimals, a percentage or a factor; whole numbers are settings."""
 TOGETHER = [
@@ -112,8 +117,8 @@ def test_a_section_of_figures_stands_in_its_results(section):
 def test_cells_of_a_row_stand_together_in_a_row_of_a_file(pattern, names, files):
     contents = [json.loads(path.read_text()) for name, path in RESULTS.items() if name.startswith(files)]
     rows = [row for content in contents for row in content["rows"] if set(names) <= row.keys()]
-    section = SECTIONS["CIFAR-10 on the real ViT-S/14" if files == "cifar10" else "Quickstart"]
-    found = [[cell.replace(" ", "") for cell in cells] for cells in re.findall(pattern, section)]
+    page = PAGES["cifar10" if files == "cifar10" else "quickstart"]
+    found = [[cell.replace(" ", "") for cell in cells] for cells in re.findall(pattern, page)]
     assert len(found) > 5
     missing = [
         cells
@@ -127,7 +132,7 @@ def test_cells_of_a_row_stand_together_in_a_row_of_a_file(pattern, names, files)
     "name", ["README.md", "docs/faq.md", "docs/methods.md", "docs/guide.md", "docs/dense.md", "docs/deploy.md"]
 )
 def test_other_pages_quote_the_figures(name):
-    """Each number is in docs/figures.md, or a setting in the code examples of the page itself."""
+    """Each number is on a page of figures, or a setting in the code examples of the page itself."""
     text = (ROOT / name).read_text()
     settings = re.findall(r"\d+\.\d+", " ".join(re.findall(r"```.*?```|`[^`]*`", text, flags=re.S)))
     written = [float(number.rstrip("%×")) for number in [*numbers_in(FIGURES), *settings, "0.99", "0.8"]]
