@@ -27,6 +27,8 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # no test assert
 hypothesis.settings.load_profile("untimed")
 
 LAYERS = [2, 4, 6]
+QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
+"""Of a command that trains."""
 
 
 def pytest_configure(config):
@@ -94,6 +96,43 @@ def labelled(tmp_path):
     """Twenty photos in the ten class folders of the quickstart's model."""
     write_images(tmp_path / "labelled", 20, [f"{label}-class" for label in range(10)])
     return tmp_path / "labelled"
+
+
+@pytest.fixture
+def outlined(tmp_path):
+    """Images whose bright rectangle is the mask, and boxes that say the same."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    write_images(images, 6, ["a", "b", "c", "d", "e"])
+    masks.mkdir()
+    boxes: dict = {"images": [], "annotations": []}
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        left, top = 4 + number % 5, 6 + number % 3
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        pixels[top : top + 12, left : left + 14] = 255
+        fresh = file.with_name(f"{number:03d}.png")
+        file.unlink()
+        Image.fromarray(pixels).save(fresh)
+        Image.fromarray(pixels[..., 0]).save(masks / fresh.name)
+        boxes["images"].append({"id": number, "file_name": f"x/{fresh.name}"})
+        boxes["annotations"].append({"image_id": number, "bbox": [left, top, 14, 12]})
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    return images, masks, tmp_path / "boxes.json"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, str]:
+    """The same images in every form that is read; {form: source}."""
+    from image_sources import sources_in
+
+    return sources_in(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture
+def backbone() -> nn.Module:
+    """A converted model that gives tokens."""
+    from token_models import converted_backbone
+
+    return converted_backbone()
 
 
 @pytest.fixture(scope="session")

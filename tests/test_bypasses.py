@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import lively
 from families import FAMILIES, MOSTLY_LONG
-from test_contract import close, first, sizes_of
+from references import close, first, sizes_of
 
 from tosa_convert import convert
 from tosa_convert.methods.bypass import Bypass

@@ -3,11 +3,10 @@
 import json
 
 import pytest
+from conftest import QUICK
 
 from tosa_convert import load
 from tosa_convert.cli.main import main
-
-QUICK = ["--layers", "2,4,6", "--ratio", "0.5", "--steps", "2", "--batch-size", "2"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import check_resuming
-from test_contract import first
+from references import first
 
 from tosa_convert import (
     BenchSettings,

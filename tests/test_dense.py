@@ -8,12 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import yaml
 from conftest import lively
+from dense_models import cli, depth_model, write_pairs
 from families import FAMILIES, HF_SMALL
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -29,47 +26,22 @@ from tosa_convert import (
     original,
     save,
 )
-from tosa_convert.cli.main import main
 from tosa_convert.config.head import HeadConfig
 from tosa_convert.data.images import built_in_scenes
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel, heads, with_head
 from tosa_convert.models.heads import light, newcrfs
-from tosa_convert.models.heads.newcrfs import WINDOW, WindowCrf, average, joined, window_mask, windowed
 from tosa_convert.models.outputs import predict
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.models.pyramid import Pyramid
 from tosa_convert.planning import rivals
 from tosa_convert.planning.comparison import compare, labelled_sample
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.reporting.token_maps import look_at_files
 from tosa_convert.runs.loading import original_of
-from tosa_convert.tasks.segmentation import Segmentation, overlap
 from tosa_convert.tasks.task import Metric, Task, task_of
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def depth_model(head: str = "light", encoder: str = "timm dinov2 registers") -> DenseModel:
-    torch.manual_seed(0)
-    backbone = lively(FAMILIES[encoder]())
-    return with_head(backbone, HeadConfig(task="depth", head=head, max_depth=10.0))
-
-
-def write_pairs(root, pairs, size=(40, 48), folder="depth"):
-    """Images with depth in .npy, random ones if only their number is given."""
-    random = np.random.default_rng(0)
-    if isinstance(pairs, int):
-        pairs = [
-            (random.integers(0, 255, (*size, 3), dtype=np.uint8), random.uniform(0.5, 9, size).astype(np.float32))
-            for _ in range(pairs)
-        ]
-    for name in ("images", folder):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    for index, (pixels, depth) in enumerate(pairs):
-        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
-        np.save(root / folder / f"{index}.npy", depth)
 
 
 @pytest.fixture
@@ -83,69 +55,6 @@ def small_crfs(monkeypatch):
 def small_light(monkeypatch):
     """A head that does not outweigh the backbones of these tests."""
     monkeypatch.setattr(light, "WIDTHS", (8, 8, 4))
-
-
-sides = st.integers(1, 23)
-
-
-@given(sides, sides, st.sampled_from([0, WINDOW // 2]))
-def test_windows_fit_together_again(rows, columns, shift):
-    part = torch.arange(2.0 * rows * columns * 3).reshape(2, rows, columns, 3)
-    split = windowed(part, shift)
-    assert split.shape[1:] == (WINDOW**2, 3)
-    assert torch.equal(joined(split, rows, columns, shift), part)
-
-
-@given(sides, sides, st.sampled_from([0, WINDOW // 2]))
-def test_places_see_those_of_their_window_and_no_others(rows, columns, shift):
-    """Of the windows that a map is cut into when the first ones are as much shorter as they are shifted."""
-    at = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
-    inside = torch.cat([at.float() + 1, torch.ones(rows, columns, 1)], -1)[None]  # 0 where it is padded
-    windows = windowed(inside, shift)
-    mask = window_mask(rows, columns, shift, torch.zeros(1))
-    for places, seen in zip(windows, mask, strict=True):
-        real = places[:, 2] > 0
-        window = (places[:, :2] - 1 + (WINDOW - shift) % WINDOW) // WINDOW
-        together = (window[:, None] == window[None]).all(-1)
-        both = real[:, None] & real[None]
-        assert torch.equal((seen == 0) & both, together & both)
-        assert not ((seen == 0) & (real[:, None] ^ real[None])).any()
-
-
-def test_a_step_equals_attention_worked_out_place_by_place():
-    torch.manual_seed(0)
-    step = WindowCrf(8, 2, WINDOW // 2).eval()
-    features, prediction = torch.randn(2, 1, 9, 10, 8)
-    found = step(features, prediction)
-    queries, keys = step.queries_keys(step.norm_features(features)).chunk(2, dim=-1)
-    values = step.values(step.norm_prediction(prediction))
-    group = lambda row, column: ((row + 4) // WINDOW, (column + 4) // WINDOW)  # noqa: E731  windows shifted by 3
-    sent = torch.zeros_like(prediction)
-    for row in range(9):
-        for column in range(10):
-            mates = [(r, c) for r in range(9) for c in range(10) if group(r, c) == group(row, column)]
-            for head in range(2):
-                part = slice(4 * head, 4 * head + 4)
-                logits = torch.stack([queries[0, row, column, part] @ keys[0, r, c, part] / 2 for r, c in mates])
-                offsets = [(row - r + WINDOW - 1) * (2 * WINDOW - 1) + column - c + WINDOW - 1 for r, c in mates]
-                weights = (logits + step.positions[offsets, head]).softmax(0)
-                sent[0, row, column, part] = sum(
-                    w * values[0, r, c, part] for w, (r, c) in zip(weights, mates, strict=True)
-                )
-    wanted = prediction + step.out(sent)
-    wanted = wanted + step.mlp(step.norm_mlp(wanted))
-    assert torch.allclose(found, wanted, atol=1e-5)
-
-
-@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 2, 3, 6]))
-def test_averages_are_those_of_adaptive_pooling(rows, columns, parts):
-    features = torch.randn(1, 2, rows, columns, generator=torch.Generator().manual_seed(rows))
-    assert torch.allclose(average(features, parts), F.adaptive_avg_pool2d(features, parts), atol=1e-5)
-
-
-def test_the_pyramid_has_four_scales():
-    sizes = [each.shape[-2:] for each in Pyramid(8)([torch.randn(1, 8, 5, 6)] * 4)]
-    assert sizes == [(20, 24), (10, 12), (5, 6), (3, 3)]
 
 
 @pytest.mark.parametrize("head", heads())
@@ -263,74 +172,6 @@ def test_compare_reports_the_difference_of_the_maps(tmp_path, small_light):
     assert found["original"]["depth_error"] == 0
 
 
-def test_intersection_over_union_by_hand():
-    found, truth = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0])
-    assert overlap(found, truth, 1) == pytest.approx(1 / 3)
-    assert overlap(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1]), 4) == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
-    assert overlap(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), 1) == 1
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_masks_are_learnt_and_measured(tmp_path, channels):
-    pairs = []
-    for index in range(3):
-        mask = np.zeros((40, 48), np.float32)
-        mask[:, 12 * index : 12 * index + 16] = min(index, channels - 1) or 1
-        pairs.append((np.uint8(200 * np.stack([mask > 0] * 3, -1)), mask))
-    write_pairs(tmp_path, pairs, folder="masks")
-    backbone = lively(FAMILIES["timm dinov2 registers"]())
-    model = with_head(backbone, HeadConfig(task="segmentation", channels=channels))
-    name = "iou" if channels == 1 else "image_miou"
-    before = evaluate(model, f"masks:{tmp_path}")["models"]["model"][name]
-    settings = FinetuneSettings(steps=40, batch_size=3, lr=3e-3, augment="none")
-    model = convert(model, ratio=1.0)
-    finetune(model, f"masks:{tmp_path}", settings, device="cpu")
-    after = evaluate(model, f"masks:{tmp_path}")["models"]["model"]
-    assert after[name] > before + 0.1
-    assert ("miou" in after) == (channels > 1)
-    twin = original(model)
-    found = evaluate({"original": twin, "model": model}, f"masks:{tmp_path}", reference="original")
-    assert found["models"]["model"]["map_iou"] == pytest.approx(1.0)
-
-
-def test_the_miou_of_a_data_set_sums_pixels_over_images():
-    """Two images: of class 1 there are 1 of 2 pixels, then 0 of 1; the mean of the images' own would be another."""
-    task = Segmentation(2)
-    truth = torch.tensor([[[1.0, 1.0, 0.0, 255.0]], [[0.0, 0.0, 0.0, 1.0]]])
-    classes = torch.tensor([[[1, 0, 0, 1]], [[0, 0, 0, 0]]])
-    output = 9.0 * torch.nn.functional.one_hot(classes, 2).permute(0, 3, 1, 2)
-    found = task.concluded(task.tally(output[:1], truth[:1]) + task.tally(output[1:], truth[1:]))
-    assert found["miou"] == pytest.approx((4 / 6 + 1 / 3) / 2)
-    assert task.measure(output, truth)["image_miou"].tolist() == pytest.approx([1 / 2, (3 / 4 + 0) / 2])
-    assert Segmentation().concluded(Segmentation().tally(output[:, 1:] - 1, truth)) == {}
-
-
-def test_numbers_of_mask_files_are_made_sense_of():
-    one, three = Segmentation(), Segmentation(3)
-    assert one.truth(torch.tensor([[[0.0, 1.0]]])).tolist() == [[[0, 1]]]
-    assert one.truth(torch.tensor([[[0.0, 100.0, 128.0, 255.0]]])).tolist() == [[[0, 0, 1, 1]]]
-    assert three.truth(torch.tensor([[[0.0, 2.0, 255.0]]])).nan_to_num(-1).tolist() == [[[0, 2, -1]]]
-    with pytest.raises(UsageError, match="class 3, and the model has 3 classes"):
-        three.truth(torch.tensor([[[0.0, 3.0]]]))
-    unknown = torch.full((1, 2, 2), 255.0)
-    assert three.known(unknown).tolist() == [False]
-    assert one.known(unknown).tolist() == [True]
-
-
-def test_soft_errors_of_masks_without_anything_are_zero():
-    empty = torch.full((1, 1, 4, 4), -40.0)
-    assert Segmentation().error(empty, empty) == 0
-    one_class = torch.tensor([40.0, -40.0, -40.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert Segmentation(3).error(one_class, one_class) == pytest.approx(0.0)
-
-
-def test_a_soft_error_is_zero_for_the_same_and_one_for_the_opposite():
-    logits = 40 * torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]]]])
-    task = Segmentation()
-    assert task.error(logits, logits) == pytest.approx(0.0)
-    assert task.error(-logits, logits) == pytest.approx(1.0)
-
-
 def test_a_budget_that_a_large_head_puts_out_of_reach_is_said_to_be_so():
     with pytest.raises(UsageError, match=r"\d+% of the multiply–adds are outside of the layers"):
         find_plan(depth_model(), torch.cat([PIXELS, PIXELS]), 0.5)
@@ -371,12 +212,6 @@ def test_options_without_a_task_are_refused(tmp_path):
         load("quickstart", task="depth", num_classes=3)
     with pytest.raises(UsageError, match="no depth"):
         load("quickstart", task="segmentation", max_depth=3.0)
-
-
-def cli(*arguments) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(each) for each in arguments])
-    assert not stop.value.code, arguments
 
 
 @pytest.mark.long
@@ -474,27 +309,6 @@ def test_the_original_of_a_run_has_the_head_it_was_made_with(tmp_path):
             before = original_of(load(tmp_path / name))
             assert (before is not None) is known
         assert torch.equal(original_of(load(tmp_path / "filled"))(images), wanted)
-
-
-def test_a_recipe_takes_a_head_with_classes_through_its_stages(tmp_path):
-    write_pairs(
-        tmp_path / "data", [(np.zeros((28, 28, 3), np.uint8), np.full((28, 28), 2.0, np.float32))] * 2, folder="masks"
-    )
-    state = load("quickstart", task="segmentation", num_classes=3).head.state_dict()
-    save_file(state, tmp_path / "head.safetensors")
-    recipe = {
-        "model": "quickstart",
-        "task": "segmentation",
-        "num_classes": 3,
-        "head_checkpoint": str(tmp_path / "head.safetensors"),
-        "data": {"train": f"masks:{tmp_path / 'data'}", "eval": f"masks:{tmp_path / 'data'}"},
-        "convert": {"layers": [3], "ratio": 0.9},
-        "distill": {"steps": 1, "batch_size": 2},
-        "finetune": {"steps": 1, "batch_size": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
-    assert load(tmp_path / "out" / "finetune").config.channels == 3
 
 
 def test_half_precision_keeps_the_steps_of_metres_fine():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import lively
 from families import FAMILIES, SMALL
-from test_contract import first
+from references import first
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import FinetuneSettings, UsageError, convert, finetune, load, original, save

@@ -1,95 +1,22 @@
 """Tar files, shards and datasets give what the folder gives that they were made of."""
 
 import functools
-import io
-import json
 import tarfile
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import check_resuming, fashion_sample, lively, run_recipe
+from conftest import check_resuming, lively, run_recipe
 from families import FAMILIES
-from PIL import Image
+from image_sources import NAMES, add, png, read
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
-from tosa_convert.data.images import Images, loader, sample, training_loader
+from tosa_convert.data.images import Images, loader, sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.metrics_log import read_metrics
 
-NAMES = ("0-one", "1-two", "2-three")
-
-
-@functools.cache
-def built_in() -> list[bytes]:
-    """Images of the built-in sample."""
-    with fashion_sample() as archive:
-        return [archive.read(name) for name in archive.namelist()[:64] if name.endswith(".png")]
-
-
-def png(number: int) -> bytes:
-    stream = io.BytesIO()
-    Image.open(io.BytesIO(built_in()[number])).convert("RGB").resize((40, 40)).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """The same nine images, three of each class, in every form; {form: source}."""
-    root = tmp_path_factory.mktemp("sources")
-    with tarfile.open(root / "all.tar", "w") as archive:
-        for index in range(9):
-            label = index // 3
-            place = root / "folder" / NAMES[label]
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{index}.png").write_bytes(png(index))
-            add(archive, f"{NAMES[label]}/{index}.png", png(index))
-    (root / "shards").mkdir()
-    for shard in range(2):
-        with tarfile.open(root / "shards" / f"part-{shard:03d}.tar", "w") as archive:
-            for index in range(shard * 5, min(9, shard * 5 + 5)):
-                add(archive, f"{index:06d}.png", png(index))
-                add(archive, f"{index:06d}.json", json.dumps({"label": index // 3, "caption": "x"}).encode())
-                add(archive, f"{index:06d}.txt", b"a caption")
-    forms = {
-        "folder": str(root / "folder"),
-        "tar": f"tar:{root / 'all.tar'}",
-        "wds": f"wds:{root / 'shards'}",
-        "wds braces": f"wds:{root / 'shards'}/part-{{000..001}}.tar",
-    }
-    return {**forms, **_datasets(root)}
-
-
-def _datasets(root) -> dict[str, str]:
-    try:
-        import datasets
-    except ImportError:
-        return {}
-    rows = {"image": [{"bytes": png(index), "path": None} for index in range(9)], "label": [i // 3 for i in range(9)]}
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))}
-    named = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    (root / "parquet").mkdir()
-    named.to_parquet(root / "parquet" / "train-00000.parquet")
-    named.select(range(3)).to_parquet(root / "parquet" / "test-00000.parquet")
-    place = root / "parquet"
-    return {"hfds": f"hfds:{place}", "hfds test": f"hfds:{place}:test", "hfids": f"hfids:{place}"}
-
-
 FORMS = ("folder", "tar", "wds", "wds braces", "hfds")
 READERS = ("tar", "wds", "hfds", "hfids")
-
-
-def read(sources, form, **options):
-    if form not in sources:
-        pytest.skip("datasets is not installed")
-    return Images(sources[form], preprocessing_of(FAMILIES["timm vit"]()), **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -257,102 +184,6 @@ def test_folders_in_a_tar_file_are_classes_where_they_can_be(tmp_path):
     assert not stray.labelled
 
 
-def drawn(images, first: int, last: int, repeats: int = 1) -> list:
-    batches = training_loader(images, 2, first, last, 0, repeats)
-    return [(image, label) for batch in batches for image, label in zip(batch["images"], batch["labels"], strict=True)]
-
-
-def test_a_stream_is_seeded_and_begins_anywhere(sources):
-    images = read(sources, "hfids", augment="crop", seed=3)
-    assert images.classes == list(NAMES)
-    whole = drawn(images, 0, 18)
-    assert sorted(label.item() for _, label in whole[:9]) == [0] * 3 + [1] * 3 + [2] * 3
-    for first in (4, 8, 14):
-        again = drawn(images, first, 18)
-        assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(again, whole[first:], strict=True))
-    assert not torch.equal(drawn(read(sources, "hfids", augment="crop", seed=4), 0, 2)[0][0], whole[0][0])
-    twice = drawn(images, 0, 18, repeats=2)
-    labels = [label.item() for _, label in twice]
-    assert labels[::2] == labels[1::2] == [label.item() for _, label in whole[:9]]
-    assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(drawn(images, 7, 18, 2), twice[7:], strict=True))
-
-
-def test_a_stream_is_trained_on_and_nothing_else(sources, tmp_path):
-    if "hfids" not in sources:
-        pytest.skip("datasets is not installed")
-    model = lively(FAMILIES["timm vit"]())
-    model.reset_classifier(3)
-    convert(model, score="similarity", bypass="merge", layers=[3], ratio=0.5)
-    figures = finetune(model, sources["hfids"], FinetuneSettings(steps=3, batch_size=2))
-    assert figures["labels"] > 0
-    with pytest.raises(UsageError, match="can be trained on only; elsewhere use hfds:"):
-        evaluate(model, sources["hfids"])
-    stream = read(sources, "hfids", augment="crop")
-    stream.reader.told = None  # as most streams come
-    with pytest.raises(UsageError, match="give steps, not epochs"):
-        len(stream)
-
-
-def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    rows = {"image": [{"bytes": png(i) if i % 3 else b"broken", "path": f"{i}.png"} for i in range(6)]}
-    features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    images = Images(f"hfids:{tmp_path}", preprocessing_of(FAMILIES["timm vit"]()), augment="none")
-    batches = list(training_loader(images, 3, 0, 12, 0))
-    assert [len(batch["images"]) for batch in batches] == [3] * 4
-    assert sorted(name for batch in batches for name in batch["broken"]) == ["0.png", "0.png", "3.png", "3.png"]
-    assert not images.labelled
-
-
-def stream_of(tmp_path, labels: list, broken: tuple = ()) -> str:
-    datasets = pytest.importorskip("datasets")
-    stored = [{"bytes": b"broken" if i in broken else png(i), "path": None} for i in range(len(labels))]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.Value("string" if "cat" in labels else "int64")}
-    )
-    rows = datasets.Dataset.from_dict({"image": stored, "label": labels}, features=features)
-    rows.to_parquet(tmp_path / "train.parquet")
-    return f"hfids:{tmp_path}"
-
-
-def test_broken_images_of_a_stream_are_told_by_their_row(tmp_path):
-    source = stream_of(tmp_path, [0] * 9, broken=(2, 7))
-    figures = finetune(convert(load("quickstart"), ratio=0.5), source, FinetuneSettings(steps=6, batch_size=4))
-    assert figures["broken"] == [f"{tmp_path}[2]", f"{tmp_path}[7]"]
-
-
-def test_a_label_of_a_stream_beyond_the_outputs_is_one_line_and_what_was_learnt_is_kept(tmp_path):
-    source = stream_of(tmp_path, [0] * 19 + [500])
-    model = convert(load("quickstart"), ratio=0.5)
-    settings = FinetuneSettings(steps=20, batch_size=1)
-    with pytest.raises(UsageError, match=r"\[19\] has label 500, and the model has 10 outputs"):
-        finetune(model, source, settings, seed=1, out=tmp_path / "out")
-    assert (tmp_path / "out/checkpoint/step.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, None, 1, -1], r"\[[13]\] has no label; set labels to 0"),
-        ([-1] * 4, "has no label; set labels to 0"),
-        (["dog", "cat", "dog", "cat"], "its labels are words, .* use hfds:.*, or set labels to 0"),
-    ],
-)
-def test_a_stream_with_labels_that_do_not_count_is_trained_on_without_them(labels, message, tmp_path):
-    source, model = stream_of(tmp_path, labels), convert(load("quickstart"), ratio=0.5)
-    with pytest.raises(UsageError, match=message):
-        finetune(model, source, FinetuneSettings(steps=4, batch_size=1, labels=1.0))
-    assert finetune(model, source, FinetuneSettings(steps=4, batch_size=1, labels=0.0))["logits"] >= 0
-
-
-def test_a_damaged_stream_is_one_line(tmp_path):
-    source = stream_of(tmp_path, [0] * 4)
-    (tmp_path / "train-2.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-200])
-    with pytest.raises(UsageError, match=r"get it again|cannot be loaded"):
-        finetune(convert(load("quickstart"), ratio=0.5), source, FinetuneSettings(steps=8, batch_size=4))
-
-
 def hub(tmp_path, name: str, **columns):
     """A folder of parquet with images and these columns, {name: (feature, values)}."""
     datasets = pytest.importorskip("datasets")
@@ -423,21 +254,3 @@ def test_what_belongs_together_in_a_shard(tmp_path):
     for prefix in ("tar", "wds", "hfds", "hfids"):
         with pytest.raises(UsageError, match=f"nothing is named behind {prefix}:; write {prefix}:"):
             Images(f"{prefix}:", preprocessing_of(FAMILIES["timm vit"]()))
-
-
-def test_thresholds_are_not_trained_on_a_stream_alone(tosa, tmp_path):
-    """Their multiply–adds are counted over images; a training that ends without any would have been for nothing."""
-    source = stream_of(tmp_path, list(range(9)))
-    code, _, err = tosa("finetune", "quickstart", "--method", "spa", "--steps", 1, "--data", source, "--out", "run")
-    assert code == 2
-    assert "a stream gives no sample of them; train on hfds:" in " ".join(err.split())
-    assert not Path("run").exists()
-    recipe = {
-        "model": "quickstart",
-        "convert": {"method": "spa"},
-        "finetune": {"steps": 1, "batch_size": 2, "labels": 0.0},
-        "data": {"train": source, "eval": source.replace("hfids", "hfds")},
-    }
-    Path("recipe.yaml").write_text(json.dumps(recipe))
-    code, _, err = tosa("run", "recipe.yaml", "--out", "run")
-    assert code == 0, err

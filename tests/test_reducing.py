@@ -13,8 +13,8 @@ from conftest import lively
 from families import CORE, FAMILIES, HF_SMALL
 from hypothesis import given
 from hypothesis import strategies as st
+from references import close, first
 from test_bypasses import _groups, _own_forward, built, photos
-from test_contract import close, first
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
 from tosa_convert import UnsupportedModelError, UsageError, convert

@@ -56,12 +56,14 @@ def test_draws_are_permutations_and_start_anywhere():
 
 
 @pytest.mark.parametrize("verb", ["distill", "finetune"])
-def test_one_seed_gives_one_result(verb, labelled):
+def test_one_seed_gives_one_result_and_leaves_the_callers_random_numbers(verb, labelled):
     run, settings = {"distill": (distill, DistillSettings), "finetune": (finetune, FinetuneSettings)}[verb]
     results = []
     for seed in (1, 1, 2):
         model = converted()
+        before = torch.get_rng_state()
         run(model, labelled, settings(steps=3, batch_size=4), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
         results.append(state(model))
     assert same(results[0], results[1])
     assert not same(results[0], results[2])

@@ -25,7 +25,7 @@ from tosa_convert.base import distributed as processes
 from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError, gist
 from tosa_convert.base.files import read_json, write_json
 from tosa_convert.base.progress import Progress
-from tosa_convert.base.seeding import seed_everything
+from tosa_convert.base.seeding import seed_everything, unmoved
 from tosa_convert.config.settings import TrainSettings
 from tosa_convert.data.images import Images, training_loader
 from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
@@ -84,6 +84,7 @@ def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator
     )
 
 
+@unmoved()
 def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Progress) -> dict:
     """Run a stage to its end.
 

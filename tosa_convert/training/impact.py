@@ -17,7 +17,7 @@ from tosa_convert.base import distributed as processes
 from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
-from tosa_convert.base.seeding import seed_everything
+from tosa_convert.base.seeding import seed_everything, unmoved
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.data.images import Images
 from tosa_convert.methods.scores.impact import KEPT, Impact
@@ -233,6 +233,7 @@ def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
         return False
 
 
+@unmoved()
 def _train(model: nn.Module, examples: list[Example], settings: DistillSettings, seed: int, progress: Progress) -> dict:
     """Train the filter; {"loss", "precision", "recall", "kept", "steps"}."""
     score: Impact = choosing_blocks(model)[0].selector

@@ -1,0 +1,114 @@
+"""Thresholds that are moved to a mean cost, and what is said where they tell nothing apart."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from gated_models import gated, photos, vit
+from references import first
+
+from tosa_convert import TosaError, UsageError, convert, load
+from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.models.adapter import run
+from tosa_convert.planning.adaptive import at_mean
+
+
+@pytest.mark.parametrize("method", ["spa", "impact"])
+def test_thresholds_are_moved_to_a_mean(method):
+    model, images = gated() if method == "spa" else convert(vit(), method="impact"), photos(6)
+    found = at_mean(model, images, 0.85)
+    share = MacsShare(vit()).of(found, images)
+    assert 0.78 < share <= 0.85
+    with pytest.raises(UsageError, match="give a higher budget"):
+        at_mean(model, images, 0.01)
+    with pytest.raises(UsageError, match="from 3 of them it cannot be seen how images differ; give 4 or more"):
+        at_mean(model, images[:3], 0.85)
+    with pytest.raises(UsageError, match="at_mean is for thresholds"):
+        at_mean(convert(vit(), score="norm"), images, 0.5)
+
+
+def test_thresholds_are_moved_to_a_mean_after_training(tosa, outlined):
+    train = (
+        "finetune",
+        "quickstart",
+        "--method",
+        "spa",
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--data",
+        outlined[0],
+        "--teacher",
+    )
+    code, out, err = tosa(*train, "--mean-macs", 0.75, "--out", "moved", "--json")
+    assert code == 0, err
+    cost, moved = json.loads(out)["flops"], load("moved").tosa_config.threshold
+    assert 0.7 < cost["macs"] / cost["original"] <= 0.75
+    assert len({round(each, 4) for each in moved}) == 1
+    assert moved[0] != 0, "all by one number"
+    code, out, err = tosa("report", "moved", "--out", "moved.html")
+    assert code == 0, err
+    page = Path("moved.html").read_text()
+    saved = f"{100 * (1 - cost['macs'] / cost['original']):.1f} %"
+    (shown,) = re.findall(r"MACs saved</td><td>(.*?)</td>", page)
+    assert shown.startswith(saved)
+    assert "the mean of 6 images of " in shown
+    code, out, err = tosa(*train, "--mean-macs", 0.05, "--out", "kept")
+    assert code == 2
+    assert "even with the fewest tokens the mean is above 0.05 of the MACs" in err
+    assert not Path("kept").exists(), "nothing was trained"
+    for file in list(outlined[0].rglob("*.png"))[1:]:
+        file.unlink()
+    code, out, err = tosa(*train, "--mean-macs", 0.75, "--out", "one")
+    assert code == 2
+    assert "from 1 of them it cannot be seen how images differ" in err
+    assert not Path("one").exists(), "nothing was trained"
+    code, out, err = tosa(
+        "finetune", "quickstart", "--score", "norm", "--steps", 1, "--mean-macs", 0.7, "--out", "none"
+    )
+    assert code == 2
+    assert err.startswith("error: a mean of the MACs is for conversions with thresholds")
+    assert not Path("none").exists()
+
+
+def test_what_cannot_be_traced_or_exported_says_so():
+    model, images = convert(vit(), score="norm", threshold=2.0, layers=[2, 4]), photos()
+    with pytest.raises(TosaError, match="cannot be traced"):
+        torch.jit.trace(model, (images[:1],), check_trace=False)
+    with pytest.raises(Exception, match="give an example of batch 1"):
+        torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert first(run(model, images[:0])).shape == (0, 5)
+
+
+@pytest.mark.parametrize(("threshold", "why"), [(1e9, "no patch reaches"), (-1e9, "every patch reaches")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--score", "norm", "--bypass", "borrow", "--schedule", "pairs"),
+        ("--score", "norm", "--bypass", "borrow", "--schedule", "all"),
+        ("--score", "similarity", "--bypass", "merge", "--schedule", "all"),  # which keeps more than one at least
+    ],
+)
+def test_a_threshold_that_tells_nothing_apart_is_named(tosa, threshold, why, method):
+    code, out, err = tosa("flops", "quickstart", *method, "--threshold", threshold)
+    assert code == 0, err
+    assert f"which all take the same: {why} the threshold" in " ".join(out.split())
+    code, out, err = tosa("show", "quickstart", *method, "--threshold", threshold)
+    assert code == 0, err
+    assert ("every patch reaches the threshold" in " ".join(out.split())) == (threshold < 0)
+
+
+@pytest.mark.parametrize("options", [(), ("--score", "norm", "--bypass", "merge", "--schedule", "all")])
+def test_without_a_threshold_none_is_blamed(tosa, outlined, options):
+    code, out, err = tosa("flops", "quickstart", *options, "--data", outlined[0], "--images", 3)
+    assert code == 0, err
+    assert "which all take the same" in " ".join(out.split())
+    assert "reaches" not in out
+
+
+def test_containers_are_for_images_that_differ_in_number():
+    with pytest.raises(UsageError, match="container goes with a threshold"):
+        convert(load("quickstart"), score="norm", ratio=0.5, container=64)
