@@ -6,7 +6,8 @@
 
 The latter takes the classifier of benchmarks/cifar10.py. ``row`` is what the project does: a row, the attention of each
 image by a call of its own. ``nested`` is the row with one call of attention on nested tensors, ``flex`` (on a GPU) with
-one of FlexAttention, which leaves out what lies between images. ``images`` runs the blocks image by image.
+one of FlexAttention, which leaves out what lies between images, ``unpacked`` (on a GPU) with one that is padded to the
+longest image. ``images`` runs the blocks image by image.
 ``containers`` packs images into containers as long as a whole image, with masks (Select and Pack). ``groups`` pads the
 attention of four images of similar length to the longest of them. ``mask`` runs one row with one attention over all of
 it and a block-diagonal mask. ``padded`` is the plan with numbers at the most tokens that an image of the batch keeps in
@@ -85,6 +86,25 @@ def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **o
     return found.transpose(1, 2).values()[..., :channels].transpose(0, 1)[None]
 
 
+def unpacked_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
+    """The same by one call, padded to the longest image; as many operations however many images there are."""
+    images, most, device = len(lengths), max(lengths), query.device
+    counts = torch.tensor(lengths, device=device)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    image = torch.arange(images, device=device).repeat_interleave(counts)
+    places = image * most + torch.arange(len(image), device=device) - first
+
+    def unpacked(values: torch.Tensor, filling: float = 0.0) -> torch.Tensor:
+        """(H, K, C) → (B, H, M, C)."""
+        spread = values.new_full((values.shape[0], images * most, values.shape[2]), filling)
+        return spread.index_copy(1, places, values).unflatten(1, (images, most)).transpose(0, 1)
+
+    own = query.new_zeros(1, sum(lengths), 1) if mask is None else mask[0].mT.to(query.dtype)
+    behind = unpacked(own, float("-inf")).mT
+    found = F.scaled_dot_product_attention(*(unpacked(each[0]) for each in (query, key, value)), behind, **options)
+    return found.transpose(0, 1).flatten(1, 2)[:, places][None]
+
+
 def flexible_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
     """The same by FlexAttention, whose mask is of blocks of tokens; compiled on a GPU."""
     on_gpu, total = query.is_cuda, query.shape[-2]
@@ -161,6 +181,7 @@ def measure(model, plan, images, rounds: int) -> dict:
     }
     if images.is_cuda:
         ways["flex"] = patched("attend", flexible_attention)
+        ways["unpacked"] = patched("attend", unpacked_attention)
     if len(images) * patches > ONE_MASK_AT_MOST:
         del ways["mask"]
     on_gpu = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()

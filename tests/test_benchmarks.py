@@ -40,7 +40,7 @@ def test_every_way_to_run_a_batch_of_different_lengths_runs():
     sizes = torch.rand(1, 1, 1, sum(lengths))
     for mask in (None, sizes):
         wanted = attend(query, key, value, lengths, mask)
-        others = ("grouped", "masked", "nested", "flexible")
+        others = ("grouped", "masked", "nested", "unpacked", "flexible")
         for way in (getattr(packing, f"{name}_attention") for name in others):
             assert torch.allclose(way(query, key, value, lengths, mask), wanted, atol=1e-5), way.__name__
 
