@@ -245,9 +245,14 @@ def check_resuming(train, make, folder, monkeypatch):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     noted = folder / "cut/checkpoint/step.json"
     if noted.exists():
-        noted.write_text(json.dumps({**json.loads(noted.read_text()), "processes": 2}))
-        with pytest.raises(UsageError, match=r"begun with 2 processes .* --nproc-per-node 2"):
-            train(make(), out=folder / "cut", resume=True)
+        kept = json.loads(noted.read_text())
+        for change, message in (
+            ({"processes": 2}, r"begun with 2 processes .* --nproc-per-node 2"),
+            ({"seed": 77, "batch_size": 99}, "another seed and batch_size .* give seed 77, batch_size 99 as before"),
+        ):
+            noted.write_text(json.dumps({**kept, **change}))
+            with pytest.raises(UsageError, match=message):
+                train(make(), out=folder / "cut", resume=True)
     losses = [[line["loss"] for line in read_metrics(folder / name)] for name in ("whole", "cut")]
     assert losses[0] == losses[1]
     return whole

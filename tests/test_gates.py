@@ -159,7 +159,11 @@ def test_spa_of_a_dense_model_learns_from_masks_and_a_head_alone_leaves_its_gate
     finetune(model, f"depth:{tmp_path}", settings, masks=tmp_path / "outlines")
     assert seen[0].shape == (2, 32, 32)
     gates = {name: value.clone() for name, value in model.state_dict().items() if "selector" in name}
+    with pytest.raises(UsageError, match="needs a GPU"):
+        finetune(model, f"depth:{tmp_path}", FinetuneSettings(head_only=True, precision="fp16"), device="cpu")
+    assert all(parameter.requires_grad for parameter in model.parameters()), "what is refused freezes nothing"
     finetune(model, f"depth:{tmp_path}", settings.model_copy(update={"head_only": True}))
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in gates.items())
 
 

@@ -9,6 +9,7 @@ from families import FAMILIES
 
 from tosa_convert import convert
 from tosa_convert.base.errors import TosaError
+from tosa_convert.measure.evaluation import random_control
 from tosa_convert.methods.matching import apart, features_of
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import last_choices
@@ -137,3 +138,10 @@ def test_with_a_threshold_what_stands_in_padding_changes_nothing_either(name, by
     for image, (rows, columns) in enumerate(GRIDS):
         mine = attended.places[0].split(attended.lengths)[image]
         assert mine.max() < rows * columns + adapter_of(model).prefix, "padding does not attend"
+    control = random_control(model, 3)
+    tokens_of(name, control, patchified(7.0))
+    by_chance = last_choices(control)[2].packed
+    assert by_chance.lengths == attended.lengths
+    for image, (rows, columns) in enumerate(GRIDS):
+        mine = by_chance.places[0].split(by_chance.lengths)[image]
+        assert mine.max() < rows * columns + adapter_of(model).prefix, "nor by chance"

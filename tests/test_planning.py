@@ -65,6 +65,14 @@ def test_halving_finds_what_is_better_on_every_image_and_measures_nothing_twice(
     assert len(measured) == len(set(measured))
 
 
+def test_what_was_best_is_not_lost_to_what_was_measured_on_easier_images():
+    """The second half of the images is hard, and only the best of before has been measured on it."""
+    levels = {"plain": 1.2, "best": 1.0} | {f"near {index}": 1.1 for index in range(9)}
+    trial = Trial(lambda named, part: torch.full((3,), levels[named] * (1 if part < 2 else 9)), 4, Progress())
+    assert trial.halve({name: name for name in ("plain", "best")}, "plain", "") == "best"
+    assert trial.halve({name: name for name in (*levels,) if name != "plain"}, "plain", "") == "best"
+
+
 def test_ahead_means_clearly_ahead():
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert ahead(errors - 0.5, errors)
@@ -261,6 +269,8 @@ def test_a_latency_under_impossible_conditions_is_refused(small, conditions, mes
         ({"budget": 0.05}, "out of reach"),
         ({"budget": 0.8, "target_drop": 0.1}, "keep one of them"),
         ({"target_drop": -1}, "out of range"),
+        ({"batch_size": 0}, "out of range"),
+        ({"labels": torch.zeros(2)}, "2 labels are given for"),
     ],
 )
 def test_impossible_plans_are_refused(small, options, message):
@@ -278,7 +288,11 @@ def test_plans_for_models_without_a_class_token_or_a_head():
     model = lively(FAMILIES["timm siglip"]())
     model.reset_classifier(0)
     photos = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UsageError, match="no task that is measured by them"):
+        find_plan(model, photos, 0.85, labels=torch.zeros(4, dtype=torch.long))
+    model.blocks[0].train()
     found = find_plan(model, photos, 0.85)
+    assert [block.training for block in model.blocks[:2]] == [True, False], "each module is in the mode that it was in"
     assert isinstance(found.config, ConvertConfig)
     assert not any("class_attention" in pair for pair in found.parts)
 

@@ -73,6 +73,24 @@ def made(family: str, parts: str) -> tuple[nn.Module, dict, dict]:
     return model, adapter_of(model).inputs(IMAGES), adapter_of(model).inputs(OTHERS)
 
 
+@pytest.mark.parametrize("parts", ["tosa", "segments", "tome"])
+def test_functions_of_gradients(parts):
+    """torch.func, as for the gradients of single images."""
+    model, inputs, _ = made("timm vit", parts)
+    (images,) = inputs.values() if isinstance(inputs, dict) else (inputs,)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image):
+        return first(torch.func.functional_call(model, weights, (image[None],))).square().sum()
+
+    model.zero_grad()
+    loss(weights, images[0]).backward()
+    found = torch.func.grad(loss)(weights, images[0])
+    assert all(
+        torch.allclose(found[name], each.grad, atol=1e-4) for name, each in weights.items() if each.grad is not None
+    )
+
+
 def first(output) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output

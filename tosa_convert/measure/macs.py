@@ -16,6 +16,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import sample
 from tosa_convert.measure.tally import attention_macs, tally
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.modes import evaluating
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import original, with_threshold
 from tosa_convert.selective.selection import keeps_any_number, last_choices, selective_blocks
@@ -234,15 +235,9 @@ def _count(model: nn.Module, image: torch.Tensor) -> tuple[Counter, dict[str, in
     analysis = FlopCountAnalysis(_Outputs(model), image.to(parameter.device, parameter.dtype))
     analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return analysis.by_module(), dict(analysis.unsupported_ops())
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with warnings.catch_warnings(), torch.no_grad(), evaluating(model):
+        warnings.simplefilter("ignore")
+        return analysis.by_module(), dict(analysis.unsupported_ops())
 
 
 def _fused_attention(inputs: list, outputs: list) -> int:

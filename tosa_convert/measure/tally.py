@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tosa_convert.models.adapter import run
+from tosa_convert.models.modes import evaluating
 from tosa_convert.models.provenance import preprocessing_of
 
 
@@ -22,14 +23,11 @@ def tally(model: nn.Module, image: torch.Tensor | None, parts: list[nn.Module]) 
     preprocessing, parameter = preprocessing_of(model), next(model.parameters())
     if image is None:
         image = torch.zeros(1, preprocessing.channels, *preprocessing.size)
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad(), _Counter(parts) as counter:
+    with torch.no_grad(), evaluating(model), _Counter(parts) as counter:
         try:
-            run(model.eval(), image.to(parameter.device))
+            run(model, image.to(parameter.device))
         finally:
             counter.leave()
-            for module, training in modes.items():
-                module.training = training
     return counter.macs, counter.each
 
 

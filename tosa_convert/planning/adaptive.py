@@ -181,8 +181,9 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             stacklevel=2,
         )
     move(high[0])
-    reached = [block.selection.threshold for block in selective_blocks(moved)]
-    moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": reached})
+    reached = {block.selection.layer: block.selection.threshold for block in choosing_blocks(moved)}
+    layers = [block.selection.layer for block in selective_blocks(moved)]
+    moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": _for_each(layers, reached)})
     return moved
 
 
@@ -264,7 +265,7 @@ class _Thresholds:
             | self.variant
             | {
                 "ratio": [1.0 if caps is None else caps[layer] for layer in layers],
-                "threshold": [0.0 if thresholds is None else thresholds[layer] for layer in layers],
+                "threshold": _for_each(layers, thresholds or {}),
             }
         )
         if caps is None:
@@ -280,7 +281,16 @@ class _Thresholds:
             kept = 1 - min(1.0, factor * (1 - self.ratios[selection.layer]))
             selection.threshold_for = functools.partial(_quantile, selection, kept, found)  # type: ignore[method-assign]
         observe(probe, self.images)
-        return self._converted(caps, {layer: found.get(layer, 0.0) for layer in self.ratios})
+        return self._converted(caps, found)
+
+
+def _for_each(layers: list[int], found: dict[int, float]) -> list[float]:
+    """The threshold of each layer; one that goes on with the choice of the layer before has that of this one."""
+    each, last = [], 0.0
+    for layer in layers:
+        last = found.get(layer, last)
+        each.append(last)
+    return each
 
 
 def _quantile(selection: Selection, kept: float, found: dict[int, float], worth: torch.Tensor) -> float:

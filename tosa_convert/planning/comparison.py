@@ -16,6 +16,7 @@ from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import Keep, figures, observe, settled_keep
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
+from tosa_convert.models.modes import evaluating
 from tosa_convert.models.outputs import EMBEDDING, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.budget import Fitted, config_of, fitted
@@ -77,15 +78,31 @@ def compare(
     for budget in budgets:
         if not 0 < budget < 1:
             raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
-    model = model.to(device).eval()
+    with evaluating(model, device):
+        return _compared(model, data, budgets, methods, images, labels, distill_steps, keep, runtime, device, progress)
+
+
+def _compared(
+    model: nn.Module,
+    data: str | Path | None,
+    budgets: list[float],
+    methods: list[str],
+    images: int,
+    labels: bool,
+    distill_steps: int,
+    keep: str | None,
+    runtime: str | None,
+    device: str,
+    progress: Progress,
+) -> dict:
     samples, folder, truths = labelled_sample(model, data, images, labels)
-    keep = settled_keep(observe(model, samples[:1].to(device)), keep)
+    kept = settled_keep(observe(model, samples[:1].to(device)), keep)
     share_of, notes, converted, shares = MacsShare(model), [], {}, {}
     if data is None and {PLAN, ADAPTIVE} & set(methods):
         notes.append("plan was made on these same photos; give other images with --data for a fair comparison")
     before = len(notes)
     for name in methods:
-        reached = _at_budgets(model, name, budgets, keep, share_of, samples, notes, progress)
+        reached = _at_budgets(model, name, budgets, kept, share_of, samples, notes, progress)
         if distill_steps:
             try:
                 _teach([found for found, _ in reached.values()], data, distill_steps, device, progress)
@@ -127,7 +144,7 @@ def compare(
     return {
         "machine": machine(device),
         "data": folder.name,
-        "keep": keep.value,
+        "keep": kept.value,
         "images": len(samples),
         "labelled": truths is not None,
         "runtime": runtime,

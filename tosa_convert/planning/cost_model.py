@@ -64,6 +64,10 @@ class Prices:
         return 1 - sum(self.at(ratio, layer in follow) for layer, ratio in ratios.items())
 
 
+PLANNED = ("float32", "int8")
+"""Precisions of plans; weights would not come back from others as they were."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Under which a latency is measured: those under which the model will run.
@@ -90,9 +94,9 @@ class Conditions:
         Raises:
             UsageError: the runtime does not run in this precision, or there are fewer processors.
         """
-        known = PRECISIONS.get(self.runtime)
-        if known is None:
+        if self.runtime not in PRECISIONS:
             raise UsageError(f"runtime {self.runtime!r} is not known; choose from {', '.join(PRECISIONS)}")
+        known = [name for name in PRECISIONS[self.runtime] if name in PLANNED]
         if self.precision not in known:
             raise UsageError(
                 f"runtime {self.runtime} is not timed in {self.precision}, only in {' and '.join(known)}; "

@@ -10,6 +10,7 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.models.modes import evaluating
 from tosa_convert.planning.adaptive import adapted, check_adaptive
 from tosa_convert.planning.cost_model import Conditions
 from tosa_convert.planning.latency import share_for, within_latency
@@ -53,6 +54,7 @@ def find_plan(
         budget: share of the original's multiply–adds, or of its latency, in (0, 1); 0.75 if neither is given.
         target_drop: in place of a budget: find the cheapest plan with at most this drop, see :meth:`Search.drop`.
         labels: (B,) of the images, for ``target_drop``.
+        batch_size: images that are measured at once.
         keep: what is to stay as it is: "logits" of a classifier, "patches" (patch tokens and class token), "pooled"
             features or the embedding, or a dense head's "map". None is logits for classifiers and patches otherwise.
         by: "macs" or "latency", measured here; the plan itself is measured, too, and corrected until it is within
@@ -96,11 +98,8 @@ def find_plan(
         raise UsageError("max-macs bounds single images of an adaptive plan; give adaptive too, or leave it out")
     if adaptive:
         check_adaptive(images, budget if target_drop is None else None, max_macs)
-    if max_macs is not None and not 0 < max_macs <= 1:
-        raise UsageError(f"max-macs {max_macs:g} is out of range; give a share of the original's MACs such as 0.9")
-    training = model.training
-    try:
-        search = Search(model.eval(), images, labels, keep, segment, batch_size, progress or Progress())
+    with evaluating(model):
+        search = Search(model, images, labels, keep, segment, batch_size, progress or Progress())
         if target_ms is not None:
             budget = share_for(search, target_ms, conditions)
         settle_on_parts(search, budget)
@@ -111,5 +110,3 @@ def find_plan(
         alone = by == "macs" and (segment or 1) == 1
         best = against_published(search, found, target_drop) if alone else found
         return adapted(search, found, best, max_macs, target_drop) if adaptive else best
-    finally:
-        model.train(training)

@@ -36,8 +36,8 @@ def against_published(search: Search, plan: Plan, target: float | None = None) -
 
         def try_out(name: str) -> None:
             with suppress(TosaError):  # not for this model, or not at this budget
-                found[name] = fitted(search.model, name, plan.budget, search.share_of)
-                first[name] = _errors(search, found[name][0], 0)
+                converted = fitted(search.model, name, plan.budget, search.share_of)
+                found[name], first[name] = converted, _errors(search, converted[0], 0)
 
         for name in methods:
             try_out(name)

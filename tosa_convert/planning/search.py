@@ -70,11 +70,17 @@ class Search:
         progress: Progress,
     ):
         self.model, self.progress, self.task, self.segment = model, progress, task_of(model), segment
+        if batch_size < 1:
+            raise UsageError(f"batch_size {batch_size} is out of range; give 1 image or more")
+        if labels is not None and not self.task.metrics:
+            raise UsageError("labels are given, and this model has no task that is measured by them; leave them out")
+        if labels is not None and len(labels) != len(images):
+            raise UsageError(f"{len(labels)} labels are given for {len(images)} images; give each image its own")
         device, count = next(model.parameters()).device, len(images)
         # Each batch is spread over all images: neighbours may be crops of one photo.
         parts = -(-count // batch_size)
         order = torch.cat([torch.arange(part, count, parts) for part in range(parts)])
-        self.labels = None if labels is None else labels[order]
+        self.labels = None if labels is None else labels.cpu()[order]
         self.batches = [images[order[order % parts == part]].to(device) for part in range(parts)]
         self.starts = starts(len(adapter_of(model).blocks))
         self.wanted: list[Outputs] = []

@@ -29,11 +29,11 @@ class Shapes:
         self.known = {PLAIN: (0, 1.0, spans[0])}
 
     def first(self) -> dict[str, Shape]:
-        """Ramps that begin at different layers, bent differently, and the plain one."""
+        """Ramps that begin at different layers, bent differently, the plain one, and what comes down the furthest."""
         span = self.spans[min(1, len(self.spans) - 1)]
         firsts = sorted({min(start, len(self.layers) - 1) for start in self.starts})
         return {
-            **self._new([(first, bend, span) for first in firsts for bend in BENDS]),
+            **self._new([*((first, bend, span) for first in firsts for bend in BENDS), (0, 0.0, self.spans[-1])]),
             PLAIN: ramp(self.layers, self.spans[0]),
         }
 

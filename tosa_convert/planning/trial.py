@@ -1,5 +1,6 @@
 """Successive halving: all candidates on a few images, the better ones on more."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -25,29 +26,36 @@ class Trial:
         self.found: dict[tuple[str, int], torch.Tensor] = {}
 
     def halve(self, candidates: dict[str, Allocation], plain: str, what: str) -> str:
-        """The name of the best of the candidates on all images; the plain one is measured on all of them too."""
+        """The name of the best on all images of the candidates that were measured on them; the plain one always is."""
         self.candidates |= candidates
         going = list(candidates)
         rungs = [range(1), range(1, min(2, self.parts)), range(2, self.parts)]
         steps = len(going) + min(SURVIVORS[0], len(going)) + min(SURVIVORS[1], len(going)) * max(self.parts - 2, 0)
         with self.progress.track(what, steps) as advance:
             for rung, survivors in zip(rungs, (*SURVIVORS, 1), strict=True):
-                done: list[str] = []
+                done, leader = [], plain
+                # On the same images for all: one that was in an earlier trial has errors on more.
+                so_far = functools.partial(self._typical, parts=max(1, rung.stop))
                 for name in dict.fromkeys([*going, plain]):
-                    done.append(name)
                     for part in rung:
                         self._measure(name, part)
-                        advance(min(done, key=lambda each: typical(self.errors(each))))
-                going = sorted(going, key=lambda name: typical(self.errors(name)))[:survivors]
-        return going[0]
+                        advance(leader)
+                    done.append(name)
+                    leader = min(done, key=so_far)
+                going = sorted(going, key=so_far)[:survivors]
+        whole = [name for name in candidates if (name, self.parts - 1) in self.found]
+        return min(whole, key=self._typical)
 
     def _measure(self, name: str, part: int) -> None:
         if (name, part) not in self.found:
             self.found[name, part] = self.measure(self.candidates[name], part)
 
-    def errors(self, name: str) -> torch.Tensor:
-        """The errors of a candidate, image by image, as far as they were measured."""
-        return torch.cat([self.found[name, part] for part in range(self.parts) if (name, part) in self.found])
+    def errors(self, name: str, parts: int | None = None) -> torch.Tensor:
+        """The errors of a candidate, image by image, of the first parts or of all."""
+        return torch.cat([self.found[name, part] for part in range(parts or self.parts)])
+
+    def _typical(self, name: str, parts: int | None = None) -> float:
+        return typical(self.errors(name, parts))
 
 
 def roots(errors: torch.Tensor) -> torch.Tensor:

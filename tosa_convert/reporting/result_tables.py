@@ -241,7 +241,9 @@ def examine_table(results: dict) -> Table:
 
 def show_table(results: dict) -> Table:
     rows = [[f"layer {layer}", percent(share)] for layer, share in results["attended"].items()]
-    rows += [[f"MACs of {name}", percent(share)] for name, share in results["macs"].items()]
+    rows += [
+        [f"MACs of {name}", percent(share)] for name, share in zip(results["images"], results["macs"], strict=False)
+    ]
     notes = [f"images: {', '.join(results['images'])}; plot: {results['plot']}"]
     if results["macs"] and min(results["attended"].values()) == 1:
         notes.append(KEEPS_ALL)

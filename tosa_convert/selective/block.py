@@ -45,26 +45,10 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
         adapter.check_arguments(selection.layer, others, named)
         if not selection.selects:
             return base.forward(self, entering, *others, **named)
-        tokens, padding = adapter.taken(entering), adapter.padding(others, named)
-        if selection.per_head:
-            if padding is not None:
-                raise TosaError(
-                    f"selective layer {selection.layer} chooses for each head, and was called with a mask of padding; "
-                    "convert with --selection shared"
-                )
-            arrival = selection.arrive(selection.current.state, entering, padding)
-            choice, _ = _choose(self, tokens, arrival, others, named)
-            attend = functools.partial(attend_per_head, adapter, adapter.attention(self), choice.attended)
-            with answered(adapter.attention(self), attend):
-                return base.forward(self, entering, *others, **named)
-        run = functools.partial(_run, self, base, others, named)
-        arrival = selection.arrive(selection.current.state, entering, padding)
-        choose = functools.partial(_choose, self, tokens, arrival, others, named)
-        if selection.bypass.shares:
-            after = _by_groups(self, run, choose, tokens, arrival)
-        else:
-            after = _by_layer(self, run, choose, tokens)
-        return adapter.given_back(adapter.restored(_weighed(self, tokens, after), entering))
+        try:
+            return _selected(self, base, entering, others, named)
+        finally:
+            selection.current.end_again()
 
     def called_with(self, args: tuple, kwargs: dict) -> dict:
         """What it is called with after its tokens, by name."""
@@ -72,6 +56,30 @@ def selective_class(base: type[nn.Module]) -> type[nn.Module]:
 
     members = {"forward": forward, "listen": listen, "called_with": called_with}
     return grafted_class("Selective", base, (selective_class, base), **members)
+
+
+def _selected(block: nn.Module, base: type, entering, args: tuple, kwargs: dict):
+    """A block's forward with a choice of its tokens."""
+    selection, adapter = block.selection, block.adapter
+    tokens, padding = adapter.taken(entering), adapter.padding(args, kwargs)
+    if selection.per_head and padding is not None:
+        raise TosaError(
+            f"selective layer {selection.layer} chooses for each head, and was called with a mask of padding; "
+            "convert with --selection shared"
+        )
+    arrival = selection.arrive(entering, padding)
+    choose = functools.partial(_choose, block, tokens, arrival, args, kwargs)
+    if selection.per_head:
+        choice, _ = choose()
+        attend = functools.partial(attend_per_head, adapter, adapter.attention(block), choice.attended)
+        with answered(adapter.attention(block), attend):
+            return base.forward(block, entering, *args, **kwargs)
+    run = functools.partial(_run, block, base, args, kwargs)
+    if selection.bypass.shares:
+        after = _by_groups(block, run, choose, tokens, arrival)
+    else:
+        after = _by_layer(block, run, choose, tokens)
+    return adapter.given_back(adapter.restored(_weighed(block, tokens, after), entering))
 
 
 def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice, tokens, sizes=None, normed=None):

@@ -63,9 +63,8 @@ class Containers:
     def _with(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         if mask is None:
             return self.same
-        across = mask[0][..., self.taken]  # (H or 1, K or 1, C, L)
         if mask.shape[-2] == 1:
-            added = across.permute(2, 0, 1, 3)
+            added = mask[0][..., self.taken].permute(2, 0, 1, 3)  # of (H or 1, 1, C, L)
         else:
             rows = self.taken[:, :, None]
             added = mask[0][:, rows, self.taken[:, None]].transpose(0, 1)

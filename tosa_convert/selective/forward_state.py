@@ -68,7 +68,9 @@ def version_of(tokens: torch.Tensor) -> int | None:
 def may_run_again() -> bool:
     """Whether gradient checkpointing could run a block once more for this forward pass."""
     # Not only with gradients or in training: re-entrant checkpointing runs its first pass without, in eval mode too.
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled())
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled():
+        return False
+    return torch._C._functorch.maybe_current_level() is None  # torch.func's tensors have no memory of their own
 
 
 class ForwardState:
@@ -86,11 +88,13 @@ class ForwardState:
         gates: layer → logits (B, N) of its gate, with gradients.
         weights: layer → (B, N), what multiplies what it adds to each token that attends, until it does.
         row: the row of images that a layer runs, while it does, where these keep different numbers of tokens.
+        again: whether it is of a single layer, which gradient checkpointing runs once more in a thread of its own.
     """
 
-    def __init__(self, grid: tuple[int, ...] | None, share: float | None = None):
+    def __init__(self, grid: tuple[int, ...] | None, share: float | None = None, again: bool = False):
         self.grid = grid
         self.share = share
+        self.again = again
         self.readings: dict[int, Any] = {}
         self.features: dict[int, torch.Tensor] = {}
         self.scores: dict[int, torch.Tensor] = {}
@@ -174,6 +178,16 @@ class CurrentForward(Hook):
             yield
         finally:
             self._share.set(None)
+
+    def begin_again(self, arrival: "Arrival") -> None:
+        """Before a layer is run once more: autograd goes back through a GPU in a thread that has begun no pass."""
+        if self.last is None:
+            self._state.set(ForwardState(arrival.grid, arrival.share, again=True))
+
+    def end_again(self) -> None:
+        """After it: nobody takes what it leaves."""
+        if self.last is not None and self.last.again:
+            self._state.set(None)
 
     def forget(self) -> None:
         """Let go of what the last forward pass left."""

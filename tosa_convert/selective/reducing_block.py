@@ -65,28 +65,10 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
                 f"layer {selection.layer} was called with a mask, which bypass {selection.bypass.name()} does not "
                 "support; use identity, borrow or merge, or run the model without a mask"
             )
-        state, bypass = selection.current.state, selection.bypass
-        arrival, whole = selection.arrive(state, entering), selection.current.puts_back
-        tokens, groups = _those_left(adapter, entering, arrival, whole)
-        alone = groups if arrival.groups is None else None  # each token for itself
-
-        def go(tokens, groups=None, sizes=None):
-            if groups is None:  # nobody asks where they are
-                return adapter.call(self, base.forward, tokens, args, kwargs)
-            # What stands apart may stand for tokens that another one stands for too, so it has a place, not members.
-            joins = isinstance(adapter, RelativeAdapter) and groups is not alone and not groups.apart
-            joined = {"members": groups.places} if joins else {}
-            return adapter.call(self, base.forward, tokens, args, kwargs, groups.at, sizes, **joined)
-
-        if not selection.reduces or selection.steps_of(arrival.share) == RATIO_STEPS:
-            tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
-        else:
-            reduce = _before if bypass.acts is Acts.BEFORE else _between
-            tokens, groups = reduce(self, go, tokens, groups, arrival)
-        state.groups[selection.layer] = groups
-        if groups.places is not None and (whole or selection.last):
-            tokens = adapter.restored(gather_tokens(tokens, groups.places), entering)
-        return adapter.given_back(tokens)
+        try:
+            return _reduced(self, base, entering, args, kwargs)
+        finally:
+            selection.current.end_again()
 
     def listen_for_partners(self, queries, keys):
         if self.selection.selects:
@@ -94,6 +76,33 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
 
     members = {"forward": forward, "listen": listen, "listen_for_partners": listen_for_partners}
     return grafted_class("Reducing", base, (reducing_class, base), **members)
+
+
+def _reduced(block: nn.Module, base: type, entering, args: tuple, kwargs: dict):
+    """A block's forward on the tokens that are left when it is reached."""
+    selection, adapter = block.selection, block.adapter
+    arrival, whole = selection.arrive(entering), selection.current.puts_back
+    state, bypass = selection.current.state, selection.bypass
+    tokens, groups = _those_left(adapter, entering, arrival, whole)
+    alone = groups if arrival.groups is None else None  # each token for itself
+
+    def go(tokens, groups=None, sizes=None):
+        if groups is None:  # nobody asks where they are
+            return adapter.call(block, base.forward, tokens, args, kwargs)
+        # What stands apart may stand for tokens that another one stands for too, so it has a place, not members.
+        joins = isinstance(adapter, RelativeAdapter) and groups is not alone and not groups.apart
+        joined = {"members": groups.places} if joins else {}
+        return adapter.call(block, base.forward, tokens, args, kwargs, groups.at, sizes, **joined)
+
+    if not selection.reduces or selection.steps_of(arrival.share) == RATIO_STEPS:
+        tokens = go(tokens, groups, groups.sizes if bypass.proportional else None)
+    else:
+        reduce = _before if bypass.acts is Acts.BEFORE else _between
+        tokens, groups = reduce(block, go, tokens, groups, arrival)
+    state.groups[selection.layer] = groups
+    if groups.places is not None and (whole or selection.last):
+        tokens = adapter.restored(gather_tokens(tokens, groups.places), entering)
+    return adapter.given_back(tokens)
 
 
 def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whole: bool):

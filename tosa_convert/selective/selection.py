@@ -115,11 +115,13 @@ class Selection:
         """Let the score read queries and keys, (B, H, N, D); no more of them is kept than it needs."""
         if self.selects and not self.follows:
             with torch.no_grad():  # a hard choice has no gradient; a score learns by distillation
-                state = self.current.state
+                state = self.current.last
+                if state is None:  # a layer before this one is run once more, whose readings were taken
+                    return
                 read = score if state.row is None else functools.partial(state.row.hear, self.layer, score)
                 state.readings[self.layer] = read(queries, keys)
 
-    def arrive(self, state: ForwardState, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> Arrival:
+    def arrive(self, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> Arrival:
         """What the layers before hand on to this one, with the tokens that enter it; the same when the layer is run
         once more on these tokens.
 
@@ -129,7 +131,9 @@ class Selection:
         kept = may_run_again()
         known = self.current.recollection.find(self.layer, tokens) if kept else None
         if known is not None:
+            self.current.begin_again(known)
             return known
+        state = self.current.state
         before = self.previous if self.previous is not None and self.previous.selects else None
         arrival = Arrival(
             grid=state.grid,
@@ -178,7 +182,7 @@ class Selection:
         view = view._replace(before=arrival.before, threshold=self.threshold or 0.0)
         with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
             if self.threshold is not None:
-                worth = self._by_chance(self._worth(score, view, state, arrival), state)
+                worth = self._by_chance(self._worth(score, view, state, arrival), state, arrival.padding)
                 most = kept if view.steps < RATIO_STEPS else None
                 found = choose_above(worth, self.prefix, self.threshold_for(worth), most)
             elif score.gates:
@@ -209,17 +213,22 @@ class Selection:
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
         return self._settled(values, state, arrival)
 
-    def _by_chance(self, worth: torch.Tensor, state: ForwardState) -> torch.Tensor:
-        """(B, N); of a control with the values of the patches in another order, the same one in every image, and what
-        weighs them with them."""
+    def _by_chance(self, worth: torch.Tensor, state: ForwardState, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, N); of a control with the values of the patches in another order, the same one in every image but for
+        its padding, which stays where it is, and what weighs them with them."""
         if self.chance is None:
             return worth
         generator = torch.Generator().manual_seed(as_seed(1009 * self.chance + self.layer))
-        order = torch.randperm(worth.shape[1] - self.prefix, generator=generator) + self.prefix
-        order = torch.cat([torch.arange(self.prefix), order]).to(worth.device)
+        drawn = torch.randperm(worth.shape[1] - self.prefix, generator=generator).to(worth.device)
+        absent = torch.zeros_like(worth, dtype=torch.bool) if padding is None else padding
+        absent = absent[:, self.prefix :]
+        # Patches in the order that was drawn, and their places in the image; what pads it is behind both.
+        source = drawn[absent[:, drawn].long().argsort(stable=True, dim=1)]
+        order = torch.empty_like(source).scatter(1, absent.long().argsort(stable=True, dim=1), source) + self.prefix
+        order = torch.cat([torch.arange(self.prefix, device=order.device).expand(len(order), -1), order], dim=1)
         if self.layer in state.weights:
-            state.weights[self.layer] = state.weights[self.layer].index_select(1, order)
-        return worth.index_select(1, order)
+            state.weights[self.layer] = state.weights[self.layer].gather(1, order)
+        return worth.gather(1, order)
 
     def _settled(self, scores: torch.Tensor, state: ForwardState, arrival: Arrival) -> torch.Tensor:
         """Scores of the tokens that were read, (B, H, N) or (B, N) → of all tokens, (B, N), noted in the state."""

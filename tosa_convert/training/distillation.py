@@ -1,5 +1,6 @@
 """Stage 1: the selectors learn from the model itself; no labels, and the backbone does not move."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tosa_convert.runs.lock import writes_alone
 from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import task_of
-from tosa_convert.training.engine import Stage, make_accelerator, train
+from tosa_convert.training.engine import Stage, lent, make_accelerator, train
 from tosa_convert.training.impact import learn_impact
 
 
@@ -56,16 +57,9 @@ def distill(
         return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
     images = task_of(model).read(data, preprocessing_of(model), settings.augment, seed)
-    home = next(model.parameters()).device
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    stage = Stage("distill", SelectorDistillation(model, kl=settings.kl), settings, seed, out, resume)
-    try:
+    with lent(model), closing(SelectorDistillation(model, kl=settings.kl)) as objective:
+        stage = Stage("distill", objective, settings, seed, out, resume)
         return train(stage, images, accelerator, progress or Progress())
-    finally:
-        for parameter, was in frozen.items():
-            parameter.requires_grad_(was)
-        stage.objective.close()
-        model.to(home).eval()
 
 
 def check_distillable(model: nn.Module) -> None:

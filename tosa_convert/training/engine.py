@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +84,19 @@ def make_accelerator(device: str | None, settings: TrainSettings) -> Accelerator
     )
 
 
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """Within this block a stage may freeze parameters of a model and move it. Afterwards the same parameters learn as
+    before, and it is on its device, in eval mode."""
+    home, learning = next(model.parameters()).device, {each: each.requires_grad for each in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, learns in learning.items():
+            parameter.requires_grad_(learns)
+        model.to(home).eval()
+
+
 @unmoved()
 def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Progress) -> dict:
     """Run a stage to its end.
@@ -93,7 +106,7 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
         seen, and the names of images that could not be read.
 
     Raises:
-        UsageError: weights in half precision, which small steps would not change.
+        UsageError: weights in float16, which small steps would not change.
     """
     check_weights(stage.objective)
     settings, world = stage.settings, accelerator.num_processes
@@ -170,11 +183,16 @@ def _grouped(loader, size: int) -> Iterator[list[dict]]:
             group = []
 
 
+def _draws(stage: Stage) -> dict[str, int]:
+    """What decides, with the number of processes, which images a step sees."""
+    return {"seed": stage.seed, "batch_size": stage.settings.batch_size, "accumulate": stage.settings.accumulate}
+
+
 def _resume(stage: Stage, accelerator: Accelerator) -> dict:
     """Load the stage's newest whole checkpoint; what was noted with it, nothing if there is none.
 
     Raises:
-        UsageError: it is of another number of processes, which would see other images.
+        UsageError: it is of another number of processes, other batches or another seed, and would see other images.
     """
     whole = {}
     for folder in (stage.out / CHECKPOINT, stage.out / f"{CHECKPOINT}.part"):
@@ -188,6 +206,12 @@ def _resume(stage: Stage, accelerator: Accelerator) -> dict:
         raise UsageError(
             f"this training was begun with {noted['processes']} processes and would go on elsewhere in its data with "
             f"{world}; resume it with as many (torchrun --nproc-per-node {noted['processes']})"
+        )
+    changed = [name for name, value in _draws(stage).items() if noted.get(name, value) != value]
+    if changed:
+        raise UsageError(
+            f"this training was begun with another {' and '.join(changed)} and would go on elsewhere in its data; give "
+            f"{', '.join(f'{name} {noted[name]}' for name in changed)} as before, or start anew with another --out"
         )
     if accelerator.is_main_process:
         cut_metrics(stage.out, stage.name, step)
@@ -307,7 +331,7 @@ class _Recorder:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             noted = {"stage": self.stage.name, "step": step, "processes": self.accelerator.num_processes}
-            write_json(fresh / STEP_FILE, {**noted, "broken": broken})
+            write_json(fresh / STEP_FILE, {**noted, **_draws(self.stage), "broken": broken})
             _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()

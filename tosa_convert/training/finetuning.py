@@ -1,7 +1,7 @@
 """Stage 2: the model learns to work with its layers selective; the selectors do not move."""
 
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from tosa_convert.runs.lock import writes_alone
 from tosa_convert.selective.conversion import is_converted, is_whole, original
 from tosa_convert.selective.selection import choosing_blocks
 from tosa_convert.tasks.task import task_of
-from tosa_convert.training.engine import Stage, make_accelerator, train
-from tosa_convert.training.loss import Situation, every_loss
+from tosa_convert.training.engine import Stage, lent, make_accelerator, train
+from tosa_convert.training.loss import Loss, Situation, every_loss
 from tosa_convert.training.losses.labels import Labels
 from tosa_convert.training.optimisation import check_optimiser, drop_path, layer_scales
 
@@ -72,47 +72,37 @@ def finetune(
         raise UsageError("the model is not converted: run distill first, or use convert(model, ...)")
     settings = settings or FinetuneSettings()
     images, weights = _opened(model, data, settings, masks_of(masks, boxes), seed)
-    frozen = _freeze_backbone(model) if settings.head_only else []
     accelerator = make_accelerator(device, settings)
-    home = next(model.parameters()).device
-    objective = SelectiveFinetuning(model, weights, settings)
-    stage = Stage(
-        "finetune",
-        objective,
-        settings,
-        seed,
-        out,
-        resume,
-        scales=layer_scales(model, settings.layer_decay) | _fresh(model),
-        repeats=settings.aug_repeats,
-        averaged=model if settings.model_ema_decay else None,
-        decay=settings.model_ema_decay or 0.0,
-    )
-    try:
-        objective.teacher[0].to(accelerator.device)
-        with drop_path(adapter_of(model), settings.drop_path):
-            return train(stage, images, accelerator, progress or Progress())
-    finally:
-        for block in choosing_blocks(model):
-            block.selector.requires_grad_(True)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        objective.close()
-        model.to(home).eval()
+    with lent(model):
+        if settings.head_only:
+            _freeze_backbone(model)
+        with closing(SelectiveFinetuning(model, weights, settings)) as objective:
+            stage = Stage(
+                "finetune",
+                objective,
+                settings,
+                seed,
+                out,
+                resume,
+                scales=layer_scales(model, settings.layer_decay) | _fresh(model),
+                repeats=settings.aug_repeats,
+                averaged=model if settings.model_ema_decay else None,
+                decay=settings.model_ema_decay or 0.0,
+            )
+            objective.teacher[0].to(accelerator.device)
+            with drop_path(adapter_of(model), settings.drop_path):
+                return train(stage, images, accelerator, progress or Progress())
 
 
-def _freeze_backbone(model: nn.Module) -> list[nn.Parameter]:
-    """Let the head alone learn; gives what was frozen.
+def _freeze_backbone(model: nn.Module) -> None:
+    """Let the head alone learn.
 
     Raises:
         UsageError: the model has no head of ours.
     """
     if not isinstance(model, DenseModel):
         raise UsageError("head_only is for a backbone under a new head (--task, --head); leave it out")
-    frozen = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen
+    model.encoder.requires_grad_(False)
 
 
 def check_finetuning(
@@ -271,7 +261,13 @@ class SelectiveFinetuning(nn.Module):
         mixes = settings.mixup or settings.cutmix
         self.mix = Mixup(**mixing, num_classes=outputs_of(model)) if mixes else None
         filled = settings.model_copy(update=weights)
-        self.losses = [kind(model, teacher, filled) for kind in wanted]
+        self.losses: list[Loss] = []
+        try:
+            for kind in wanted:
+                self.losses.append(kind(model, teacher, filled))
+        except Exception:
+            self.close()
+            raise
 
     def train(self, mode: bool = True) -> "SelectiveFinetuning":
         """Taught by the original alone, batch normalisation keeps the statistics that the teacher works with: those of

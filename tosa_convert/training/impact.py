@@ -236,7 +236,7 @@ def _has_labels(task: Task, images: Images, model: nn.Module) -> bool:
 @unmoved()
 def _train(model: nn.Module, examples: list[Example], settings: DistillSettings, seed: int, progress: Progress) -> dict:
     """Train the filter; {"loss", "precision", "recall", "kept", "steps"}."""
-    score: Impact = choosing_blocks(model)[0].selector
+    score: Impact = choosing_blocks(model)[0].selector.requires_grad_(True)
     device = next(model.parameters()).device
     tokens, impact = (torch.stack(each).to(device) for each in zip(*examples, strict=True))
     tokens = tokens.to(next(score.parameters()).dtype)

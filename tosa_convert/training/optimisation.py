@@ -34,7 +34,7 @@ def check_optimiser(settings: TrainSettings) -> None:
 def check_weights(module: nn.Module) -> None:
     """
     Raises:
-        UsageError: weights in half precision, which small steps would not change.
+        UsageError: weights in float16, which small steps would not change.
     """
     if any(parameter.dtype == torch.float16 for parameter in module.parameters()):
         raise UsageError(
@@ -49,13 +49,15 @@ def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.
         scales: parameter → what its learning rate is multiplied by, 1 if it is not there.
 
     Raises:
-        UsageError: there is none of this name, or it needs a package that is missing.
+        UsageError: nothing is trainable, or there is no optimiser of this name, or it needs a package that is missing.
     """
     check_optimiser(settings)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in trained.parameters():
         if parameter.requires_grad:
             groups.setdefault(((scales or {}).get(parameter, 1.0), parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise UsageError("nothing is trainable: all parameters are frozen; call model.requires_grad_(True) first")
     given = [
         {"params": some, "lr_scale": scale, "weight_decay": settings.weight_decay if matrices else 0.0}
         for (scale, matrices), some in groups.items()

@@ -102,12 +102,13 @@ def show_stage(
     looks = look_at_files(model, files or built_in_scenes(), before)
     if is_converted(model) and not looks.views[0]:
         raise UsageError(f"{source} skips no tokens: all its ratios are 1")
-    names, costs = looks.names, {}
+    names, costs = looks.names, []
     if keeps_any_number(model):
         share_of, preprocessing = MacsShare(original(model)), preprocessing_of(model)
-        for name, path in zip(names, files or built_in_scenes(), strict=True):
-            costs[name] = share_of.of(model, read_image(path, preprocessing)[None])
-        looks = looks._replace(names=[f"{name}\n{costs[name]:.0%} of the MACs" for name in names])
+        costs = [share_of.of(model, read_image(path, preprocessing)[None]) for path in files or built_in_scenes()]
+        looks = looks._replace(
+            names=[f"{name}\n{cost:.0%} of the MACs" for name, cost in zip(names, costs, strict=True)]
+        )
     views_plot(looks, out)
     layers = [view.layer for view in looks.views[0]]
     shares = {

@@ -23,7 +23,7 @@ class TokenCut(Loss):
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         adapter = adapter_of(model)
-        self.sides = [_Side(adapter, block) for block in selective_blocks(model)]
+        self.sides = [_Side(adapter, block) for block in selective_blocks(model) if block.selection.selects]
 
     @classmethod
     def check(cls, situation):
