@@ -39,7 +39,7 @@ def bench(
         str | None,
         typer.Option(
             help="comma-separated: float32, int8 (of ONNX files), and bfloat16 on a GPU",
-            show_default="all on this device",
+            show_default="float32, and bfloat16 on a GPU",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(help="threads of torch and ONNX Runtime", callback=at_least(1))] = 1,
@@ -49,7 +49,7 @@ def bench(
         typer.Option(help="time on images: " + IMAGES, show_default="noise; built-in photos where it has to be images"),
     ] = None,
     images: Annotated[int, typer.Option(help="number of images to time on", callback=at_least(1))] = 24,
-    memory: Annotated[bool, typer.Option(help="measure peak memory, each model in its own process")] = True,
+    memory: Annotated[bool, typer.Option(help="measure peak memory, on a CPU each model in its own process")] = True,
     device: Device = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for bench.json and bench.png", show_default="the run")
