@@ -44,7 +44,7 @@ DESCRIBED = {
     "--maps": ["1 without labels"],
     "--cut": ["1 with method idle"],
     "--consistency": ["1 with method mctf"],
-    "--precision": ["all on this device"],
+    "--precision": ["float32, and bfloat16 on a GPU"],
     "--hidden": ["2 per head"],
     "--r": ["by --ratio"],
     "--rho": ["by --kept"],

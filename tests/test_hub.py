@@ -135,7 +135,7 @@ def test_only_a_run_is_pushed(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["push", str(tmp_path), "someone/vit"])
     assert stop.value.code == 2
-    assert "is not a run; name the folder of one" in capsys.readouterr().err
+    assert "is not a run, nor a model folder" in capsys.readouterr().err
 
 
 def test_a_card_says_what_a_run_is_and_a_text_of_ones_own_stays(quick_run, capsys):

@@ -89,7 +89,7 @@ def check_finished(folder: Path) -> None:
         raise UsageError(f"{folder} holds runs; name one of them: {', '.join(inside)}")
     if (folder / "recipe.yaml").exists():
         raise TosaError(f"{folder} is an interrupted run; finish it with the same command and --resume")
-    raise UsageError(f"{folder} is not a run; name the folder of one")
+    raise UsageError(f"{folder} is not a run, nor a model folder with a config.json; name the folder of one")
 
 
 def load_run(folder: str | Path) -> nn.Module:

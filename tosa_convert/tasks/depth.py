@@ -126,7 +126,7 @@ def errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
             apart.square().mean().sqrt(),
             logs.square().mean().sqrt(),
             (found.log10() - truth.log10()).abs().mean(),
-            100 * (logs.square().mean() - logs.mean().square()).clamp(min=0).sqrt(),
+            100 * logs.std(correction=0),
             *((ratio < 1.25**power).float().mean() for power in (1, 2, 3)),
         ]
     )
