@@ -175,12 +175,15 @@ def one(task: Task, base: nn.Module, name: str, budget: float, seed: int) -> dic
     before, settings = copy.deepcopy(converted), FinetuneSettings(**task.finetune)
     kept = {"out": place / "finetune", "seed": seed, "resume": True}
     finetune(converted, task.train, settings, **kept, progress=Progress(), **labels_of(task, name))
-    if name.endswith("spa"):  # gates go on learning, so their thresholds are set again
+    counted, moved = sample(task.test, preprocessing_of(base), COUNTED)[0], {}
+    if converted.tosa_config.threshold is not None:  # training changes what thresholds were set for
+        moved = {"macs_until_moved": 1 - flops(converted, images=counted).saved}
         converted = at_mean(converted, calibration(task, base, COUNTED), budget)
-    parts, cost = converted.tosa_config, flops(converted, images=sample(task.test, preprocessing_of(base), COUNTED)[0])
+    parts, cost = converted.tosa_config, flops(converted, images=counted)
     macs, right = cost.macs / cost.original, top1(task, {"before": before, "top1": converted})
     return {
         "macs": macs,
+        **moved,
         **right,
         # chance is not exported, and the original is what others are timed against
         **(speed(task, base, converted, macs) if task.timed and name not in (ORIGINAL, *CONTROLS) else {}),
