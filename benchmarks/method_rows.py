@@ -179,8 +179,8 @@ def one(task: Task, base: nn.Module, name: str, budget: float, seed: int) -> dic
     if converted.tosa_config.threshold is not None:  # training changes what thresholds were set for
         moved = {"macs_until_moved": 1 - flops(converted, images=counted).saved}
         converted = at_mean(converted, calibration(task, base, COUNTED), budget)
-    parts, cost = converted.tosa_config, flops(converted, images=counted)
-    macs, right = cost.macs / cost.original, top1(task, {"before": before, "top1": converted})
+    parts, macs = converted.tosa_config, 1 - flops(converted, images=counted).saved
+    right = top1(task, {"before": before, "top1": converted})
     return {
         "macs": macs,
         **moved,

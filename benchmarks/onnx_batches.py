@@ -58,9 +58,8 @@ class Blocks(nn.Module):
         return tokens.index_copy(1, chosen, block(tokens[:, chosen]))
 
     def row(self, block: nn.Module, tokens: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
-        batch, count, _ = tokens.shape
         flat, chosen = tokens.flatten(0, 1), found(attends.flatten())
-        image = chosen // count
+        image = chosen // tokens.shape[1]
         mask = torch.zeros(1).masked_fill(image[:, None] != image, float("-inf"))
         return flat.index_copy(0, chosen, block(flat[None, chosen], attn_mask=mask)[0]).reshape(tokens.shape)
 
@@ -89,6 +88,7 @@ class Blocks(nn.Module):
 
 
 def found(attends: torch.Tensor) -> torch.Tensor:
+    """(N,), whether each token attends → the places of those that do."""
     chosen = attends.nonzero()[:, 0]
     torch._check(chosen.shape[0] >= 2)
     return chosen
@@ -132,8 +132,8 @@ def main() -> None:
         for threads in arguments.threads:
             sessions = {way: opened(file, threads) for way, file in files.items()}
             for batch in arguments.batches:
-                found = measure(sessions, tokens[:batch], attends[:, :batch], threads, arguments.rounds)
-                rows.append({"threads": threads, "batch": batch, **found})
+                speeds = measure(sessions, tokens[:batch], attends[:, :batch], threads, arguments.rounds)
+                rows.append({"threads": threads, "batch": batch, **speeds})
                 print(rows[-1], flush=True)
     record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows})
 

@@ -213,7 +213,7 @@ class Selection:
         values = torch.cat([values.mean(1) if values.ndim == 3 else values for values in each], dim=1)
         return self._settled(values, state, arrival)
 
-    def _by_chance(self, worth: torch.Tensor, state: ForwardState, padding: torch.Tensor | None = None) -> torch.Tensor:
+    def _by_chance(self, worth: torch.Tensor, state: ForwardState, padding: torch.Tensor | None) -> torch.Tensor:
         """(B, N); of a control with the values of the patches in another order, the same one in every image but for
         its padding, which stays where it is, and what weighs them with them."""
         if self.chance is None:

@@ -27,6 +27,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.metrics_log import append_metrics
 from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import Task, task_of
+from tosa_convert.training.engine import lent
 from tosa_convert.training.optimisation import check_weights, make_optimizer, make_schedule
 
 FILE = "impact.safetensors"
@@ -64,24 +65,22 @@ def learn_impact(
         share of all passes.
     """
     check_weights(model)
-    task, home = task_of(model), next(model.parameters()).device
+    task = task_of(model)
     images = task.read(data, preprocessing_of(model), None, seed)
     if images.reader.streams:
         raise UsageError("token impact looks at a sample of the images, and a stream has none; give hfds: or a folder")
     if min(settings.examples, len(images)) < 2:
         raise UsageError(TOO_FEW)
-    model.to(processes.pick_device(device)).eval()
     if out:
         out.mkdir(parents=True, exist_ok=True)
-    try:
+    with lent(model):
+        model.to(processes.pick_device(device)).eval()
         worked_out = _Examples(out / FILE if out else None, resume, settings.checkpoint_minutes)
         broken = _worked_out(model, task, images, settings.examples, worked_out, progress)
         if not worked_out.found:
             raise TosaError(f"none of the images in {images.name} can be read")
         examples = [worked_out.found[index] for index in sorted(worked_out.found)]
         figures = _train(model, examples, settings, seed, progress)
-    finally:
-        model.to(home)
     if out and processes.is_main():
         append_metrics(
             out, stage="distill", step=figures["steps"], **{k: v for k, v in figures.items() if k != "steps"}
