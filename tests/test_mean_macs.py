@@ -74,6 +74,19 @@ def test_thresholds_are_moved_to_a_mean_after_training(tosa, outlined):
     assert not Path("none").exists()
 
 
+def test_a_training_that_moves_the_cost_of_a_run_says_so(tosa, outlined):
+    train = ("--data", outlined[0], "--batch-size", 4, "--teacher")
+    for source, options, says in (
+        (("quickstart", "--method", "spa"), ("--steps", 1, "--out", "first"), False),
+        (("first",), ("--steps", 1, "--lr", 1e-9, "--out", "still"), False),
+        (("first",), ("--steps", 3, "--lr", 0.2, "--out", "moved"), True),
+        (("first",), ("--steps", 3, "--lr", 0.2, "--mean-macs", 0.75, "--out", "set"), False),
+    ):
+        code, _, err = tosa("finetune", *source, *train, *options)
+        assert code == 0, err
+        assert ("of the MACs now, 1.00" in " ".join(err.split())) == says, (options, err)
+
+
 def test_what_cannot_be_traced_or_exported_says_so():
     model, images = convert(vit(), score="norm", threshold=2.0, layers=[2, 4]), photos()
     with pytest.raises(TosaError, match="cannot be traced"):

@@ -35,13 +35,12 @@ from tosa_convert.workflows.same_job import OtherJobError, check_same_job
 from tosa_convert.workflows.sources import (
     check_measured,
     converted,
-    counted_source,
     eval_source,
     to_finetune,
     to_measure,
     train_source,
 )
-from tosa_convert.workflows.thresholds import IMAGES, check_thresholds, with_mean
+from tosa_convert.workflows.thresholds import check_thresholds, cost_of, warn_of_other_cost, with_mean
 
 EXAMPLES = 32
 """Images over which multiply–adds are counted."""
@@ -77,7 +76,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
             runs.prepare(out, resume)
             write_text(out / "recipe.yaml", resolved.to_yaml())
             model = with_mean(model, recipe, progress)
-            results = {"stage": "convert", "run": str(out), "flops": _cost(model, recipe)}
+            results = {"stage": "convert", "run": str(out), "flops": cost_of(model, recipe)}
             _keep(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
@@ -96,7 +95,7 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
             f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first "
             "(distill: in a recipe), then finetune that run"
         )
-    return _train_stage("finetune", model, recipe, out, resume, device, progress)
+    return _train_stage("finetune", model, recipe, out, resume, device, progress, fresh)
 
 
 @writes_alone
@@ -291,11 +290,6 @@ def _on_these_images(model: nn.Module, source: str, data: str | None, progress: 
     return {"macs": {name: cost[name] / cost["original"] for name in ("macs", "least", "most")}, "macs_before": before}
 
 
-def _cost(model: nn.Module, recipe: Recipe) -> dict:
-    """Multiply–adds, where they differ from image to image over as many of the recipe's as thresholds are moved on."""
-    return flops_on(model, counted_source(recipe), IMAGES) if keeps_any_number(model) else flops_on(model)
-
-
 def _reading(settings) -> dict:
     return {"batch_size": settings.batch_size, "workers": settings.workers}
 
@@ -313,7 +307,9 @@ def _original(model: nn.Module) -> nn.Module | None:
     return before if before is not None and outputs_of(before) == outputs_of(model) else None
 
 
-def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress) -> dict:
+def _train_stage(
+    name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress, fresh: bool = True
+) -> dict:
     settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
     check_thresholds(model, recipe)
     verb = {"distill": distill, "finetune": finetune}[name]
@@ -327,6 +323,7 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
+    before = None if fresh or recipe.mean_macs is not None else cost_of(model, recipe)
     options = {"seed": recipe.seed, "device": device, "progress": progress}
     if name == "finetune":
         options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
@@ -337,7 +334,8 @@ def _train_stage(name: str, model: nn.Module, recipe: Recipe, out: Path, resume:
             runs.discard(out)  # nothing was done yet
         raise
     model = with_mean(model, recipe, progress)
-    results = {"stage": name, "run": str(out), **figures, "flops": _cost(model, recipe)}
+    results = {"stage": name, "run": str(out), **figures, "flops": cost_of(model, recipe)}
+    warn_of_other_cost(before, results["flops"])
     if name == "finetune" and is_whole(model):
         model = as_it_is(model)
     if processes.is_main():

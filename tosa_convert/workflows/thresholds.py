@@ -9,12 +9,15 @@ from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.images import sample
+from tosa_convert.measure.macs import flops_on
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import FEWEST, at_mean, check_differing, check_reachable
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.sources import counted_source
 
 IMAGES = 48
+WORTH_SAYING = 0.01
+"""Of the original's multiply–adds: how far a training may move what images take before it is said."""
 
 
 def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
@@ -50,6 +53,23 @@ def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None
     except UsageError as error:
         warnings.warn(f"thresholds stay where they were: {error}", TosaWarning, stacklevel=2)
         return model
+
+
+def cost_of(model: nn.Module, recipe: Recipe) -> dict:
+    """Multiply–adds, where they differ from image to image over as many of the recipe's as thresholds are moved on."""
+    return flops_on(model, counted_source(recipe), IMAGES) if keeps_any_number(model) else flops_on(model)
+
+
+def warn_of_other_cost(before: dict | None, after: dict) -> None:
+    """Say that the same images take more or less than before a training, which changes what tokens score."""
+    was, now = ((each or after)["macs"] / after["original"] for each in (before, after))
+    if abs(now - was) > WORTH_SAYING:
+        warnings.warn(
+            f"training images take {now:.3f} of the MACs now, {was:.3f} before the training, which changed what tokens "
+            "score; with --mean-macs (mean_macs in a recipe) thresholds are set again after it",
+            TosaWarning,
+            stacklevel=2,
+        )
 
 
 def counted_images(model: nn.Module, recipe: Recipe, count: int = IMAGES) -> torch.Tensor:
