@@ -212,6 +212,7 @@ class Arrival(NamedTuple):
     padding: torch.Tensor | None = None
     share: float | None = None
     before: torch.Tensor | None = None
+    puts_back: bool = False
 
 
 class Recollection:

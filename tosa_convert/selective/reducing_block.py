@@ -81,7 +81,8 @@ def reducing_class(base: type[nn.Module]) -> type[nn.Module]:
 def _reduced(block: nn.Module, base: type, entering, args: tuple, kwargs: dict):
     """A block's forward on the tokens that are left when it is reached."""
     selection, adapter = block.selection, block.adapter
-    arrival, whole = selection.arrive(entering), selection.current.puts_back
+    arrival = selection.arrive(entering)
+    whole = arrival.puts_back
     state, bypass = selection.current.state, selection.bypass
     tokens, groups = _those_left(adapter, entering, arrival, whole)
     alone = groups if arrival.groups is None else None  # each token for itself

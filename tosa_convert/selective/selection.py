@@ -145,6 +145,7 @@ class Selection:
             padding=padding,
             share=state.share,
             before=state.gates.get(max(state.gates, default=0)),
+            puts_back=self.current.puts_back,
         )
         if kept:
             self.current.recollection.keep(self.layer, tokens, arrival)
