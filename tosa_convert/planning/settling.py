@@ -63,13 +63,13 @@ def _settle_on_options(search: Search, budget: float) -> None:
         return
     parts = range(min(2, len(search.batches)))
     with search.progress.track("what is compared", 1 + len(variants)) as advance:
-        ramp = min(_two_ramps(search, budget), key=lambda ramp: search.error_of(ramp, 0).mean().item())
-        best = torch.cat([search.error_of(ramp, part) for part in parts])
+        ramp = min(_two_ramps(search, budget), key=lambda ramp: typical(search.error_of(ramp, 0)))
+        best = roots(torch.cat([search.error_of(ramp, part) for part in parts]))
         advance()
         for variant in variants:
             before, search.options = search.options, variant
             search.build(score, bypass)
-            found = torch.cat([search.error_of(ramp, part) for part in parts])
+            found = roots(torch.cat([search.error_of(ramp, part) for part in parts]))
             if ahead(found, best):
                 best = found
             else:
