@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
+from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -32,7 +33,7 @@ from tosa_convert.runs.metrics_log import append_metrics, cut_metrics
 from tosa_convert.training.float32_attention import attention_precision
 from tosa_convert.training.optimisation import check_weights, make_optimizer, make_schedule
 
-CHECKPOINT, STEP_FILE = "checkpoint", "step.json"
+CHECKPOINT, STEP_FILE, AVERAGE_FILE = "checkpoint", "step.json", "average.safetensors"
 
 
 @dataclass
@@ -114,17 +115,19 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
         stage.out.mkdir(parents=True, exist_ok=True)
     steps = settings.total_steps(len(images) if settings.epochs else 0, world)
     optimizer = make_optimizer(stage.objective, settings, stage.scales)
-    average = _average(stage, accelerator)
+    average = None
+    if stage.averaged is not None:
+        average = ModelEmaV3(stage.averaged, stage.decay, use_warmup=True, device=accelerator.device)
     per_step = settings.batch_size * settings.accumulate * world
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     objective.train()
     schedule = make_schedule(optimizer, settings, steps)
-    begun = _resume(stage, accelerator) if stage.resume else {}
+    begun = _resume(stage, accelerator, average) if stage.resume else {}
     first = min(begun.get("step", 0), steps)
     drawn = (first * per_step, steps * per_step)
     loader = training_loader(images, settings.batch_size, *drawn, settings.workers, stage.repeats)
     loader = accelerator.prepare(loader)
-    recorder = _Recorder(stage, accelerator)
+    recorder = _Recorder(stage, accelerator, average)
     recorder.broken.update(begun.get("broken", []))
     stop = _CtrlC(enabled=stage.out is not None and world == 1)
     track = progress.track(stage.name, total=steps, done=first, unit="images", per_step=per_step)
@@ -164,15 +167,6 @@ def train(stage: Stage, images: Images, accelerator: Accelerator, progress: Prog
     return {**recorder.last, "steps": steps, "images": steps * per_step, "broken": broken}
 
 
-def _average(stage: Stage, accelerator: Accelerator) -> ModelEmaV3 | None:
-    """The moving average of what the stage averages, kept with its checkpoints."""
-    if stage.averaged is None:
-        return None
-    average = ModelEmaV3(stage.averaged, stage.decay, use_warmup=True, device=accelerator.device)
-    accelerator.register_for_checkpointing(average)
-    return average
-
-
 def _grouped(loader, size: int) -> Iterator[list[dict]]:
     """Batches in groups of one optimiser step."""
     group = []
@@ -188,8 +182,8 @@ def _draws(stage: Stage) -> dict[str, int]:
     return {"seed": stage.seed, "batch_size": stage.settings.batch_size, "accumulate": stage.settings.accumulate}
 
 
-def _resume(stage: Stage, accelerator: Accelerator) -> dict:
-    """Load the stage's newest whole checkpoint; what was noted with it, nothing if there is none.
+def _resume(stage: Stage, accelerator: Accelerator, average: ModelEmaV3 | None) -> dict:
+    """Load the stage's newest whole checkpoint, and its average; what was noted with it, nothing if there is none.
 
     Raises:
         UsageError: it is of another number of processes, other batches or another seed, and would see other images.
@@ -219,6 +213,8 @@ def _resume(stage: Stage, accelerator: Accelerator) -> dict:
         return {}
     try:
         accelerator.load_state(str(folder))
+        if average is not None:
+            load_model(average.module, folder / AVERAGE_FILE)
     except Exception as error:
         raise TosaError(f"cannot resume from {folder}: {gist(error)}; start anew with another --out") from error
     return noted
@@ -262,8 +258,8 @@ def _settle(fresh: Path, kept: Path) -> None:
 class _Recorder:
     """Writes metrics and checkpoints as training goes."""
 
-    def __init__(self, stage: Stage, accelerator: Accelerator):
-        self.stage, self.accelerator = stage, accelerator
+    def __init__(self, stage: Stage, accelerator: Accelerator, average: ModelEmaV3 | None):
+        self.stage, self.accelerator, self.average = stage, accelerator, average
         self.broken: set[str] = set()
         self.step = 0
         self.last: dict[str, float] = {}
@@ -317,7 +313,7 @@ class _Recorder:
         """Write the state after a step, all processes together.
 
         Raises:
-            TosaError: there is nothing to go on from in it.
+            TosaError: there is nothing to go on from in it, or it cannot be written.
         """
         learnt = (each for each in self.stage.objective.parameters() if each.requires_grad)
         if not all(each.isfinite().all() for each in learnt):
@@ -326,7 +322,7 @@ class _Recorder:
         if self.accelerator.is_main_process:
             _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(fresh))
+        self._write(fresh)
         broken = sorted(set(gather_object(sorted(self.broken))))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -335,3 +331,14 @@ class _Recorder:
             _settle(fresh, kept)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
+
+    def _write(self, folder: Path) -> None:
+        """The state, and the average, which accelerate would pickle: what opens a pickle runs the code in it."""
+        try:
+            self.accelerator.save_state(str(folder))
+            if self.average is not None and self.accelerator.is_main_process:
+                save_model(self.average.module, str(folder / AVERAGE_FILE))
+        except Exception as error:  # torch, accelerate and safetensors have one of their own for a full disk
+            raise TosaError(
+                f"cannot write a checkpoint to {folder}: {gist(error)}; check the free space, or choose another --out"
+            ) from error
