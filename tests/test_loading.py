@@ -87,6 +87,20 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_hostile_pickle_in_a_timm_folder_is_refused_before_timm_sees_it(tmp_path, monkeypatch):
+    """timm loads what is no safetensors file itself, in older releases with the code in it."""
+    folder = tmp_path / "folder"
+    model = timm.create_model(TINY, num_classes=3)
+    timm.models.save_for_hf(model, folder, model_args={"num_classes": 3}, safe_serialization=False)
+    loaded = load(folder)
+    assert torch.equal(loaded.head.weight, model.head.weight)
+    (weights,) = folder.glob("*.bin")
+    torch.save({"head.weight": torch.nn.Linear(2, 2)}, weights)
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(TosaError, match="running its code is refused"):
+        load(folder)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_truncated_checkpoint_is_refused(suffix, tmp_path):
     whole = io.BytesIO()

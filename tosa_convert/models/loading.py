@@ -103,6 +103,9 @@ def _refuse_before_fetching(name: str) -> None:
 
 def load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -> nn.Module:
     config = read_json(folder / "config.json")
+    if pretrained and not (folder / "model.safetensors").exists():
+        for pickled in (each for each in folder.iterdir() if each.suffix in (".bin", ".pth", ".pt")):
+            read_checkpoint(pickled)  # older timm would run the code in it
     arguments = dict(config.get("model_args", {}))
     if num_classes is not None:
         arguments["num_classes"] = num_classes
