@@ -68,7 +68,7 @@ def test_ratio_one_equals_the_original_with_padding(name):
 
 
 @pytest.mark.parametrize("bypass", ["identity", "borrow", "merge"])
-@pytest.mark.parametrize("score", ["similarity", "norm", "attention"])
+@pytest.mark.parametrize("score", ["similarity", "norm", "attention", "energy", "mutual"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_padding_is_nobodys_business(name, score, bypass):

@@ -288,11 +288,14 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
     return Choice(attended, skipped + prefix, nearest_one + prefix)
 
 
-def energy_of(units: torch.Tensor, margin: float) -> torch.Tensor:
-    """(B, N, D) of length one → (B, N), the mean similarity of each token to all; cosines below the margin count
-    little."""
+def energy_of(units: torch.Tensor, margin: float, absent: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, N, D) of length one → (B, N), the mean similarity of each token to all but the absent, (B, N); cosines below
+    the margin count little."""
     cosines = units @ units.mT
-    return torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1).mean(-1)
+    each = torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1)
+    if absent is None:
+        return each.mean(-1)
+    return each.masked_fill(absent[:, None], 0).sum(-1) / (~absent).sum(-1, keepdim=True).clamp(min=1)
 
 
 def choose_both_ways(weights: torch.Tensor, prefix: int, kept: int) -> Choice:

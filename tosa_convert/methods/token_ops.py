@@ -75,6 +75,11 @@ def choose_best(scores: torch.Tensor, prefix: int, kept: int) -> Choice:
     return Choice(torch.cat([leading(scores, prefix), order[:, :kept]], dim=1), order[:, kept:])
 
 
+def without_padding(scores: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Scores (B, N) with those of tokens that are none, (B, N), below all others."""
+    return scores if padding is None else scores.masked_fill(padding, float("-inf"))
+
+
 def ordered(values: torch.Tensor, descending: bool = False):
     """(B, N) sorted along the last dimension, equal values by position: (values, indices)."""
     if torch.compiler.is_exporting():

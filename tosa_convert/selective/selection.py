@@ -15,7 +15,15 @@ from tosa_convert.base.seeding import as_seed
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.packing import by_image, choose_above, match_in_row
 from tosa_convert.methods.score import Reads, Score, View
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, choose_best, keep_count, put, ratio_steps
+from tosa_convert.methods.token_ops import (
+    RATIO_STEPS,
+    Choice,
+    choose_best,
+    keep_count,
+    put,
+    ratio_steps,
+    without_padding,
+)
 from tosa_convert.selective.forward_state import (
     Arrival,
     CurrentForward,
@@ -237,8 +245,7 @@ class Selection:
             scores = scores.flatten(0, 1) if self.per_head else scores.mean(1)
         if arrival.scores is not None:
             scores = put(arrival.scores, arrival.attended, scores)
-        if arrival.padding is not None:
-            scores = scores.masked_fill(arrival.padding, float("-inf"))
+        scores = without_padding(scores, arrival.padding)
         state.scores[self.layer] = scores
         return scores
 

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.methods.matching import choose_by_energy, energy_of
+from tosa_convert.methods.matching import apart, choose_by_energy, energy_of, match
 from tosa_convert.methods.score import Acts, Reads, Score, Site, View, Worth
-from tosa_convert.methods.token_ops import Choice, keep_count, leading, ordered, put
+from tosa_convert.methods.token_ops import Choice, choose_best, keep_count, leading, ordered, put, without_padding
 
 
 class Energy(Score):
@@ -29,13 +29,21 @@ class Energy(Score):
         return keys.mean(1)
 
     def score(self, view: View) -> Choice:
-        features = view.normed if view.reading is None else view.reading
-        return choose_by_energy(features, self.prefix, keep_count(view.patches, view.steps), self.margin)
+        kept = keep_count(view.patches, view.steps)
+        if view.padding is None:
+            features = view.normed if view.reading is None else view.reading
+            return choose_by_energy(features, self.prefix, kept, self.margin)
+        values, features = self.worth(view)[:2]
+        choice = choose_best(without_padding(values, view.padding), self.prefix, kept)
+        return match(features, self.prefix, choice) if view.partners else choice
 
     def worth(self, view: View) -> Worth:
         """The less the energy the more: of the tokens in order of their energy every second one may be skipped."""
         units = F.normalize(view.normed.narrow(1, self.prefix, view.normed.shape[1] - self.prefix), dim=-1)
-        lonely, order = ordered(-energy_of(units, self.margin))
+        absent = None if view.padding is None else view.padding[:, self.prefix :]
+        alone = -energy_of(units, self.margin, absent)
+        lonely, order = ordered(alone if absent is None else alone.masked_fill(absent, float("inf")))
         second = torch.arange(order.shape[1], device=order.device) % 2 == 1
         values = put(lonely, order, lonely.masked_fill(~second, float("inf")))
-        return Worth(torch.cat([leading(values, self.prefix).to(values.dtype), values], dim=1), view.normed)
+        values = torch.cat([leading(values, self.prefix).to(values.dtype), values], dim=1)
+        return Worth(values, apart(view.normed, view.padding))

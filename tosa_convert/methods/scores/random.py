@@ -18,7 +18,7 @@ class RandomScore(Score):
     scores_heads = True
 
     def setup(self, site: Site) -> None:
-        self.seed, self.layer = site.seed, site.layer
+        self.seed, self.layer = site.seed % PRIME, site.layer  # of any size, and modulo this prime it ends as well
 
     def read(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, H, N, D) twice → (B, H, N); only the shape of ``keys`` is looked at."""
