@@ -1,10 +1,12 @@
 """Selection labels of images: masks, boxes, and what is wrong with them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from dense_models import write_pairs
 from gated_models import vit
 from PIL import Image
@@ -207,3 +209,23 @@ def test_masks_are_found_whatever_the_case_of_their_names(outlined):
     for file in list(folder.rglob("*.png")):
         file.rename(file.with_suffix(".PNG"))
     assert MaskFolder(folder).files
+
+
+def test_selection_labels_that_are_given_take_the_place_of_a_runs(outlined, tosa):
+    images, masks, boxes = outlined
+    train = ("--data", images, "--steps", 1, "--batch-size", 4, "--teacher")
+    code, _, err = tosa("finetune", "quickstart", "--method", "spa", *train, "--boxes", boxes, "--out", "run")
+    assert code == 0, err
+    for number, (options, kept) in enumerate(
+        [
+            ((), {"boxes"}),
+            (("--masks", masks), {"masks"}),
+            (("--gates", 0), set()),
+            (("--data", images), set()),
+            (("--data", images, "--masks", masks), {"masks"}),
+        ]
+    ):
+        code, _, err = tosa("finetune", "run", "--steps", 1, "--batch-size", 4, *options, "--out", number)
+        assert code == 0, err
+        data = yaml.safe_load(Path(str(number), "recipe.yaml").read_text())["data"]
+        assert {each for each in ("masks", "boxes") if data.get(each)} == kept

@@ -1,8 +1,10 @@
 import pytest
 import yaml
 
-from tosa_convert import UsageError
+from tosa_convert import ConvertConfig, UsageError
+from tosa_convert.config.options import over
 from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe, recipes_folder
+from tosa_convert.config.validation import build
 from tosa_convert.workflows.sources import eval_source, train_source
 
 
@@ -109,3 +111,11 @@ def test_a_missing_recipe_file_is_called_missing(name):
 
 def test_every_field_has_a_default_but_the_model():
     assert [name for name, field in Recipe.model_fields.items() if field.is_required()] == ["model"]
+
+
+def test_another_score_takes_neither_the_threshold_nor_the_ratio_beside_it():
+    before = ConvertConfig(score="similarity", bypass="merge", schedule="all", threshold=0.3)
+    after = build(ConvertConfig, over(before.model_dump(), {"score": "mutual"}))
+    assert (before.ratio, after.threshold, after.ratio) == (1.0, None, ConvertConfig.model_fields["ratio"].default)
+    moved = build(ConvertConfig, over({**before.model_dump(), "ratio": 0.9}, {"score": "mutual", "threshold": 0.1}))
+    assert (moved.threshold, moved.ratio) == (0.1, 0.9)

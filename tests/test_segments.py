@@ -112,6 +112,11 @@ def test_learned_scores_are_where_a_choice_is_made():
         ({"bypass": "drop", "score": "class_attention", "segment": 2}, "borrow, identity and merge, not drop"),
         ({"method": "spa", "segment": 2}, "decides in each layer"),
         ({"method": "tome", "segment": 2}, "not persist"),
+        (
+            {"score": "random", "bypass": "identity", "selection": "per_head", "schedule": "throughout"},
+            "schedule throughout, one choice for all layers, .* not selection per_head",
+        ),
+        ({"score": "gate", "schedule": "throughout"}, "leave schedule throughout out"),
         ({"segment": 0}, "1 layer or more"),
         ({"segment": []}, "1 layer or more"),
         ({"segment": [2, 2]}, "make 4, and 6 layers are selective"),

@@ -94,13 +94,20 @@ def make_recipe(path: str | None, stage: str, options: dict):
     beside = options.get("map_options") or {}
     named |= {"list": beside.get("list_file"), "depth_scale": beside.get("depth_scale")}
     given = {name: value for name, value in named.items() if value is not None}
-    if given:
-        before = dict(plan.get("data", {}))
-        if "train" in given:  # of other images
-            before = {name: value for name, value in before.items() if name not in ("list", "depth_scale")}
-        plan["data"] = {**before, **given}
+    unused = typed.get("gates") == 0 or typed.get("head_only", False)
+    plan["data"] = {**_kept_of_data(plan.get("data") or {}, given, unused), **given}
     plan |= _given(options, ("model", "checkpoint", "img_size", "num_classes", "mean_macs", "seed"))
     return build(Recipe, {**plan, **options.get("new_head", {})})
+
+
+def _kept_of_data(before: dict, given: dict, unused: bool) -> dict:
+    """What holds of a recipe's data beside what is given; ``unused``: without its selection labels."""
+    replaced: set[str] = set()
+    if "train" in given:  # of other images
+        replaced |= {"list", "depth_scale", "masks", "boxes"}
+    if unused or given.keys() & {"masks", "boxes"}:  # either is selection labels
+        replaced |= {"masks", "boxes"}
+    return {name: value for name, value in before.items() if name not in replaced}
 
 
 def _given(options: dict, names: Iterable[str]) -> dict:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
+from tosa_convert.methods.schedule import Schedule
 from tosa_convert.methods.score import Acts, Score
 
 if TYPE_CHECKING:
@@ -41,11 +42,17 @@ def check_parts(config: "ConvertConfig") -> None:
     if bypass.per_head and not score.scores_heads:
         fits = _names(Score, lambda part: part.scores_heads)
         raise ValueError(f"selection per_head is ToSA's Eq. 4, for score {fits}")
-    if config.segment != 1 and not bypass.shares:
+    whole = config.part(Schedule).whole
+    shared = f"schedule {config.schedule}, one choice for all layers," if whole else "segment"
+    if (whole or config.segment != 1) and not bypass.shares:
+        how = "selection per_head" if bypass.per_head else config.bypass
         fits = _names(Bypass, lambda part: part().shares, "and")
-        raise ValueError(f"segment is for bypasses around a block that share a choice: {fits}, not {config.bypass}")
-    if score.gates and (config.segment != 1 or config.reduces):
-        raise ValueError(f"score {config.score} decides in each layer, with bypasses around a block; leave segment out")
+        raise ValueError(f"{shared} is for bypasses around a block that share a choice: {fits}, not {how}")
+    if score.gates and (whole or config.segment != 1 or config.reduces):
+        raise ValueError(
+            f"score {config.score} decides in each layer, with bypasses around a block; leave "
+            f"{f'schedule {config.schedule}' if whole else 'segment'} out"
+        )
     for part in (score, type(bypass)) if config.threshold is None else ():
         for name in part.for_thresholds:
             if getattr(config, name) != part.Options.model_fields[name].default:

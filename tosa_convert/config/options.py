@@ -16,8 +16,10 @@ def over(config: dict, options: dict) -> dict:
         }
     if any(options.get(name) is not None for name in ("method", "bypass", "layers", "schedule")):
         given.pop("segment", None)
-    if options.get("method") is not None or options.get("score") is not None:
-        given.pop("threshold", None)  # it is in the units of another score
+    rescored = options.get("method") is not None or options.get("score") is not None
+    # A threshold is in the units of another score. The ratio beside it is the most that it may keep, often all.
+    if rescored and given.pop("threshold", None) is not None and options.get("threshold") is None:
+        given.pop("ratio", None)
     for kind, base in KINDS.items():
         before = given.get(kind, ConvertConfig.model_fields[kind].default)
         if options.get(kind, before) != before:
