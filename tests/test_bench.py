@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from tosa_convert import BenchSettings, UsageError, bench, convert, load, origin
 from tosa_convert.base.timing import Timing, interleave, pinned, processors
 from tosa_convert.cli.main import main
 from tosa_convert.export import runtimes
+from tosa_convert.export.onnx import exported
 from tosa_convert.measure import peak_memory
 from tosa_convert.measure.macs import flops
 from tosa_convert.reporting.result_tables import bench_table
@@ -162,6 +164,29 @@ def test_the_command_leaves_figures_and_a_plot(quick_run, tmp_path, capsys):
     assert set(results["cases"][0]["models"]) == {"original", "converted", "quickstart"}
     assert (tmp_path / "bench/bench.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "bench/bench.json").read_text())["cases"] == results["cases"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "fits"),
+    [
+        ("float32", ["batch", 1, 28, 28], True),
+        ("float32", ["batch", 1, "height", "width"], True),
+        ("float32", ["batch", 1, 56, 56], False),
+        ("uint8", ["batch", 28, 28, 1], False),
+    ],
+)
+def test_an_exported_file_is_timed_if_it_takes_the_images(kind, shape, fits, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "preprocessing.json").write_text(json.dumps({"input": {"type": kind, "shape": shape}}))
+    assert bool(exported(tmp_path, (28, 28))) == fits
+
+
+def test_a_run_whose_file_takes_pixels_is_timed_by_another(quick_run, tmp_path, tosa):
+    run = shutil.copytree(quick_run, tmp_path / "run")
+    code, _, err = tosa("export", run, "--raw-input", "--min-agreement", 0.1)
+    assert code == 0, err
+    code, _, err = tosa("bench", run, "--runtime", "onnx", "--batch-size", 1, "--rounds", 2, "--no-memory")
+    assert code == 0, err
 
 
 def test_a_run_is_not_converted_anew_for_a_bench(quick_run, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, lively, write_images
+from dense_models import write_pairs
 from families import FAMILIES
 from PIL import Image
 from safetensors.numpy import load_file
@@ -178,6 +179,17 @@ def test_features_of_a_folder_are_those_of_its_images(ending, photos, tmp_path):
     found = load_file(half["file"]) if ending == ".safetensors" else np.load(half["file"])
     assert found["patches"].dtype == np.float16
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"f{ending}", f"half{ending}", "photos"])
+
+
+def test_names_of_features_are_those_of_their_rows(tmp_path):
+    """Also where a map cannot be read, and an image with it; where two have one name the place tells."""
+    model = convert(load("quickstart", task="depth"), score="similarity", bypass="merge", layers={4: 0.5})
+    write_pairs(tmp_path / "data", 4)
+    np.save(tmp_path / "data/depth/1.npy", np.zeros((5, 9), np.float32))
+    results = write_features(model, f"depth:{tmp_path / 'data'}", tmp_path / "f.npz", batch_size=3)
+    found = np.load(tmp_path / "f.npz")
+    assert list(found["names"]) == ["0.png", "2.png", "3.png"]
+    assert len(found["patches"]) == results["images"] == 3
 
 
 def test_features_that_cannot_be_written_leave_nothing(photos, tmp_path):

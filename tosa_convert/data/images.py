@@ -312,12 +312,13 @@ class Draws(Sampler):
 
 
 def collate(items: list) -> dict:
-    """{"images": (B, C, H, W), "labels": (B,), "broken": names}; broken images are left out of the tensors."""
+    """{"images": (B, C, H, W), "labels": (B,), "broken": names, "read": whether each is in the tensors}."""
     good = [(image, label) for image, label, _ in items if image is not None]
     return {
         "images": torch.stack([image for image, _ in good]) if good else torch.empty(0),
         "labels": stacked([label for _, label in good]),
         "broken": [name for *_, name in items if name],
+        "read": [image is not None for image, *_ in items],
     }
 
 

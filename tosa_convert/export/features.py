@@ -60,18 +60,20 @@ def write_features(
     images.reader.check_stored()
     names = [images.reader.filename(index) for index in range(len(images))]
     broken: list[str] = []
+    read: list[bool] = []
     with atomic(out) as fresh, _Growing(out.parent, TYPES[dtype][0]) as arrays:
         batches = loader(images, batch_size, workers)
         with (progress or Progress()).track("features", len(batches), unit="images", per_step=batch_size) as advance:
             for batch in batches:
                 broken += batch["broken"]
+                read += batch["read"]
                 if len(batch["images"]):
                     for name, rows in _features(model, batch["images"].to(device)).items():
                         arrays.add(name, rows)
                 advance()
         if not arrays.shapes:
             raise TosaError(f"none of the images in {images.name} can be read")
-        seen = [name for name in names if name not in set(broken)]
+        seen = [name for name, there in zip(names, read, strict=True) if there]  # of two by one name, one may be broken
         (_write_npz if out.suffix == ".npz" else _write_safetensors)(fresh, arrays, seen, dtype)
     shapes = {name: list(shape) for name, shape in arrays.shapes.items()}
     return {

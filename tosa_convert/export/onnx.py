@@ -13,6 +13,7 @@ from torch import nn
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.base.progress import Progress
+from tosa_convert.base.seeding import unmoved
 from tosa_convert.base.timing import check_threads
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.chain import Chain
@@ -24,6 +25,7 @@ from tosa_convert.export.runtimes import missing
 from tosa_convert.export.speed import BEFORE, elsewhere
 from tosa_convert.export.verification import Verifier, other_sizes
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.modes import is_training
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.provenance import class_names, preprocessing_of
 from tosa_convert.runs.lock import alone
@@ -34,6 +36,7 @@ SCRATCH = ".export-"
 FILE, FAILED, FACTS = "model.onnx", "model.failed.onnx", "preprocessing.json"
 
 
+@unmoved()
 def export_onnx(
     model: nn.Module,
     folder: str | Path,
@@ -119,18 +122,23 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def exported(folder: Path) -> dict[str, Path]:
-    """The checked file that an export left in a folder, by its precision; nothing if there is none."""
+def exported(folder: Path, size: tuple[int, int]) -> dict[str, Path]:
+    """The checked file that an export left in a folder, by its precision; nothing if there is none that takes
+    preprocessed images of this size, (rows, columns) in pixels."""
     if not (folder / FILE).exists() or not (folder / FACTS).exists():
         return {}
-    return {read_json(folder / FACTS).get("precision", "float32").split()[0]: folder / FILE}
+    facts = read_json(folder / FACTS)
+    takes = facts.get("input", {})
+    if takes.get("type") != "float32" or takes.get("shape", [])[-2:] not in (list(size), list(SIDES)):
+        return {}
+    return {facts.get("precision", "float32").split()[0]: folder / FILE}
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model in eval mode if it is in float32 on the CPU, else a copy that is: the caller's stays where it is."""
+    """The model if it is in float32 on the CPU, in eval mode, else a copy that is: the caller's stays as it is."""
     weight = next(model.parameters())
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return (model if plain else copy.deepcopy(model).cpu().float()).eval()
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not is_training(model)
+    return model if plain else copy.deepcopy(model).cpu().float().eval()
 
 
 class FailedCheckError(TosaError):

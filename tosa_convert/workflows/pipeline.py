@@ -19,6 +19,7 @@ from tosa_convert.measure.evaluation import evaluate, is_control, random_control
 from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.reporting.run_texts import write_report
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, original_of
@@ -265,7 +266,8 @@ def bench_stage(
     check_writable(folder)
     results = {"source": source, "convert": model.tosa_config.model_dump()}
     places = {"converted": source, **{name: name for name in against}}
-    files = {name: found for name, place in places.items() if (found := exported(Path(place)))}
+    size = preprocessing_of(model).size
+    files = {name: found for name, place in places.items() if (found := exported(Path(place), size))}
     results |= bench(models, settings, files=files, data=data, images=images, device=device, progress=progress)
     if results["cases"]:
         speedup_plot(results, folder / "bench.png")
