@@ -21,7 +21,7 @@ HEADS = ("light", "dpt", "newcrfs")
 CONVERSIONS = {
     "ramp 0.8": {"ratio": 0.8},
     "ramp 0.65": {"ratio": 0.65},
-    "ramp 0.5": {"ratio": 0.52},
+    "ramp 0.52": {"ratio": 0.52},
     "ramp 0.65, segments of 3": {"ratio": 0.65, "segment": 3},
     "layers 4-12 at 0.4, one choice": {"schedule": "all", "layers": list(range(4, 13)), "ratio": 0.4, "segment": 9},
 }

@@ -21,7 +21,6 @@ from tosa_convert.planning import comparison
 from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
 from tosa_convert.selective.selection import all_tokens, chosen_tokens
-from tosa_convert.tasks.task import task_of
 from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of
 
@@ -36,7 +35,7 @@ def test_impact_is_the_loss_without_a_token_less_the_loss_with_all():
     model, image = vit(), photos(1)
     converted = convert(copy.deepcopy(model), method="impact")
     for label in (2, None):
-        found = impact_of(converted, task_of(converted), image, label)
+        found = impact_of(converted, image, label)
         whole = model(image)
 
         def loss(logits, label=label, whole=whole):
@@ -55,11 +54,11 @@ def test_impact_is_the_loss_without_a_token_less_the_loss_with_all():
 
 def test_impact_on_embeddings_is_an_angle_and_on_maps_a_distance(tmp_path):
     clip = convert(lively(FAMILIES["hf CLIPModel"]()), method="impact")
-    found = impact_of(clip, task_of(clip), photos(1), None)
+    found = impact_of(clip, photos(1), None)
     with torch.no_grad():
         doubled = copy.deepcopy(clip)
         doubled.visual_projection.weight *= 2
-    assert torch.allclose(impact_of(doubled, task_of(doubled), photos(1), None).impact, found.impact, atol=1e-5)
+    assert torch.allclose(impact_of(doubled, photos(1), None).impact, found.impact, atol=1e-5)
     write_images(tmp_path / "images", 3)
     write_images(tmp_path / "masks", 3)
     for file in sorted((tmp_path / "masks").glob("*.png")):

@@ -21,6 +21,8 @@ def test_thresholds_are_moved_to_a_mean(method):
     found = at_mean(model, images, 0.85)
     share = MacsShare(vit()).of(found, images)
     assert 0.78 < share <= 0.85
+    again = at_mean(model.train(), images, 0.85)
+    assert again.tosa_config.threshold == found.tosa_config.threshold, "a gate in training draws noise"
     with pytest.raises(UsageError, match="give a higher budget"):
         at_mean(model, images, 0.01)
     with pytest.raises(UsageError, match="from 3 of them it cannot be seen how images differ; give 4 or more"):

@@ -189,19 +189,6 @@ def test_a_target_drop_gives_the_cheapest_plan_within_it(small, monkeypatch):
     assert 1 - figures(found, wanted)["agreement"].mean() <= 0.6
 
 
-def test_a_plan_by_latency_is_of_times_measured_here(small):
-    """The model is tiny: whether skipping gains any time here is the machine's affair."""
-    try:
-        found = find_plan(*small, 0.97, by="latency")
-    except UsageError as refused:
-        message = str(refused)
-    else:
-        message = ""
-        assert found.by == "latency"
-        assert found.cost <= 0.97
-    assert not message or "no gain in latency" in message or "out of reach: by latency" in message
-
-
 def timed_as(monkeypatch, overhead: float, slow: float = 0.0):
     """Times as a machine would have them on which a model takes 40 ms, a converted one as much as its share of the
     multiply–adds and, when a plan is measured as a whole, ``overhead`` more."""

@@ -13,7 +13,7 @@ from conftest import lively
 from families import FAMILIES, HF_SMALL
 from torch import nn
 
-from tosa_convert import TosaError, convert
+from tosa_convert import ExportSettings, TosaError, convert, export_onnx, load
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import chosen_tokens
 
@@ -247,3 +247,32 @@ def test_as_a_backbone_under_a_users_head():
     model(IMAGES).sum().backward()
     assert model[1].weight.grad.any()
     assert backbone.patch_embed.proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm features_only", "hf ViT classifier"])
+def test_a_whole_module_is_saved_and_opened(name, images):
+    model = convert(lively(FAMILIES[name]()), score="norm", layers=[3], ratio=0.5)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    found, wanted = (adapter_of(each).outputs(images) for each in (again, model))
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+def test_an_export_leaves_the_model_and_the_callers_random_numbers(tmp_path):
+    model = convert(load("quickstart"), score="norm", layers=[3], ratio=0.5).train()
+    model.blocks[1].eval()
+    modes, random = [each.training for each in model.modules()], torch.get_rng_state()
+    export_onnx(model, tmp_path, settings=ExportSettings(images=2))
+    assert [each.training for each in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_control_takes_a_seed_of_any_size(images):
+    chosen = []
+    for seed in (3, 3 + 65519 * 2**50):
+        model = convert(FAMILIES["timm vit"](), score="random", seed=seed)
+        model(images)
+        chosen.append(chosen_tokens(model))
+    assert all(torch.equal(chosen[0][layer], places) for layer, places in chosen[1].items())

@@ -91,7 +91,7 @@ def bench(
         device: "cpu" or "cuda"; None takes a GPU if there is one.
 
     Returns:
-        {"machine", "reference", "settings", "notes", "cases"}. A case holds "runtime", "batch_size", "size",
+        {"machine", "device", "reference", "settings", "notes", "cases"}. A case holds "runtime", "batch_size", "size",
         "precision" and per model "ms" (median), "ms_quartiles", "memory" (bytes or None) and, against the
         reference, "speedup" (median over rounds), "speedup_quartiles", "ideal" and "reached".
         "ideal" is the ratio of MACs excluding selector cost; "reached" is

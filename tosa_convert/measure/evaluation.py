@@ -48,9 +48,9 @@ def evaluate(
         device: "cpu" or "cuda"; None takes a GPU if there is one. The models move there.
 
     Returns:
-        {"images", "broken", "unknown", "models": {name: figures}}. Figures: with labels the metrics of the model's
-        task, such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`; of
-        embeddings the share of images with the same nearest other image) and "cosine" (mean over images of logits,
+        {"data", "images", "broken", "unknown", "models": {name: figures}}. Figures: with labels the metrics of the
+        model's task, such as "top1"; with a reference "agreement" (see :func:`tosa_convert.models.outputs.agreement`;
+        of embeddings the share of images with the same nearest other image) and "cosine" (mean over images of logits,
         embeddings, or tokens), of maps the differences of their task. "unknown" is how many images have a map in which
         nothing is known; they count for no metric.
     """

@@ -17,7 +17,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaError
 from tosa_convert.export.runtimes import TYPES, onnx_runner, torch_runner
-from tosa_convert.selective.selection import selective_blocks
+from tosa_convert.selective.selection import forget
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -26,8 +26,7 @@ def on_gpu(model: nn.Module, images: torch.Tensor) -> int:
     """Bytes at the peak of a forward pass in torch: weights, images and all that lies between, what the pass before
     left among it."""
     weights = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
-    for block in selective_blocks(model):
-        block.selection.current.forget()
+    forget(model)
     others = torch.cuda.memory_allocated() - weights - images.nbytes
     runner = torch_runner(model, [images], compiled=False)
     runner()

@@ -18,3 +18,8 @@ def evaluating(model: nn.Module, device: str | None = None) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         model.to(home)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether any part of a model is in training mode."""
+    return any(module.training for module in model.modules())

@@ -22,6 +22,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
+from tosa_convert.models.modes import evaluating
 from tosa_convert.planning.outcome import Plan, Spread
 from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import ahead, typical
@@ -149,6 +150,7 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     check_differing(images)
+    images = images.to(next(model.parameters()).device)
     share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
     least, levels, blocks = _least(moved, images, budget, share_of), _levels(moved, images), choosing_blocks(moved)
     before = [block.selection.threshold for block in blocks]
@@ -190,7 +192,8 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
 def _levels(model: nn.Module, images: torch.Tensor) -> np.ndarray:
     """By how much thresholds would have to be raised to reach each token of each choosing layer; and, below and above
     all of them, a number that surely reaches all, and none."""
-    observe(model, images)
+    with evaluating(model):  # a gate in training draws noise
+        observe(model, images)
     blocks = choosing_blocks(model)
     scores = blocks[0].selection.current.state.scores
     above = torch.cat([(scores[each.selection.layer] - each.selection.threshold).flatten() for each in blocks])

@@ -61,9 +61,9 @@ def compare(
         runtime: "eager" or "onnx", for the latency; None leaves it out.
 
     Returns:
-        {"machine", "data", "keep", "images", "labelled", "notes", "original", "rows"}; a row holds "method", "budget",
-        "macs", the means of :func:`tosa_convert.measure.similarity.figures`, with labels the metrics of the model's
-        task, such as "top1", "ms" and "speedup".
+        {"machine", "data", "keep", "images", "labelled", "runtime", "distill_steps", "notes", "original", "rows"}. A
+        row holds "method", "budget", "macs", the means of :func:`tosa_convert.measure.similarity.figures`, with labels
+        the metrics of the model's task, such as "top1", and "ms" and "speedup".
     """
     if is_converted(model):
         raise UsageError("this model is converted already; start from the original, such as original(model)")

@@ -14,7 +14,7 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.dense import DenseImages
-from tosa_convert.data.images import UNREADABLE, Augmentation, Images, check_augmentation
+from tosa_convert.data.images import UNREADABLE, Augmentation, Images, check_augmentation, spread
 from tosa_convert.data.masks import Masks, masks_of
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
@@ -203,9 +203,8 @@ def _take_masks(images: Images, masks: Masks | None, settings: FinetuneSettings,
 
 def _sizes(images: Images) -> dict[str, tuple[int, int]]:
     """Of some images spread over all, by name; those left out that cannot be read."""
-    sizes, count = {}, min(len(images), MASKS)
-    for place in range(count):
-        index = place * len(images) // count
+    sizes = {}
+    for index in spread(len(images), MASKS):
         with suppress(*UNREADABLE):
             sizes[images.reader.filename(index)] = images.size_of(index)
     return sizes

@@ -19,7 +19,7 @@ from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.seeding import seed_everything, unmoved
 from tosa_convert.config.settings import DistillSettings
-from tosa_convert.data.images import Images
+from tosa_convert.data.images import Images, spread
 from tosa_convert.methods.scores.impact import KEPT, Impact
 from tosa_convert.models.adapter import Adapter, adapter_of, run
 from tosa_convert.models.outputs import EMBEDDING, outputs_of
@@ -60,9 +60,9 @@ def learn_impact(
     each do all of it; the first one writes.
 
     Returns:
-        {"loss", "precision", "recall", "kept", "steps", "images", "broken"}; the middle three on images that the filter
-        did not learn from: how many of the tokens that pass are labelled, how many of the labelled ones pass, and which
-        share of all passes.
+        {"loss", "precision", "recall", "kept", "steps", "rho", "images", "broken"}; precision, recall and kept on
+        images that the filter did not learn from: how many of the tokens that pass are labelled, how many of the
+        labelled ones pass, and which share of all passes. "rho" is from which impact on a token is labelled.
     """
     check_weights(model)
     task = task_of(model)
@@ -88,7 +88,7 @@ def learn_impact(
     return {**figures, "images": len(examples), "broken": broken}
 
 
-def impact_of(model: nn.Module, task: Task, image: torch.Tensor, label: int | None) -> Example:
+def impact_of(model: nn.Module, image: torch.Tensor, label: int | None) -> Example:
     """The impact of each patch token of one image (1, C, H, W) on the model with all of its tokens.
 
     Args:
@@ -206,7 +206,7 @@ def _worked_out(
     """Adds what is missing of ``count`` images spread over all; gives the names of the broken ones."""
     labelled = _has_labels(task, images, model)
     device, count = next(model.parameters()).device, min(count, len(images))
-    missing = {place * len(images) // count for place in range(count)} - examples.found.keys()
+    missing = set(spread(len(images), count)) - examples.found.keys()
     broken: list[str] = []
     bar = progress.track("token impact", count, done=count - len(missing), unit="images")
     with examples.kept(count), bar as advance:
@@ -215,7 +215,7 @@ def _worked_out(
             if image is None:
                 broken.append(name)
             else:
-                examples.add(index, impact_of(model, task, image[None].to(device), int(label) if labelled else None))
+                examples.add(index, impact_of(model, image[None].to(device), int(label) if labelled else None))
             advance()
     return broken
 

@@ -3,44 +3,26 @@
 See :mod:`tosa_convert.models.dense`.
 """
 
-import functools
-
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.dense import DenseModel, whole_image
+from tosa_convert.models.overlay import Overlay, laid_over
 
 
 def find(model: nn.Module) -> Adapter | None:
     if not isinstance(model, DenseModel):
         return None
-    adapter = _blank(type(model.adapter))
-    vars(adapter).update(vars(model.adapter), whole=model)
-    return adapter
+    return laid_over(_Dense, model.adapter, whole=model)
 
 
-def _blank(inside: type[Adapter]) -> Adapter:
-    kind = _over(inside)
-    return kind.__new__(kind)
-
-
-@functools.cache
-def _over(inside: type[Adapter]) -> type[Adapter]:
-    return type(f"Dense{inside.__name__}", (_Dense, inside), {"inside": inside})
-
-
-class _Dense:
+class _Dense(Overlay):
     """Over the adapter of the backbone."""
 
     whole: DenseModel
-    inside: type[Adapter]
     classifies_by_class_token = False
     gives_maps = True
     embeds = False
-
-    def __reduce__(self):
-        """Its class is made here, so it cannot be found by its name."""
-        return _blank, (self.inside,), vars(self)
 
     @property
     def forward(self):

@@ -8,18 +8,16 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from tosa_convert.models.adapter import Adapter, adapter_of
+from tosa_convert.models.overlay import Overlay, laid_over
 
 
 def find(model: nn.Module) -> Adapter | None:
     if not isinstance(model, FeatureGetterNet):
         return None
-    inside = type(adapter_of(model.model))
-    adapter = type(f"{inside.__name__}Features", (_Features, inside), {})(model.model)
-    adapter.getter = model
-    return adapter
+    return laid_over(_Features, adapter_of(model.model), getter=model)
 
 
-class _Features:
+class _Features(Overlay):
     """Over the adapter of the model inside."""
 
     getter: FeatureGetterNet

@@ -58,8 +58,12 @@ class TransformersDpt(TransformersVit):
 
     @contextmanager
     def exporting(self):
-        """The neck is told the grid, since the root of a symbolic number would become a constant."""
-        neck = next(module for module in self.model.modules() if hasattr(module, "readout_projects"))
+        """The neck, where it has one, is told the grid, since the root of a symbolic number would become a constant."""
+        neck = next((module for module in self.model.modules() if hasattr(module, "readout_projects")), None)
+        if neck is None:
+            with super().exporting():
+                yield
+            return
         gather, grid = neck.forward, []
         handle = self.patch_projection.register_forward_hook(lambda _, __, output: grid.append(output.shape[-2:]))
         try:

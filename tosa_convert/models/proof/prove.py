@@ -1,13 +1,12 @@
 """All that is proven of a model before it is converted, in order."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from tosa_convert.base.errors import gist
+from tosa_convert.models.modes import evaluating
 from tosa_convert.models.proof.block import take_row_apart
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.images import (
@@ -54,7 +53,7 @@ def prove(model: nn.Module) -> Structure:
     frames = frames_of(model, config)
     shape = (*([frames] if frames else []), channels_of(config), *size_of(config))
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    with _in_eval(model):
+    with evaluating(model):
         name = input_name(model)
         try:
             run = lambda image: forward_of(model)(**{name: as_taken(name, image)})  # noqa: E731
@@ -87,14 +86,3 @@ def _not_alone(model: nn.Module, name: str, error: Exception) -> str:
         seeing = next((each for each, taken in parts if name in taken and "input_ids" not in taken), None)
         return f"{said}; convert its vision part{(seeing and f', model.{seeing}') or ''}"
     return f"{said}: it also takes {', '.join(others)}" if others else f"{said}: it takes something else as {name}"
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
