@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tosa_convert.models.subclassing import answered
+from tosa_convert.models.subclassing import Unheard, answered
 
 Branch = list[tuple[nn.Module, Callable[..., Any]]]
 """The modules that do its work, each with what answers for it while the branch is silent."""
@@ -17,7 +17,7 @@ Branch = list[tuple[nn.Module, Callable[..., Any]]]
 def silenced(branch: Branch) -> Iterator[None]:
     """Within this block of code the branch adds nothing."""
     (module, answer), *others = branch
-    with answered(module, answer), silenced(others) if others else nullcontext():
+    with answered(module, Unheard(answer)), silenced(others) if others else nullcontext():
         yield
 
 

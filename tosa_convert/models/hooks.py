@@ -42,6 +42,19 @@ def remove_hooks(module: nn.Module, which: Callable[[Hook], bool] = lambda hook:
                 getattr(module, f"{kind}_with_kwargs").pop(key, None)
 
 
+def tapped(module: nn.Module) -> bool:
+    """Whether a hook of ours stands on a module."""
+    return any(
+        isinstance(getattr(hook, "__self__", hook), Hook) for kind in HOOKS for hook in getattr(module, kind).values()
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook of somebody else does, or a hook before it, as weight norm has one."""
+    others = (hook for kind in HOOKS for hook in getattr(module, kind).values())
+    return any(not isinstance(getattr(hook, "__self__", hook), Hook) for hook in others)
+
+
 @contextmanager
 def unheard() -> Iterator[None]:
     """Within this block, and in this thread, projections are called beside a layer's own forward: no tap listens."""
@@ -78,7 +91,8 @@ class Tap(Hook, ABC):
     def follow(self) -> None:
         """Stand on the modules that are there now."""
         sources = self.sources()
-        if len(sources) == len(self.places) and all(map(_same, sources, self.places)):
+        there = len(sources) == len(self.places) and all(map(_same, sources, self.places))
+        if there and (torch.compiler.is_dynamo_compiling() or all(map(self.comes_last, sources))):
             return
         if torch.compiler.is_dynamo_compiling():
             raise TosaError("the projections of a layer were replaced; run the model once before you compile it")
@@ -87,6 +101,14 @@ class Tap(Hook, ABC):
         for index, source in enumerate(sources):
             remove_hooks(source, lambda hook: hook is self)  # quantisers copy hooks
             self.stand_on(source, index)
+
+    def comes_last(self, source: nn.Module) -> bool:
+        """Whether nobody else has hooked a source since: what others make of it is what the layer uses."""
+        for kind in HOOKS:
+            owners = [getattr(hook, "__self__", hook) for hook in getattr(source, kind).values()]
+            if self in owners and not all(isinstance(owner, Hook) for owner in owners[owners.index(self) :]):
+                return False
+        return True
 
     def stand_on(self, source: nn.Module, index: int) -> None:
         """Hook the index-th of the sources."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.models.hooks import unheard
+from tosa_convert.models.hooks import hooked, unheard
 
 if TYPE_CHECKING:
     from tosa_convert.models.adapter import Adapter
@@ -43,7 +43,10 @@ class QueryKey(NamedTuple):
         Args:
             biases: of queries and keys, where they are kept elsewhere.
         """
-        if any(type(each) is not nn.Linear or hasattr(each.weight, "__tensor_flatten__") for each in projections):
+        if any(
+            type(each) is not nn.Linear or hooked(each) or hasattr(each.weight, "__tensor_flatten__")
+            for each in projections
+        ):
             return None  # LoRA's, a quantiser's; or only the weight is one of a quantiser's tensors
         if len(projections) == 1:
             weights, own = projections[0].weight.chunk(3)[:2], projections[0].bias

@@ -57,6 +57,16 @@ def ungraft(module: nn.Module) -> bool:
     return grafted
 
 
+class Unheard:
+    """An answer that hooks on the module do not hear of: the module runs at another time, or on other tokens."""
+
+    def __init__(self, answer: Callable):
+        self.answer = answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(*args, **kwargs)
+
+
 @functools.cache
 def steered_class(base: type[nn.Module], method: str) -> type[nn.Module]:
     """A subclass with a method that something else answers while it is :func:`answered`."""
@@ -66,7 +76,12 @@ def steered_class(base: type[nn.Module], method: str) -> type[nn.Module]:
         answer = self.steering[method].get()
         return own(self, *args, **kwargs) if answer is None else answer(*args, **kwargs)
 
-    return grafted_class("Steered", base, (steered_class, base, method), **{method: steered})
+    def called(self, *args, **kwargs):
+        answer = self.steering[method].get()
+        return answer(*args, **kwargs) if isinstance(answer, Unheard) else base.__call__(self, *args, **kwargs)
+
+    members = {method: steered} | ({"__call__": called} if method == "forward" else {})
+    return grafted_class("Steered", base, (steered_class, base, method), **members)
 
 
 def check_own(module: nn.Module, method: str = "forward") -> None:

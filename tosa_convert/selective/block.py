@@ -21,7 +21,7 @@ from tosa_convert.methods.token_ops import Choice, pick, put, stand_ins
 from tosa_convert.models.projections import class_logits
 from tosa_convert.models.proof.positions import named as named_as
 from tosa_convert.models.proof.positions import names_of
-from tosa_convert.models.subclassing import answered, grafted_class, ungrafted
+from tosa_convert.models.subclassing import Unheard, answered, grafted_class, ungrafted
 from tosa_convert.selective.forward_state import Arrival
 from tosa_convert.selective.packed import run_row
 from tosa_convert.selective.per_head_attention import attend_per_head
@@ -87,8 +87,8 @@ def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice
     adapter = block.adapter
 
     def call(tokens, args, kwargs, places, sizes, normed):
-        norm = None if normed is None else adapter.norm(block)
-        with nullcontext() if norm is None else answered(norm, lambda *given, **named: adapter.as_normed(normed)):
+        given = Unheard(lambda *_, **__: adapter.as_normed(normed))
+        with nullcontext() if normed is None else answered(adapter.norm(block), given):
             return adapter.call(block, base.forward, tokens, args, kwargs, places, sizes)
 
     if choice.packed is None:

@@ -27,7 +27,7 @@ from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
 from tosa_convert.selective.proof import prove_selection
-from tosa_convert.selective.reducing_block import MAKERS, MapGuard, reducing_class
+from tosa_convert.selective.reducing_block import MAKERS, PRUNER, MapGuard, PruneGuard, reducing_class
 from tosa_convert.selective.selection import Matcher, Selection, choosing_blocks, keeps_any_number, selective_blocks
 
 
@@ -280,6 +280,8 @@ def _guard_maps(model: nn.Module, current: CurrentForward, puts_back: bool) -> N
     for name in MAKERS:
         if hasattr(model, name):
             setattr(model, name, MapGuard(getattr(model, name), current, puts_back))
+    if hasattr(model, PRUNER) and puts_back:
+        setattr(model, PRUNER, PruneGuard(getattr(model, PRUNER)))
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -294,7 +296,7 @@ def original(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         ungraft(module)
         remove_hooks(module)
-    for name in MAKERS:
+    for name in (*MAKERS, PRUNER):
         twin.__dict__.pop(name, None)
     if is_converted(twin):
         del twin.tosa_config

@@ -105,13 +105,6 @@ class ForwardState:
         self.weights: dict[int, torch.Tensor] = {}
         self.row: Any = None
 
-    @property
-    def patches(self) -> int:
-        """Of the image, those that are gone by now included."""
-        if self.grid is None:
-            raise TosaError("the grid of patches is not known; run the model from its images on")
-        return math.prod(self.grid)
-
 
 class CurrentForward(Hook):
     """The state of the forward pass that is under way, for each thread its own. One per converted model.
@@ -213,6 +206,13 @@ class Arrival(NamedTuple):
     share: float | None = None
     before: torch.Tensor | None = None
     puts_back: bool = False
+
+    @property
+    def patches(self) -> int:
+        """Of the image, those that are gone by now included."""
+        if self.grid is None:
+            raise TosaError("the grid of patches is not known; run the model from its images on")
+        return math.prod(self.grid)
 
 
 class Recollection:

@@ -17,8 +17,9 @@ from tosa_convert.methods.bypass import Groups
 from tosa_convert.methods.token_ops import Choice, add_up, gather_tokens, stand_ins
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.branches import silenced
+from tosa_convert.models.hooks import tapped
 from tosa_convert.models.masks import total, weight_of
-from tosa_convert.models.subclassing import answered
+from tosa_convert.models.subclassing import Unheard, answered
 
 
 class Ahead(NamedTuple):
@@ -80,6 +81,7 @@ def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tenso
 
     attention = adapter.attention(block)
     by_parts = functools.partial(adapter.by_parts, attention, None)
+    by_parts = by_parts if tapped(attention) else Unheard(by_parts)
     adapter.attending.set(attend)
     try:
         with answered(attention, by_parts), silenced(adapter.branches(block)[1]):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tosa_convert.base.errors import TosaError, is_out_of_memory
+from tosa_convert.base.seeding import unmoved
 from tosa_convert.methods.score import Score
 from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
@@ -122,11 +123,22 @@ def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packe
     if _as_one(block, adapter, args, kwargs):
         container, padding = getattr(block.selection.bypass.options, "container", None), _padding(tokens)
         padded = _padded(places, padding), _padded(sizes, padding, 1), _padded(normed, padding)
-        with _running(state, lengths, padding), _WithinImages(lengths, padding, container) as within:
-            found = call(_padded(tokens, padding), args, kwargs, *padded)
-        if within.asked:
+
+        def together() -> torch.Tensor:
+            with _running(state, lengths, padding), _WithinImages(lengths, padding, container) as within:
+                found = call(_padded(tokens, padding), args, kwargs, *padded)
+            block.selection.attends_elsewhere = not within.asked
             return found[:, : tokens.shape[1]]
-        block.selection.attends_elsewhere = True
+
+        unknown = block.selection.attends_elsewhere is None and not torch.compiler.is_compiling()
+        if unknown and (torch.is_grad_enabled() or block.training):
+            # Found out beside the run that counts, which gradient checkpointing is to repeat as it was.
+            with torch.no_grad(), unmoved():
+                together()
+        if not block.selection.attends_elsewhere:
+            found = together()
+            if not block.selection.attends_elsewhere:
+                return found
     parts = [_split(each, lengths) for each in (tokens, places, sizes, normed)]
     with _running(state, lengths):
         found = [
@@ -138,7 +150,12 @@ def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packe
 
 def _as_one(block: nn.Module, adapter: Adapter, args: tuple, kwargs: dict) -> bool:
     """Whether a row can run as one."""
-    if adapter.relative or block.selection.attends_elsewhere or adapter.mask(args, kwargs) is not None:
+    if (
+        adapter.relative
+        or adapter.shows_attention
+        or block.selection.attends_elsewhere
+        or adapter.mask(args, kwargs) is not None
+    ):
         return False
     return not (block.training and any(_drops_images(module) for module in block.modules()))
 

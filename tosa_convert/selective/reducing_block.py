@@ -24,9 +24,11 @@ from tosa_convert.models.subclassing import check_own, grafted_class
 from tosa_convert.selective.block import listen
 from tosa_convert.selective.forward_state import Arrival, CurrentForward
 from tosa_convert.selective.look_ahead import Run, look_ahead, run_fused
+from tosa_convert.selective.selection import selective_blocks
 
 MAKERS = ("forward_intermediates", "get_intermediate_layers")
 """timm's methods that make maps of tokens."""
+PRUNER = "prune_intermediate_layers"
 
 
 class MapGuard:
@@ -47,6 +49,19 @@ class MapGuard:
             )
         with self.current.putting_back():
             return self.method(*args, **kwargs)
+
+
+class PruneGuard:
+    """Stands in for timm's ``prune_intermediate_layers``: the layer that is the last one then puts tokens back."""
+
+    def __init__(self, method: Callable):
+        self.method = method
+
+    def __call__(self, *args, **kwargs):
+        found = self.method(*args, **kwargs)
+        for block in selective_blocks(self.method.__self__)[-1:]:
+            block.selection.last = True
+        return found
 
 
 @functools.cache
@@ -112,6 +127,12 @@ def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whol
     tokens = adapter.taken(entering) if groups is None or whole else entering
     if groups is None:
         batch, count, _ = tokens.shape
+        patches = count - adapter.prefix
+        if isinstance(patches, int) and isinstance(arrival.patches, int) and patches < arrival.patches:
+            raise TosaError(
+                f"{patches} of {arrival.patches} patches reach the layers, which take away a share of all; turn "
+                "patch dropout off (patch_drop_rate=0), or use bypass identity, borrow or merge"
+            )
         places = torch.arange(count, device=tokens.device).expand(batch, count)
         return tokens, Groups(tokens.new_ones(batch, count), places, places, arrival.grid)
     return (gather_tokens(tokens, groups.at) if whole else tokens), groups
@@ -150,7 +171,7 @@ def _choose(block: nn.Module, tokens: torch.Tensor, groups: Groups, arrival: Arr
     selection, layer = block.selection, block.selection.layer
     state = selection.current.state
     sizes = groups.sizes if selection.bypass.proportional else None
-    view = View(selection.steps_of(arrival.share), state.patches, state.grid, sizes=sizes, received=received)
+    view = View(selection.steps_of(arrival.share), arrival.patches, arrival.grid, sizes=sizes, received=received)
     if selection.reads is not Reads.QUERIES_KEYS:
         normed = block.adapter.normed(block, tokens).detach() if selection.reads is Reads.TOKENS else None
         view = view._replace(tokens=tokens.detach(), normed=normed)

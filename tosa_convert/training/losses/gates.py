@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.selection import choosing_blocks
@@ -45,6 +45,11 @@ class Gates(Loss):
     def of(self, found, wanted, labels):
         gates = self.current.state.gates
         logits = [gates[block.selection.layer][:, self.prefix :] for block in self.blocks]
+        if torch.is_grad_enabled() and not any(each.requires_grad for each in logits):
+            raise TosaError(
+                "the gates get no gradients under re-entrant gradient checkpointing; use use_reentrant=False, in timm "
+                "timm.layers.set_reentrant_ckpt(False)"
+            )
         if self.masks is None:
             patches = self.attended
         else:
