@@ -76,7 +76,7 @@ def test_an_adaptive_plan_is_the_same_again(small, adaptive, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "count", "message"),
     [
-        ({"adaptive": True}, 2, "from 2 of them it cannot be seen"),
+        ({"adaptive": True}, 2, "from 2 images it cannot be seen"),
         ({"adaptive": True, "max_macs": 0.7}, 9, "raise --max-macs"),
         ({"adaptive": True, "max_macs": 1.5}, 9, "1.5 is out of range"),
         ({"max_macs": 0.9}, 9, "give adaptive too"),

@@ -255,3 +255,13 @@ def test_a_bypass_that_removes_tokens_gives_no_maps(images):
         converted.forward_intermediates(images)
     with pytest.raises(UsageError, match="never puts them back"):
         convert(FAMILIES["hf Dinov2Backbone"](), score="class_attention", bypass="drop", ratio=0.6)
+
+
+@pytest.mark.parametrize(("method", "verb"), [("impact", "distill"), ("spa", "finetune")])
+def test_what_has_learnt_nothing_yet_is_said(method, verb, tosa):
+    for command in (("flops", "--images", 2), ("show",)):
+        code, _, err = tosa(command[0], "quickstart", "--method", method, *command[1:])
+        assert code == 0, err
+        assert f"chosen by chance; {verb} quickstart first" in " ".join(err.split())
+    code, _, err = tosa("flops", "quickstart", "--method", "tosa")
+    assert "by chance" not in err, "it takes as much however it chooses"

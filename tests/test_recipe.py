@@ -119,3 +119,30 @@ def test_another_score_takes_neither_the_threshold_nor_the_ratio_beside_it():
     assert (before.ratio, after.threshold, after.ratio) == (1.0, None, ConvertConfig.model_fields["ratio"].default)
     moved = build(ConvertConfig, over({**before.model_dump(), "ratio": 0.9}, {"score": "mutual", "threshold": 0.1}))
     assert (moved.threshold, moved.ratio) == (0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"convert": {"method": "tome"}, "mean_macs": 0.7}, "a mean of the MACs is for conversions with thresholds"),
+        ({"convert": {"method": "tome"}, "distill": {"steps": 2}}, "'similarity' has nothing to learn"),
+        ({"convert": {"method": "spa"}, "distill": {"steps": 2}}, "'gate' learns in finetune"),
+        ({"convert": {"method": "impact"}}, "score impact would choose at random: add distill"),
+        ({"convert": {"method": "tome"}, "finetune": {"steps": 2, "cut": 1.0}}, "set cut to 0"),
+        ({"convert": {"method": "tome"}, "finetune": {"steps": 2, "gates": 1.0}}, "set gates to 0"),
+        ({"convert": {"method": "tosa"}, "finetune": {"labels": 0.0, "smoothing": 0.1}}, "smoothing is of labels"),
+    ],
+)
+def test_a_recipe_that_run_would_refuse_is_not_valid(options, words, tmp_path, tosa):
+    recipe = {"model": "quickstart", "finetune": {"steps": 2}, **options}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for command in (("recipes", "validate"), ("run",)):
+        code, _, err = tosa(*command, tmp_path / "recipe.yaml")
+        assert code == 2
+        assert words in " ".join(err.split())
+
+
+def test_a_recipe_of_a_run_has_the_runs_conversion(quick_run, tmp_path, tosa):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": str(quick_run), "finetune": {"steps": 2}}))
+    code, _, err = tosa("recipes", "validate", tmp_path / "recipe.yaml")
+    assert code == 0, err

@@ -47,7 +47,7 @@ def recipes_cp(name: str, to: Annotated[Path | None, typer.Argument(show_default
 def recipes_validate(files: list[str]) -> None:
     """Check recipes without running them."""
     from tosa_convert.config.recipe import find_recipe, read_recipe
-    from tosa_convert.training.finetuning import check_recipe
+    from tosa_convert.workflows.recipe_checks import check_recipe
 
     problems = []
     for name in files:

@@ -163,6 +163,8 @@ class FinetuneSettings(TrainSettings):
             raise ValueError(f"mixup and cutmix mix pairs of images; give an even batch_size, not {self.batch_size}")
         if (self.mixup or self.cutmix) and self.labels == 0:
             raise ValueError("mixup and cutmix mix labels, and labels weigh 0; leave them out")
+        if self.smoothing and self.labels == 0:
+            raise ValueError("smoothing is of labels, and labels weigh 0; leave it out")
         return self
 
 

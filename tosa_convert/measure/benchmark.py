@@ -20,7 +20,7 @@ from tosa_convert.data.images import sample
 from tosa_convert.export import runtimes
 from tosa_convert.export.graph_files import GraphFiles
 from tosa_convert.measure import peak_memory as memory
-from tosa_convert.measure.macs import flops
+from tosa_convert.measure.macs import Cost, flops
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
@@ -125,7 +125,9 @@ def bench(
                     set_image_size(model, size)
                 model.to(device)  # where counting is quicker too
             pixels = {name: None if anything else _pixels(model, data, images) for name, model in models.items()}
-            macs = {name: _macs(model, pixels[name]) for name, model in models.items()}
+            costs = {name: _cost(model, pixels[name]) for name, model in models.items()}
+            macs = {name: cost.macs - cost.selectors for name, cost in costs.items()}
+            notes += [_spread(name, cost, data) for name, cost in costs.items() if cost.images]
             with tempfile.TemporaryDirectory() as scratch:
                 given = (files or {}) if settings.sizes is None else {}
                 graphs = {
@@ -230,10 +232,15 @@ def _sizes(models: dict[str, nn.Module], settings: BenchSettings) -> list[tuple[
     return [preprocessing_of(next(iter(models.values()))).size]
 
 
-def _macs(model: nn.Module, images: torch.Tensor | None) -> int:
-    """MACs, excluding selector cost; the mean over images where these differ."""
-    cost = flops(model, images=images if keeps_any_number(model) else None)
-    return cost.macs - cost.selectors
+def _cost(model: nn.Module, images: torch.Tensor | None) -> Cost:
+    return flops(model, images=images if keeps_any_number(model) else None)
+
+
+def _spread(name: str, cost: Cost, data: str | Path | None) -> str:
+    """What images take where they differ in that."""
+    mean, least, most = (100 * each / cost.original for each in (cost.macs, cost.least, cost.most))
+    of = "built-in photos" if data is None else Path(data).name
+    return f"{name}: {mean:.1f} % of the MACs on average over {cost.images} images of {of}, {least:.1f} to {most:.1f} %"
 
 
 def _run(

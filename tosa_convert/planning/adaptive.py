@@ -114,8 +114,8 @@ def check_differing(images: torch.Tensor) -> None:
     """
     if len(images) < FEWEST:
         raise UsageError(
-            f"from {len(images)} of them it cannot be seen how images differ; give {FEWEST} or more, better 24, of "
-            "the kind that the model will see"
+            f"from {len(images)} image{'s' if len(images) != 1 else ''} it cannot be seen how images differ; take "
+            f"{FEWEST} or more, better 24, of the kind that the model will see (plan takes as many as --images says)"
         )
 
 
@@ -133,7 +133,9 @@ def _least(model: nn.Module, images: torch.Tensor, budget: float, share_of: Macs
     """The share of the multiply–adds where no token reaches the thresholds, which is the same for all images."""
     least = share_of.of(with_threshold(model, math.inf), images[:1])
     if least > budget:
-        raise UsageError(f"even with the fewest tokens the mean is above {budget:g} of the MACs; give a higher budget")
+        raise UsageError(
+            f"even with the fewest tokens images take {least:.3f} of the MACs, above {budget:g}; give a higher share"
+        )
     return least
 
 

@@ -134,14 +134,19 @@ def _these_images_notes(results: dict) -> list[str]:
     if "macs" not in results:
         return []
     (mean, least, most), before = results["macs"].values(), results["macs_before"]
-    notes = [f"MACs: {percent(mean)} of the original on average, {percent(least)} to {percent(most)} of single images"]
+    notes = [
+        f"MACs: {percent(mean)} of the original on average over {results['macs_over']} of these images, "
+        f"{percent(least)} to {percent(most)} of single ones"
+    ]
     if least >= 1:
         notes.append("the threshold saves nothing on any of these images; raise it, or have it set with --mean-macs")
     if before is not None and abs(mean - before) > FAR:
-        notes.append(
-            f"these images differ from those that it was made on, which take {percent(before)}; plan on images like "
-            "these, or bound each with --max-macs"
+        again = (
+            "finetune the run on images like these with --mean-macs, which sets the thresholds again"
+            if results["macs_learnt"]
+            else "plan on images like these, or bound each with --max-macs"
         )
+        notes.append(f"these images differ from those that it was made on, which take {percent(before)}; {again}")
     return notes
 
 

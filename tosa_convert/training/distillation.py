@@ -1,13 +1,15 @@
 """Stage 1: the selectors learn from the model itself; no labels, and the backbone does not move."""
 
+import warnings
 from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import DistillSettings
 from tosa_convert.methods.parts import every
 from tosa_convert.methods.score import Score
@@ -19,6 +21,8 @@ from tosa_convert.selective.selection import all_tokens, choosing_blocks
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.engine import Stage, lent, make_accelerator, train
 from tosa_convert.training.impact import learn_impact
+
+UNUSED_BY_IMPACT = ("precision", "augment", "workers", "kl")
 
 
 @writes_alone
@@ -53,6 +57,7 @@ def distill(
     """
     check_distillable(model)
     settings = settings or DistillSettings()
+    _say_what_is_unused(model.tosa_config, settings)
     if model.tosa_config.part(Score).learns_in == "ablation":
         return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
@@ -66,13 +71,30 @@ def check_distillable(model: nn.Module) -> None:
     if not is_converted(model):
         raise UsageError("there are no selectors to distill: convert the model first")
     config = model.tosa_config
-    if config.part(Score).learns_in == "finetune":
-        raise UsageError(f"score {config.score!r} learns in finetune, together with the model; go on with that")
+    check_teachable(config)
     if config.part(Score).learns_in == "ablation" and len(choosing_blocks(model)) > 1:
         raise UsageError(
             f"score {config.score!r} learns for one choice, before the first layer that skips tokens, and here "
             f"{len(choosing_blocks(model))} layers choose; convert with schedule throughout, as --method impact does"
         )
+
+
+def _say_what_is_unused(config: ConvertConfig, settings: DistillSettings) -> None:
+    by_impact = config.part(Score).learns_in == "ablation"
+    names = UNUSED_BY_IMPACT if by_impact else ("examples",)
+    changed = [name for name in names if getattr(settings, name) != DistillSettings.model_fields[name].default]
+    if changed:
+        what = f"score {config.score} learns from {'images as they are' if by_impact else 'each batch'}"
+        warnings.warn(f"{what}, without {', '.join(changed)}", TosaWarning, stacklevel=3)
+
+
+def check_teachable(config: ConvertConfig) -> None:
+    """
+    Raises:
+        UsageError: the score of a conversion learns nothing here.
+    """
+    if config.part(Score).learns_in == "finetune":
+        raise UsageError(f"score {config.score!r} learns in finetune, together with the model; go on with that")
     if not config.part(Score).learns:
         learn = " or ".join(repr(name) for name, part in every(Score).items() if part.distilled())
         raise UsageError(f"score {config.score!r} has nothing to learn; distill is for score {learn}")

@@ -11,12 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.dense import DenseImages
 from tosa_convert.data.images import UNREADABLE, Augmentation, Images, check_augmentation, spread
 from tosa_convert.data.masks import Masks, masks_of
-from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel
 from tosa_convert.models.outputs import outputs_of
@@ -152,20 +150,6 @@ def check_settings(settings: FinetuneSettings) -> Augmentation:
     check_augmentation(augmentation)
     check_optimiser(settings)
     return augmentation
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """What can be told of a recipe's training before its first stage.
-
-    Raises:
-        UsageError: see :func:`check_settings`.
-    """
-    if recipe.distill is not None:
-        check_optimiser(recipe.distill)
-    if recipe.finetune is not None:
-        check_settings(recipe.finetune)
-    if masks_of(recipe.data.masks, recipe.data.boxes) is not None and not recipe.convert.part(Score).gates:
-        raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
 
 
 def _fresh(model: nn.Module) -> dict[nn.Parameter, float]:

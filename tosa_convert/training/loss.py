@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tosa_convert.base import discovery
+from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import FinetuneSettings
 from tosa_convert.data.images import Images
 from tosa_convert.methods.method import published
@@ -83,6 +84,11 @@ class Loss(ABC):
     @classmethod
     def check(cls, situation: Situation) -> None:
         """Refuse what this loss is not for."""
+        cls.fits(situation.model.tosa_config)
+
+    @classmethod
+    def fits(cls, config: ConvertConfig) -> None:
+        """Refuse a conversion that it is not for."""
         return None
 
     def begin(self, images: torch.Tensor) -> None:

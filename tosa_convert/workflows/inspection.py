@@ -21,7 +21,7 @@ from tosa_convert.runs.loading import load, original_of
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
-from tosa_convert.workflows.sources import loaded_or_converted, to_measure
+from tosa_convert.workflows.sources import loaded_or_converted, say_if_by_chance, to_measure
 
 
 def flops_stage(
@@ -98,6 +98,8 @@ def show_stage(
 
     device = pick_device(device)
     model = loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
+    if options:
+        say_if_by_chance(model, source)
     before = original_of(model) if is_converted(model) and task_of(model).differences else None
     looks = look_at_files(model, files or built_in_scenes(), before)
     if is_converted(model) and not looks.views[0]:

@@ -16,7 +16,6 @@ from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, export
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
-from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -30,8 +29,9 @@ from tosa_convert.selective.conversion import convert, is_converted, is_whole, o
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.training.distillation import check_distillable, distill
 from tosa_convert.training.engine import CHECKPOINT
-from tosa_convert.training.finetuning import check_finetuning, check_recipe, finetune
+from tosa_convert.training.finetuning import check_finetuning, finetune
 from tosa_convert.training.impact import FILE as IMPACT
+from tosa_convert.workflows.recipe_checks import check_recipe
 from tosa_convert.workflows.same_job import OtherJobError, check_same_job
 from tosa_convert.workflows.sources import (
     check_measured,
@@ -41,10 +41,13 @@ from tosa_convert.workflows.sources import (
     to_measure,
     train_source,
 )
-from tosa_convert.workflows.thresholds import check_thresholds, cost_of, warn_of_other_cost, with_mean
-
-EXAMPLES = 32
-"""Images over which multiply–adds are counted."""
+from tosa_convert.workflows.thresholds import (
+    check_thresholds,
+    cost_of,
+    on_these_images,
+    warn_of_other_cost,
+    with_mean,
+)
 
 
 @writes_alone
@@ -211,7 +214,7 @@ def eval_stage(
             "original to compare it with; give labelled images, or a converted model"
         )
     if keeps_any_number(model):
-        results |= _on_these_images(model, source, data, progress)
+        results |= on_these_images(model, source, data, progress)
     if runs.is_run(source):
         append_metrics(Path(source), stage="eval", **results)
         write_report(Path(source))
@@ -282,14 +285,6 @@ def _keep(model: nn.Module, out: Path, results: dict) -> None:
     runs.save(model, out, stage=results["stage"], results=results)
     write_report(out)
     runs.remember(out)
-
-
-def _on_these_images(model: nn.Module, source: str, data: str | None, progress: Progress | None) -> dict:
-    """What these images take, where each keeps as many tokens as it needs; and what those took that it was made on."""
-    cost = flops_on(model, data, EXAMPLES, progress)
-    known = read_json(Path(source) / "config.json").get("results") if runs.is_run(source) else None
-    before = known["flops"]["macs"] / known["flops"]["original"] if known else None
-    return {"macs": {name: cost[name] / cost["original"] for name in ("macs", "least", "most")}, "macs_before": before}
 
 
 def _reading(settings) -> dict:

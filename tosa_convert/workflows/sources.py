@@ -8,9 +8,10 @@ from torch import nn
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.reader import is_stream, read, with_options
+from tosa_convert.methods.score import Score
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load
-from tosa_convert.selective.conversion import convert, is_converted
+from tosa_convert.selective.conversion import convert, is_converted, is_whole
 from tosa_convert.selective.selection import keeps_any_number
 
 
@@ -66,8 +67,23 @@ def to_measure(source: str, options: dict, **how: Any) -> nn.Module:
     """The same for its cost: with random weights, unless the number of tokens depends on them."""
     model = loaded_or_converted(source, options, pretrained=False, **how)
     if keeps_any_number(model) and not runs.is_run(source):
+        if options:
+            say_if_by_chance(model, source)
         return loaded_or_converted(source, options, **how)
     return model
+
+
+def say_if_by_chance(model: nn.Module, source: str) -> None:
+    """Of a conversion that was just made, and that has something to learn."""
+    score = model.tosa_config.part(Score)
+    if score.learns and not is_whole(model):
+        verb = "distill" if score.distilled() else "finetune"
+        warnings.warn(
+            f"score {score.name()} has learnt nothing yet, so tokens are chosen by chance; {verb} {source} first, and "
+            "take that run",
+            TosaWarning,
+            stacklevel=2,
+        )
 
 
 def refuse_options_of_a_run(converted: bool, options: dict) -> None:

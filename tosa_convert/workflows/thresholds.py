@@ -1,17 +1,21 @@
 """Thresholds for a share of the multiply–adds that a recipe asks for."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
+from tosa_convert.base.files import read_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.images import sample
 from tosa_convert.measure.macs import flops_on
+from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import FEWEST, at_mean, check_differing, check_reachable
+from tosa_convert.runs import folder as runs
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.workflows.sources import counted_source
 
@@ -31,15 +35,23 @@ def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
             "with thresholds the MACs are counted over images, and a stream gives no sample of them; train on hfds: in "
             "place of hfids:, or name images for evaluation in a recipe (data: eval)"
         )
-    if recipe.mean_macs is not None and not keeps_any_number(model):
-        raise UsageError(
-            "a mean of the MACs is for conversions with thresholds, by method spa, method impact or --threshold; leave "
-            "--mean-macs out, or take one of them"
-        )
+    check_threshold(recipe, keeps_any_number(model))
     if recipe.mean_macs is not None:
         images = counted_images(model, recipe, FEWEST)
         check_differing(images)
         check_reachable(model, images, recipe.mean_macs)
+
+
+def check_threshold(recipe: Recipe, there: bool) -> None:
+    """
+    Raises:
+        UsageError: a mean is asked of a conversion without thresholds.
+    """
+    if recipe.mean_macs is not None and not there:
+        raise UsageError(
+            "a mean of the MACs is for conversions with thresholds, by method spa, method impact or --threshold; leave "
+            "--mean-macs out, or take one of them"
+        )
 
 
 def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
@@ -70,6 +82,19 @@ def warn_of_other_cost(before: dict | None, after: dict) -> None:
             TosaWarning,
             stacklevel=2,
         )
+
+
+def on_these_images(model: nn.Module, source: str, data: str | None, progress: Progress | None) -> dict:
+    """What these images take, where each keeps as many tokens as it needs; and what those took that it was made on."""
+    cost = flops_on(model, data, IMAGES, progress)
+    known = read_json(Path(source) / "config.json").get("results") if runs.is_run(source) else None
+    before = known["flops"]["macs"] / known["flops"]["original"] if known else None
+    return {
+        "macs": {name: cost[name] / cost["original"] for name in ("macs", "least", "most")},
+        "macs_over": cost["images"],
+        "macs_before": before,
+        "macs_learnt": model.tosa_config.part(Score).learns,
+    }
 
 
 def counted_images(model: nn.Module, recipe: Recipe, count: int = IMAGES) -> torch.Tensor:

@@ -42,12 +42,16 @@ class Consistency(Loss):
         return wanted
 
     @classmethod
-    def check(cls, situation):
-        if not situation.model.tosa_config.reduces:
+    def fits(cls, config):
+        if not config.reduces:
             raise UsageError(
-                f"bypass {situation.model.tosa_config.bypass} takes no tokens away, so there are no two passes "
-                "to be alike; set consistency to 0"
+                f"bypass {config.bypass} takes no tokens away, so there are no two passes to be alike; set consistency "
+                "to 0"
             )
+
+    @classmethod
+    def check(cls, situation):
+        super().check(situation)
         if not adapter_of(situation.model).class_token:
             raise UsageError("consistency compares class tokens, and this model has none; set consistency to 0")
 

@@ -26,13 +26,16 @@ class TokenCut(Loss):
         self.sides = [_Side(adapter, block) for block in selective_blocks(model) if block.selection.selects]
 
     @classmethod
-    def check(cls, situation):
-        config = situation.model.tosa_config
+    def fits(cls, config):
         if not config.part(Score).needs_class_token or config.reduces or config.threshold is not None:
             raise UsageError(
                 "the token cut loss is for scores class_query and class_attention with a number of tokens and all of "
                 "them kept, as in IdleViT; set cut to 0"
             )
+
+    @classmethod
+    def check(cls, situation):
+        super().check(situation)
         if not adapter_of(situation.model).own_heads:
             raise UsageError(
                 "the token cut loss looks at the attention between all tokens, and this model mixes its heads inside "

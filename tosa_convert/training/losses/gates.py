@@ -32,8 +32,8 @@ class Gates(Loss):
         return self.masks is None
 
     @classmethod
-    def check(cls, situation):
-        if not situation.model.tosa_config.part(Score).gates:
+    def fits(cls, config):
+        if not config.part(Score).gates:
             raise UsageError("the selection loss is for score gate, as in SPA; set gates to 0")
 
     def listen(self, queries: torch.Tensor, keys: torch.Tensor) -> None:

@@ -1,0 +1,46 @@
+"""What can be told of a recipe before its first stage, without its model and its images."""
+
+from tosa_convert.base.errors import UsageError
+from tosa_convert.config.recipe import Recipe
+from tosa_convert.data.masks import masks_of
+from tosa_convert.methods.score import Score
+from tosa_convert.runs import folder as runs
+from tosa_convert.training.distillation import check_teachable
+from tosa_convert.training.finetuning import check_settings
+from tosa_convert.training.loss import every_loss
+from tosa_convert.training.optimisation import check_optimiser
+from tosa_convert.workflows.thresholds import check_threshold
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: its stages cannot do what they are asked for.
+    """
+    if recipe.distill is not None:
+        check_optimiser(recipe.distill)
+    if recipe.finetune is not None:
+        check_settings(recipe.finetune)
+    if masks_of(recipe.data.masks, recipe.data.boxes) is not None and not recipe.convert.part(Score).gates:
+        raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
+    if not runs.is_run(recipe.model):  # which has a conversion of its own
+        _check_conversion(recipe)
+
+
+def _check_conversion(recipe: Recipe) -> None:
+    config, finetune = recipe.convert, recipe.finetune
+    check_threshold(recipe, config.threshold is not None)
+    if recipe.distill is not None:
+        check_teachable(config)
+    if finetune is None:
+        return
+    ratios = config.ratio if isinstance(config.ratio, list) else [config.ratio]
+    skips = config.threshold is not None or any(ratio != 1 for ratio in ratios)
+    if recipe.distill is None and config.part(Score).distilled() and skips:
+        raise UsageError(
+            f"score {config.score} would choose at random: add distill: to the recipe, before finetune:, or name a run "
+            "as its model"
+        )
+    for loss in every_loss():
+        if getattr(finetune, loss.name(), None):
+            loss.fits(config)
