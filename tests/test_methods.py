@@ -76,7 +76,7 @@ def test_halves_compute_what_is_left(method, images):
     model = convert(lively(FAMILIES["timm vit"]()), method=method, ratio=0.7)
     seen = {}
     for layer, block in enumerate(model.blocks, start=1):
-        for name, module in (("attention", block.attn.qkv), ("mlp", block.mlp.fc1)):
+        for name, module in (("attention", block.attn.proj), ("mlp", block.mlp.fc1)):
             module.register_forward_hook(lambda _, i, o, at=(layer, name): seen.setdefault(at, []).append(o.shape[1]))
     model(images)
     assert all(len(counts) == 1 for counts in seen.values()), "each half runs once"

@@ -208,6 +208,7 @@ def test_partners_are_the_nearest_of_the_same_image(seed, batch, prefix):
 
 @pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers"])
 @pytest.mark.parametrize("container", [1, 24, 1000])
+@torch.no_grad()
 def test_containers_give_what_images_give_by_themselves(name, container):
     images = photos(5)
     parts = {"score": "similarity", "bypass": "identity"}

@@ -49,8 +49,11 @@ def tapped(module: nn.Module) -> bool:
     )
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a hook of somebody else does, or a hook before it, as weight norm has one."""
+def others_hook(module: nn.Module) -> bool:
+    """Whether a hook of somebody else does, as that of weight norm. Those of fvcore, on every module while it counts,
+    leave things as they are."""
+    if torch.jit.is_tracing():
+        return False
     others = (hook for kind in HOOKS for hook in getattr(module, kind).values())
     return any(not isinstance(getattr(hook, "__self__", hook), Hook) for hook in others)
 

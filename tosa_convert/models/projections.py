@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tosa_convert.models.hooks import hooked, unheard
+from tosa_convert.models.hooks import others_hook, unheard
 
 if TYPE_CHECKING:
     from tosa_convert.models.adapter import Adapter
@@ -44,7 +44,7 @@ class QueryKey(NamedTuple):
             biases: of queries and keys, where they are kept elsewhere.
         """
         if any(
-            type(each) is not nn.Linear or hooked(each) or hasattr(each.weight, "__tensor_flatten__")
+            type(each) is not nn.Linear or others_hook(each) or hasattr(each.weight, "__tensor_flatten__")
             for each in projections
         ):
             return None  # LoRA's, a quantiser's; or only the weight is one of a quantiser's tensors

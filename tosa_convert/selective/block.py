@@ -87,8 +87,9 @@ def _run(block: nn.Module, base: type, args: tuple, kwargs: dict, choice: Choice
     adapter = block.adapter
 
     def call(tokens, args, kwargs, places, sizes, normed):
+        norm = None if normed is None else adapter.norm(block)
         given = Unheard(lambda *_, **__: adapter.as_normed(normed))
-        with nullcontext() if normed is None else answered(adapter.norm(block), given):
+        with nullcontext() if norm is None else answered(norm, given):
             return adapter.call(block, base.forward, tokens, args, kwargs, places, sizes)
 
     if choice.packed is None:
