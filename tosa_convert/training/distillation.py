@@ -3,6 +3,7 @@
 import warnings
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def distill(
     """
     check_distillable(model)
     settings = settings or DistillSettings()
-    _say_what_is_unused(model.tosa_config, settings)
+    _say_what_is_unused(cast(ConvertConfig, model.tosa_config), settings)
     if model.tosa_config.part(Score).learns_in == "ablation":
         return learn_impact(model, data, settings, out, resume, seed, device, progress or Progress())
     accelerator = make_accelerator(device, settings)
@@ -70,7 +71,7 @@ def distill(
 def check_distillable(model: nn.Module) -> None:
     if not is_converted(model):
         raise UsageError("there are no selectors to distill: convert the model first")
-    config = model.tosa_config
+    config = cast(ConvertConfig, model.tosa_config)
     check_teachable(config)
     if config.part(Score).learns_in == "ablation" and len(choosing_blocks(model)) > 1:
         raise UsageError(
