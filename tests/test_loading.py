@@ -95,10 +95,15 @@ def test_a_hostile_pickle_in_a_timm_folder_is_refused_before_timm_sees_it(tmp_pa
     loaded = load(folder)
     assert torch.equal(loaded.head.weight, model.head.weight)
     (weights,) = folder.glob("*.bin")
-    torch.save({"head.weight": torch.nn.Linear(2, 2)}, weights)
+    torch.save(torch.nn.Linear(2, 2), folder / "training_args.bin")  # which nobody opens
+    assert torch.equal(load(folder).head.weight, model.head.weight)
+    (folder / "training_args.bin").unlink()
     monkeypatch.setattr(timm, "create_model", None)
-    with pytest.raises(TosaError, match="running its code is refused"):
-        load(folder)
+    for name in (weights.name, "w.pth.tar"):
+        weights.unlink(missing_ok=True)
+        torch.save({"head.weight": torch.nn.Linear(2, 2)}, folder / name)
+        with pytest.raises(TosaError, match="running its code is refused"):
+            load(folder)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -13,6 +13,7 @@ from tosa_convert import TosaError, UsageError, convert, load
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import run
 from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.reporting.result_tables import eval_table
 
 
 @pytest.mark.parametrize("method", ["spa", "impact"])
@@ -127,3 +128,15 @@ def test_without_a_threshold_none_is_blamed(tosa, outlined, options):
 def test_containers_are_for_images_that_differ_in_number():
     with pytest.raises(UsageError, match="container goes with a threshold"):
         convert(load("quickstart"), score="norm", ratio=0.5, container=64)
+
+
+def test_what_an_older_version_noted_of_images_is_still_shown():
+    macs = {"macs": 0.7, "least": 0.6, "most": 0.8}
+    results = {"data": "photos", "images": 3, "broken": [], "models": {"model": {"top1": 0.5}}, "macs": macs}
+    notes = " ".join(eval_table({**results, "macs_before": 0.5}).notes)
+    assert "70.0 % of the original on average, 60.0 % to 80.0 %" in notes
+    assert "bound each with --max-macs" in notes
+    new = {**results, "macs_before": 0.5, "macs_over": 3, "macs_learnt": True}
+    notes = " ".join(eval_table(new).notes)
+    assert "on average over 3 of these images" in notes
+    assert "finetune the run on images like these with --mean-macs" in notes

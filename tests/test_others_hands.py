@@ -65,6 +65,22 @@ def test_what_is_read_is_what_a_later_hook_makes_of_it(method):
     assert all(torch.equal(chosen[1][layer], places) for layer, places in chosen[0].items())
 
 
+def test_a_trace_goes_by_a_hook_too():
+    model = convert(vit(), method="idle", ratio=0.7)
+    by = torch.randn(48, 144)
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda _, given, found: found + given[0] @ by)
+    traced = torch.jit.trace(model, (photos(2),), check_trace=False)
+    assert torch.allclose(traced(photos(2)), model(photos(2)), atol=1e-5)
+
+
+def test_hooks_are_heard_once_where_images_keep_their_own_numbers():
+    model, heard = convert(vit(), score="norm", layers=[2, 3], threshold=4.0).train(), []
+    model.blocks[2].attn.register_forward_hook(lambda *_: heard.append(torch.is_grad_enabled()))
+    model(photos(3))
+    assert heard == [True]
+
+
 @torch.no_grad()
 def test_weights_that_are_made_before_each_pass_are_not_those_of_the_last(monkeypatch):
     model = convert(vit(), method="idle", ratio=0.7)

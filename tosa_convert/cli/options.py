@@ -1,5 +1,6 @@
 """The other options that commands share, and how they turn into a recipe."""
 
+import warnings
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.cli.output import say
 from tosa_convert.cli.parsing import at_least, image_size, plain
 
@@ -107,6 +108,13 @@ def _kept_of_data(before: dict, given: dict, unused: bool) -> dict:
         replaced |= {"list", "depth_scale", "masks", "boxes"}
     if unused or given.keys() & {"masks", "boxes"}:  # either is selection labels
         replaced |= {"masks", "boxes"}
+    gone = [name for name in ("masks", "boxes") if before.get(name) and name in replaced]
+    if gone and not unused and not given.keys() & {"masks", "boxes"}:
+        warnings.warn(
+            f"--data names other images, so {gone[0]} of {before[gone[0]]} are left out; give --{gone[0]} for these",
+            TosaWarning,
+            stacklevel=2,
+        )
     return {name: value for name, value in before.items() if name not in replaced}
 
 

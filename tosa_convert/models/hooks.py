@@ -36,7 +36,7 @@ def remove_hooks(module: nn.Module, which: Callable[[Hook], bool] = lambda hook:
     for kind in HOOKS:
         hooks = getattr(module, kind)
         for key, hook in list(hooks.items()):
-            owner = getattr(hook, "__self__", hook)
+            owner = _owner(hook)
             if isinstance(owner, Hook) and which(owner):
                 del hooks[key]
                 getattr(module, f"{kind}_with_kwargs").pop(key, None)
@@ -52,10 +52,13 @@ def tapped(module: nn.Module) -> bool:
 def others_hook(module: nn.Module) -> bool:
     """Whether a hook of somebody else does, as that of weight norm. Those of fvcore, on every module while it counts,
     leave things as they are."""
-    if torch.jit.is_tracing():
-        return False
-    others = (hook for kind in HOOKS for hook in getattr(module, kind).values())
-    return any(not isinstance(getattr(hook, "__self__", hook), Hook) for hook in others)
+    owners = [_owner(hook) for kind in HOOKS for hook in list(getattr(module, kind).values())]
+    return any(not isinstance(owner, Hook) and not type(owner).__module__.startswith("fvcore") for owner in owners)
+
+
+def _owner(hook: Any) -> Any:
+    """The object that a hook is a method of, or the hook."""
+    return getattr(hook, "__self__", hook)
 
 
 @contextmanager
@@ -94,8 +97,10 @@ class Tap(Hook, ABC):
     def follow(self) -> None:
         """Stand on the modules that are there now."""
         sources = self.sources()
-        there = len(sources) == len(self.places) and all(map(_same, sources, self.places))
-        if there and (torch.compiler.is_dynamo_compiling() or all(map(self.comes_last, sources))):
+        if len(sources) == len(self.places) and all(map(_same, sources, self.places)):
+            if not torch.compiler.is_dynamo_compiling():
+                for source in sources:
+                    self.go_last(source)
             return
         if torch.compiler.is_dynamo_compiling():
             raise TosaError("the projections of a layer were replaced; run the model once before you compile it")
@@ -105,13 +110,19 @@ class Tap(Hook, ABC):
             remove_hooks(source, lambda hook: hook is self)  # quantisers copy hooks
             self.stand_on(source, index)
 
-    def comes_last(self, source: nn.Module) -> bool:
-        """Whether nobody else has hooked a source since: what others make of it is what the layer uses."""
+    def go_last(self, source: nn.Module) -> None:
+        """Stand behind what others have hooked on a source since: what they make of it is what the layer uses. Other
+        threads may run the model meanwhile, so the hook is not taken off for that."""
         for kind in HOOKS:
-            owners = [getattr(hook, "__self__", hook) for hook in getattr(source, kind).values()]
-            if self in owners and not all(isinstance(owner, Hook) for owner in owners[owners.index(self) :]):
-                return False
-        return True
+            hooks = getattr(source, kind)
+            ahead = True
+            for key, hook in list(hooks.items()):
+                owner = _owner(hook)
+                if owner is self:
+                    ahead, mine = False, key
+                elif not ahead and not isinstance(owner, Hook):
+                    hooks.move_to_end(mine)
+                    break
 
     def stand_on(self, source: nn.Module, index: int) -> None:
         """Hook the index-th of the sources."""

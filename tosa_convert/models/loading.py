@@ -103,9 +103,9 @@ def _refuse_before_fetching(name: str) -> None:
 
 def load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) -> nn.Module:
     config = read_json(folder / "config.json")
-    if pretrained and not (folder / "model.safetensors").exists():
-        for pickled in (each for each in folder.iterdir() if each.suffix in (".bin", ".pth", ".pt")):
-            read_checkpoint(pickled)  # older timm would run the code in it
+    weights = _weights_in(folder) if pretrained else None
+    if weights is not None and weights.suffix != ".safetensors":
+        read_checkpoint(weights)  # older timm would run the code in it
     arguments = dict(config.get("model_args", {}))
     if num_classes is not None:
         arguments["num_classes"] = num_classes
@@ -117,6 +117,19 @@ def load_timm_folder(folder: Path, num_classes: int | None, pretrained: bool) ->
     spec["model_args"] = {**spec["model_args"], **arguments}
     model.tosa_origin = Origin(library="timm", spec=spec, preprocessing=adapter.preprocessing())
     return model
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The file of a folder that timm opens: the first of these names, else of these endings."""
+    for pattern in (
+        *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors"),
+        *(f"open_clip_pytorch_model.{ending}" for ending in ("safetensors", "bin", "pth")),
+        *("*.safetensors", "*.pth", "*.pth.tar", "*.bin"),
+    ):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found[0]
+    return None
 
 
 def _create(name: str, pretrained: bool, arguments: dict, instead: str) -> nn.Module:

@@ -134,16 +134,16 @@ def _these_images_notes(results: dict) -> list[str]:
     if "macs" not in results:
         return []
     (mean, least, most), before = results["macs"].values(), results["macs_before"]
+    over = f" over {results['macs_over']} of these images" if "macs_over" in results else ""  # 0.2.0 did not note it
     notes = [
-        f"MACs: {percent(mean)} of the original on average over {results['macs_over']} of these images, "
-        f"{percent(least)} to {percent(most)} of single ones"
+        f"MACs: {percent(mean)} of the original on average{over}, {percent(least)} to {percent(most)} of single ones"
     ]
     if least >= 1:
         notes.append("the threshold saves nothing on any of these images; raise it, or have it set with --mean-macs")
     if before is not None and abs(mean - before) > FAR:
         again = (
             "finetune the run on images like these with --mean-macs, which sets the thresholds again"
-            if results["macs_learnt"]
+            if results.get("macs_learnt")
             else "plan on images like these, or bound each with --max-macs"
         )
         notes.append(f"these images differ from those that it was made on, which take {percent(before)}; {again}")

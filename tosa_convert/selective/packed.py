@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tosa_convert.base.errors import TosaError, is_out_of_memory
-from tosa_convert.base.seeding import unmoved
 from tosa_convert.methods.score import Score
 from tosa_convert.methods.token_ops import Packed
 from tosa_convert.models.adapter import Adapter
@@ -123,22 +122,11 @@ def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packe
     if _as_one(block, adapter, args, kwargs):
         container, padding = getattr(block.selection.bypass.options, "container", None), _padding(tokens)
         padded = _padded(places, padding), _padded(sizes, padding, 1), _padded(normed, padding)
-
-        def together() -> torch.Tensor:
-            with _running(state, lengths, padding), _WithinImages(lengths, padding, container) as within:
-                found = call(_padded(tokens, padding), args, kwargs, *padded)
-            block.selection.attends_elsewhere = not within.asked
+        with _running(state, lengths, padding), _WithinImages(lengths, padding, container) as within:
+            found = call(_padded(tokens, padding), args, kwargs, *padded)
+        if within.asked:
             return found[:, : tokens.shape[1]]
-
-        unknown = block.selection.attends_elsewhere is None and not torch.compiler.is_compiling()
-        if unknown and (torch.is_grad_enabled() or block.training):
-            # Found out beside the run that counts, which gradient checkpointing is to repeat as it was.
-            with torch.no_grad(), unmoved():
-                together()
-        if not block.selection.attends_elsewhere:
-            found = together()
-            if not block.selection.attends_elsewhere:
-                return found
+        block.selection.attends_elsewhere = True
     parts = [_split(each, lengths) for each in (tokens, places, sizes, normed)]
     with _running(state, lengths):
         found = [
@@ -150,12 +138,11 @@ def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packe
 
 def _as_one(block: nn.Module, adapter: Adapter, args: tuple, kwargs: dict) -> bool:
     """Whether a row can run as one."""
-    if (
-        adapter.relative
-        or adapter.shows_attention
-        or block.selection.attends_elsewhere
-        or adapter.mask(args, kwargs) is not None
-    ):
+    # Known beforehand where it can be: gradient checkpointing repeats a run, and not that it was found out in it.
+    elsewhere = block.selection.attends_elsewhere or adapter.shows_attention or adapter.relative
+    if elsewhere or any(getattr(module, "fused_attn", True) is False for module in block.modules()):
+        return False
+    if adapter.mask(args, kwargs) is not None:
         return False
     return not (block.training and any(_drops_images(module) for module in block.modules()))
 

@@ -63,7 +63,7 @@ class Selection:
         segment: the layers in a row that share one choice, this one among them.
         threshold: the score from which on a token attends; None where it is a number of tokens that do.
         chance: a seed, by which other tokens are chosen, as many as the threshold says; None but for a control.
-        attends_elsewhere: whether its attention was found not to be torch's own, None before; see
+        attends_elsewhere: whether its attention was found not to be torch's own, see
             :mod:`tosa_convert.selective.packed`.
     """
 
@@ -81,7 +81,7 @@ class Selection:
     threshold: float | None = None
     chance: int | None = None
     active: bool = True
-    attends_elsewhere: bool | None = None
+    attends_elsewhere: bool = False
 
     @property
     def steps(self) -> int:

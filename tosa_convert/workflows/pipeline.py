@@ -320,7 +320,8 @@ def _train_stage(
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
-    before = None if fresh or recipe.mean_macs is not None else cost_of(model, recipe)
+    moves = not fresh and recipe.mean_macs is None and keeps_any_number(model)
+    before = cost_of(model, recipe) if moves else None
     options = {"seed": recipe.seed, "device": device, "progress": progress}
     if name == "finetune":
         options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}

@@ -77,8 +77,8 @@ def warn_of_other_cost(before: dict | None, after: dict) -> None:
     was, now = ((each or after)["macs"] / after["original"] for each in (before, after))
     if abs(now - was) > WORTH_SAYING:
         warnings.warn(
-            f"training images take {now:.3f} of the MACs now, {was:.3f} before the training, which changed what tokens "
-            "score; with --mean-macs (mean_macs in a recipe) thresholds are set again after it",
+            f"images of {after['data']} take {now:.3f} of the MACs now, {was:.3f} before the training, which changed "
+            "what tokens score; with --mean-macs (mean_macs in a recipe) thresholds are set again after it",
             TosaWarning,
             stacklevel=2,
         )

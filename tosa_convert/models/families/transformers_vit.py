@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UnsupportedModelError, UsageError, gist
 from tosa_convert.models.adapter import Adapter
-from tosa_convert.models.hooks import PairTap
+from tosa_convert.models.hooks import Hook, PairTap
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.models.projections import QueryKey, split_heads
 from tosa_convert.models.proof.calls import first_of
@@ -100,6 +101,20 @@ def _sees_patches(layer: nn.Module) -> bool:
 def layer_class(layer: nn.Module, known: Container[str]) -> str | None:
     """Which of the known classes a layer is of, also when the layer is selective by now."""
     return next((kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in known), None)
+
+
+class _Catch(Hook):
+    """Keeps what may be the tokens of a model whose modules it is on."""
+
+    def __init__(self, adapter: "TransformersVit"):
+        self.adapter = adapter
+        self.caught: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        last = module is self.adapter.blocks[-1]
+        found = first_of(output) if last else getattr(output, "last_hidden_state", None)
+        if found is not None and found.ndim == 3 and found.shape[-1] == self.adapter.width:
+            self.caught.append(found)
 
 
 class TransformersVit(Adapter):
@@ -229,14 +244,7 @@ class TransformersVit(Adapter):
     def tokens(self, images):
         """The last of ``last_hidden_state`` that any part of the model gives, as its vision model does after its
         norm; of a backbone for dense heads, which gives maps only, the tokens after the last layer."""
-        caught: list[torch.Tensor] = []
-
-        def catch(module: nn.Module, inputs: tuple, output) -> None:
-            last = module is self.blocks[-1]
-            found = first_of(output) if last else getattr(output, "last_hidden_state", None)
-            if found is not None and found.ndim == 3 and found.shape[-1] == self.width:
-                caught.append(found)
-
+        catch = _Catch(self)
         handles = [module.register_forward_hook(catch) for module in self.model.modules()]
         try:
             self.outputs(images)
@@ -245,7 +253,7 @@ class TransformersVit(Adapter):
                 handle.remove()
         whole = self.prefix + self.patches(tuple(images.shape[-2:]))
         # Some pool the patches behind their blocks.
-        return next((found for found in reversed(caught) if found.shape[1] == whole), caught[-1])
+        return next((found for found in reversed(catch.caught) if found.shape[1] == whole), catch.caught[-1])
 
     @property
     def _vision_config(self):
