@@ -5,6 +5,7 @@ from tosa_convert import ConvertConfig, UsageError
 from tosa_convert.config.options import over
 from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe, recipes_folder
 from tosa_convert.config.validation import build
+from tosa_convert.workflows.recipe_checks import check_recipe
 from tosa_convert.workflows.sources import eval_source, train_source
 
 
@@ -146,3 +147,8 @@ def test_a_recipe_of_a_run_has_the_runs_conversion(quick_run, tmp_path, tosa):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": str(quick_run), "finetune": {"steps": 2}}))
     code, _, err = tosa("recipes", "validate", tmp_path / "recipe.yaml")
     assert code == 0, err
+
+
+def test_a_recipe_that_names_no_conversion_may_be_of_a_run_on_the_hub():
+    for more in ({}, {"seed": 3}):
+        check_recipe(build(Recipe, {"model": "someone/a-run", "finetune": {"steps": 2}, **more}))

@@ -138,9 +138,11 @@ def _run_row(block, call: Call, tokens, args: tuple, kwargs: dict, packed: Packe
 
 def _as_one(block: nn.Module, adapter: Adapter, args: tuple, kwargs: dict) -> bool:
     """Whether a row can run as one."""
+    if block.selection.attends_elsewhere or adapter.shows_attention or adapter.relative:
+        return False
     # Known beforehand where it can be: gradient checkpointing repeats a run, and not that it was found out in it.
-    elsewhere = block.selection.attends_elsewhere or adapter.shows_attention or adapter.relative
-    if elsewhere or any(getattr(module, "fused_attn", True) is False for module in block.modules()):
+    learns = block.training or torch.is_grad_enabled()
+    if learns and any(getattr(module, "fused_attn", True) is False for module in block.modules()):
         return False
     if adapter.mask(args, kwargs) is not None:
         return False

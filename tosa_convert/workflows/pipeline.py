@@ -333,7 +333,8 @@ def _train_stage(
         raise
     model = with_mean(model, recipe, progress)
     results = {"stage": name, "run": str(out), **figures, "flops": cost_of(model, recipe)}
-    warn_of_other_cost(before, results["flops"])
+    if before is not None:
+        warn_of_other_cost(before, results["flops"])
     if name == "finetune" and is_whole(model):
         model = as_it_is(model)
     if processes.is_main():

@@ -23,7 +23,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_settings(recipe.finetune)
     if masks_of(recipe.data.masks, recipe.data.boxes) is not None and not recipe.convert.part(Score).gates:
         raise UsageError("masks and boxes are for score gate, as in --method spa; leave them out")
-    if not runs.is_run(recipe.model):  # which has a conversion of its own
+    named = recipe.convert.model_fields_set - {"seed"}  # without any it may be that of a run on the hub
+    if named and not runs.is_run(recipe.model):  # which has a conversion of its own
         _check_conversion(recipe)
 
 

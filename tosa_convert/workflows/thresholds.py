@@ -72,9 +72,9 @@ def cost_of(model: nn.Module, recipe: Recipe) -> dict:
     return flops_on(model, counted_source(recipe), IMAGES) if keeps_any_number(model) else flops_on(model)
 
 
-def warn_of_other_cost(before: dict | None, after: dict) -> None:
+def warn_of_other_cost(before: dict, after: dict) -> None:
     """Say that the same images take more or less than before a training, which changes what tokens score."""
-    was, now = ((each or after)["macs"] / after["original"] for each in (before, after))
+    was, now = (each["macs"] / after["original"] for each in (before, after))
     if abs(now - was) > WORTH_SAYING:
         warnings.warn(
             f"images of {after['data']} take {now:.3f} of the MACs now, {was:.3f} before the training, which changed "
