@@ -162,6 +162,30 @@ def test_one_graph_for_torch_compile(family, parts):
         assert close(first(compiled(**others)), first(model(**others)))
 
 
+@pytest.mark.parametrize("parts", ["tosa", "tome"])
+def test_blocks_compiled_one_by_one(parts):
+    """torch reuses what it compiled for one block in the next unless their classes tell them apart."""
+    model, inputs, others = made("timm vit", parts)
+    with torch.no_grad():
+        wanted = [first(model(**each)) for each in (inputs, others)]
+        torch._dynamo.reset()
+        for block in adapter_of(model).blocks:
+            block.compile(backend="eager")
+        for each, right in zip((inputs, others), wanted, strict=True):
+            assert close(first(model(**each)), right)
+
+
+def test_thresholds_under_torch_compile():
+    """Its graph ends where the number of tokens depends on the image."""
+    torch.manual_seed(0)
+    model = convert(lively(FAMILIES["timm vit"]()), score="norm", bypass="borrow", threshold=4.0, **THREE)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for each in (IMAGES, OTHERS, OTHERS[:1]):
+            assert close(first(compiled(each)), first(model(each)))
+
+
 @pytest.mark.parametrize(("family", "parts"), split(CASES, MOST))
 def test_dynamic_quantisation(family, parts):
     model, inputs, others = made(family, parts)

@@ -18,11 +18,11 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.parts import Part
 from tosa_convert.methods.score import Reads, Score, Site
 from tosa_convert.models.adapter import Adapter, adapter_of
-from tosa_convert.models.hooks import remove_hooks
+from tosa_convert.models.hooks import Receive, remove_hooks
 from tosa_convert.models.proof.calls import NotProvenError
 from tosa_convert.models.proof.prove import in_float32
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.models.subclassing import check_own, steer, ungraft
+from tosa_convert.models.subclassing import check_own, heard_class, steer, ungraft
 from tosa_convert.selective.block import selective_class
 from tosa_convert.selective.compatibility import check_fit
 from tosa_convert.selective.forward_state import CurrentForward
@@ -246,9 +246,13 @@ class _Surgeon:
         block.selection, block.adapter = selection, adapter
         if selection.reads is Reads.QUERIES_KEYS and not selection.follows:
             read = adapter.blocks[selection.layer - 2] if selection.reads_before else block
-            self.current.taps.append(adapter.tap(read, block.listen))
+            self._tap(read, block.listen)
         if block.matcher is not None and self.config.reduces:
-            self.current.taps.append(adapter.tap(block, block.listen_for_partners))
+            self._tap(block, block.listen_for_partners)
+
+    def _tap(self, block: nn.Module, receive: Receive) -> None:
+        self.current.taps.append(self.adapter.tap(block, receive))
+        block.__class__ = heard_class(type(block))
 
     def _score(self, block: nn.Module, selection: Selection) -> Score:
         """That of one layer."""
