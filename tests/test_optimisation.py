@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from timm.layers import DropPath
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
+from tosa_convert.base.errors import TosaWarning
 from tosa_convert.data.images import Augmentation, Draws, Images
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
@@ -206,3 +208,13 @@ def test_a_soft_label_counts_as_one():
     hard = Classification().loss(logits, labels, FinetuneSettings(smoothing=0.0))
     soft = Classification().loss(logits, torch.eye(5)[labels], FinetuneSettings(smoothing=0.3))
     assert hard.item() == pytest.approx(soft.item())
+
+
+def test_a_temperature_of_nothing_is_said(labelled):
+    """With labels the original's logits weigh nothing."""
+    settings = FinetuneSettings(steps=1, batch_size=2, augment="none", temperature=2.0)
+    with pytest.warns(TosaWarning, match="temperature .* changes nothing; give logits a weight"):
+        finetune(converted(), labelled, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TosaWarning)
+        finetune(converted(), labelled, settings.model_copy(update={"logits": 1.0}))

@@ -131,6 +131,13 @@ def _opened(
     _take_masks(images, masks, settings, weights)
     _check_mixing(settings, weights, model)
     _check_known(images, weights, model)
+    if settings.temperature != 1 and not weights["logits"]:
+        warnings.warn(
+            "temperature is of the KL to the original's logits, which weighs nothing here, so it changes nothing; give "
+            "logits a weight, or leave temperature out",
+            TosaWarning,
+            stacklevel=3,
+        )
     if images.reader.streams and weights["labels"]:
         images.outputs = outputs_of(model)
     if (settings.aa or settings.reprob) and task_of(model).differences:
