@@ -24,7 +24,7 @@ import record
 import torch
 
 from tosa_convert import convert
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import Keep, losses, observe

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 import tosa_convert as tc
 from tosa_convert.config.settings import DistillSettings, FinetuneSettings
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs import flops
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.folder import save

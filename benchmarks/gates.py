@@ -31,7 +31,7 @@ from tosa_convert import (
     flops,
     load,
 )
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import at_mean

@@ -26,7 +26,7 @@ from tosa_convert.base.environment import machine
 from tosa_convert.base.files import write_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of

@@ -27,7 +27,7 @@ from torch import nn
 
 from tosa_convert import convert, load
 from tosa_convert.base.timing import Timing, interleave, pinned
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan

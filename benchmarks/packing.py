@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tosa_convert import convert, load
 from tosa_convert.base.timing import Timing, interleave, pinned
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan

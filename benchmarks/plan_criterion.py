@@ -23,7 +23,7 @@ import record
 import torch
 
 from tosa_convert import UsageError, convert, load
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure import similarity
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning import plan as planning

@@ -23,7 +23,8 @@ from methods import MODELS, SCENES, scenes_of
 
 from tosa_convert import FinetuneSettings, convert, finetune
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import built_in_photos, sample
+from tosa_convert.data.images import built_in_photos
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.comparison import mean_figures
 from tosa_convert.planning.plan import find_plan

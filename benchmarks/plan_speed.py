@@ -17,7 +17,7 @@ import record
 from methods import SCENES, scenes_of
 
 from tosa_convert import convert, load
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.macs import flops

@@ -13,7 +13,7 @@ from pathlib import Path
 import record
 
 from tosa_convert import load
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from tosa_convert import ExportSettings, convert, export_onnx, load
 from tosa_convert.base.timing import interleave, pinned
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export.files import size_of
 from tosa_convert.export.runtimes import onnx_runner
 from tosa_convert.measure.macs import flops

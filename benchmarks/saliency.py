@@ -24,7 +24,7 @@ from dense_rows import converted, measured, of_layers
 import tosa_convert as tc
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.config.settings import FinetuneSettings
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
 

@@ -22,7 +22,7 @@ from skimage.data import stereo_motorcycle
 
 import tosa_convert as tc
 from tosa_convert.config.settings import FinetuneSettings
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.provenance import as_it_is
 

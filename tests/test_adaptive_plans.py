@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from conftest import lively
+from conftest import lively, write_images
 from references import first
 from threshold_models import at_the_middle, built
 from timm.models.vision_transformer import VisionTransformer
@@ -145,6 +145,18 @@ def test_eval_says_that_a_threshold_saves_nothing(tosa, labelled):
     code, out, err = tosa("eval", "run", "--data", labelled, "--no-labels")
     assert code == 0, err
     assert "saves nothing on any of these images; raise it" in " ".join(out.split())
+
+
+def test_broken_images_show_nothing_of_how_images_differ(tosa, tmp_path):
+    """Nor do crops of the one that can be read."""
+    write_images(tmp_path / "four", 1)
+    for number in range(3):
+        (tmp_path / "four" / f"bad{number}.png").write_bytes(b"\x89PNG nonsense")
+    code, _, err = tosa("plan", "quickstart", "--adaptive", "--data", "four", "--out", "plan")
+    assert code == 2
+    assert "3 broken images of four left out: bad0.png, bad1.png, bad2.png" in err
+    assert "1 image of four cannot show how images differ" in " ".join(err.split())
+    assert not Path("plan").exists()
 
 
 def test_an_adaptive_plan_by_command(tosa, labelled, monkeypatch):

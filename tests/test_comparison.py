@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification
 
 from tosa_convert import UsageError, compare, convert, load
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs import count_macs
 from tosa_convert.measure.similarity import figures, observe
 from tosa_convert.models.adapter import adapter_of

@@ -22,7 +22,7 @@ from tosa_convert import (
     flops,
     load,
 )
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export.onnx import export_onnx
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.methods.method import control, published

@@ -15,10 +15,14 @@ from tosa_convert import (
     convert,
     evaluate,
     finetune,
+    flops,
     load,
+    plan,
     random_control,
 )
-from tosa_convert.data.images import Images, built_in_photos, loader, sample, training_loader
+from tosa_convert.base.errors import TosaWarning
+from tosa_convert.data.images import Images, built_in_photos, loader, training_loader
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.preprocessing import Preprocessing
 from tosa_convert.tasks.classification import Classification
 
@@ -123,6 +127,35 @@ def test_crops_to_measure_on_draw_nothing_from_the_caller(photos):
             sample(photos, SMALL, 20)
         found.append((random.random(), torch.rand(1).item(), np.random.rand()))
     assert found[0] == found[1]
+
+
+def test_a_sample_says_what_it_leaves_out_and_what_it_crops(photos):
+    breaks(photos, "bad.png")
+    here = len(list(photos.iterdir()))
+    with pytest.warns(TosaWarning, match=r"^1 broken image of .*photos left out: bad\.png$"):
+        assert len(sample(photos, SMALL, 20, crops=False)[0]) == here - 1
+    with pytest.warns(
+        TosaWarning, match=f"photos has {here} images, fewer than 20: random crops of them are looked at"
+    ):
+        sample(photos, SMALL, 20)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images are a NoneType; give a tensor"),
+        (torch.zeros(3, 28, 28), r"shape \(3, 28, 28\) are not a batch of images of this model; give \(B, 1, H, W\)"),
+        (torch.zeros(0, 1, 28, 28), "are not a batch of images"),
+        (torch.zeros(2, 3, 28, 28), "are not a batch of images"),
+        (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), "images are torch.uint8; give preprocessed ones"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images, message):
+    with pytest.raises(UsageError, match=message):
+        plan(load("quickstart"), images)
+    if images is not None:
+        with pytest.raises(UsageError, match=message):
+            flops(load("quickstart"), images=images)
 
 
 def test_evaluation_counts_top1_and_agreement(labelled):

@@ -31,7 +31,8 @@ from tosa_convert import (
     save,
 )
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import Images, sample
+from tosa_convert.data.images import Images
+from tosa_convert.data.sampling import sample
 from tosa_convert.methods.score import Reads
 from tosa_convert.methods.token_ops import gather_tokens, rejoin_tokens
 from tosa_convert.models import adapter as adapters

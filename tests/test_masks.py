@@ -1,6 +1,7 @@
 """Selection labels of images: masks, boxes, and what is wrong with them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,13 @@ def test_what_is_no_coco_file_says_so(tmp_path, content):
         Boxes(tmp_path / "boxes.json")
 
 
+def test_a_box_of_an_image_that_is_not_listed_is_named(tmp_path):
+    content = {"images": [], "annotations": [{"image_id": 777, "bbox": [0, 0, 5, 5]}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="a box is of image 777, which is not among its images"):
+        Boxes(tmp_path / "boxes.json")
+
+
 def test_masks_are_found_whatever_the_case_of_their_names(outlined):
     folder = outlined[1]
     for file in list(folder.rglob("*.png")):
@@ -213,6 +221,7 @@ def test_masks_are_found_whatever_the_case_of_their_names(outlined):
 
 def test_selection_labels_that_are_given_take_the_place_of_a_runs(outlined, tosa):
     images, masks, boxes = outlined
+    other = shutil.copytree(images, images.with_name("other"))
     train = ("--data", images, "--steps", 1, "--batch-size", 4, "--teacher")
     code, _, err = tosa("finetune", "quickstart", "--method", "spa", *train, "--boxes", boxes, "--out", "run")
     assert code == 0, err
@@ -221,7 +230,8 @@ def test_selection_labels_that_are_given_take_the_place_of_a_runs(outlined, tosa
             ((), {"boxes"}),
             (("--masks", masks), {"masks"}),
             (("--gates", 0), set()),
-            (("--data", images), set()),
+            (("--data", images), {"boxes"}),  # the same ones
+            (("--data", other), set()),
             (("--data", images, "--masks", masks), {"masks"}),
         ]
     ):

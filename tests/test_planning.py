@@ -13,7 +13,7 @@ from transformers import Data2VecVisionConfig, Data2VecVisionModel
 
 from tosa_convert import ConvertConfig, UsageError, convert, find_plan, flops, load, plan
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export import runtimes
 from tosa_convert.measure.similarity import error, figures, observe
 from tosa_convert.models.provenance import preprocessing_of

@@ -19,7 +19,7 @@ from tosa_convert import ExportSettings, TosaError, UsageError, convert, export_
 from tosa_convert.base import environment
 from tosa_convert.base.errors import TosaWarning
 from tosa_convert.cli.main import main
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export import files, gate, quantization
 from tosa_convert.export.ports import Ports
 from tosa_convert.models.adapter import run

@@ -11,7 +11,8 @@ from families import FAMILIES
 from image_sources import NAMES, add, png, read
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
-from tosa_convert.data.images import Images, loader, sample
+from tosa_convert.data.images import Images, loader
+from tosa_convert.data.sampling import sample
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs.metrics_log import read_metrics
 

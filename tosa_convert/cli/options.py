@@ -1,5 +1,6 @@
 """The other options that commands share, and how they turn into a recipe."""
 
+import os
 import warnings
 from collections.abc import Iterable
 from enum import StrEnum
@@ -104,7 +105,7 @@ def make_recipe(path: str | None, stage: str, options: dict):
 def _kept_of_data(before: dict, given: dict, unused: bool) -> dict:
     """What holds of a recipe's data beside what is given; ``unused``: without its selection labels."""
     replaced: set[str] = set()
-    if "train" in given:  # of other images
+    if "train" in given and not _same_place(given["train"], before.get("train")):  # of other images
         replaced |= {"list", "depth_scale", "masks", "boxes"}
     if unused or given.keys() & {"masks", "boxes"}:  # either is selection labels
         replaced |= {"masks", "boxes"}
@@ -116,6 +117,10 @@ def _kept_of_data(before: dict, given: dict, unused: bool) -> dict:
             stacklevel=2,
         )
     return {name: value for name, value in before.items() if name not in replaced}
+
+
+def _same_place(one: str, other: str | None) -> bool:
+    return other is not None and os.path.abspath(one) == os.path.abspath(other)
 
 
 def _given(options: dict, names: Iterable[str]) -> dict:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -242,51 +242,9 @@ def _unread(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it is not an image, or is damaged"
 
 
-def sample(
-    source: str | Path | None,
-    preprocessing: Preprocessing,
-    count: int,
-    make: Callable[..., "Images"] = Images,
-    crops: bool = True,
-) -> tuple[torch.Tensor, "Images", torch.Tensor]:
-    """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
-    crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
-    deep field of stars do not carry over to other images.
-
-    Args:
-        crops: False takes fewer images of a source in place of crops.
-
-    Returns:
-        (B, C, H, W); the folder; and the labels, −1 where there are none.
-
-    Raises:
-        TosaError: none of them can be read.
-    """
-    images = make(source, preprocessing)
-    images.reader.check_stored()
-    if not crops and source is not None:
-        count = min(count, len(images))
-    if len(images) >= count and source is not None:
-        items = [images[index] for index in spread(len(images), count)]
-    else:
-        crops = make(source, preprocessing, augment="crop")
-        indices = [place for place in range(len(images)) if source is not None or _name(images, place) in SCENES]
-        with unmoved():
-            drawn = [crops[draw, indices[draw % len(indices)]] for draw in range(count)]
-        items = [item for item in drawn if item[2] is None]  # without another one in the place of a broken one
-    batch = collate(items)
-    if not len(batch["images"]):
-        raise TosaError(f"none of the images in {images.name} can be read")
-    return batch["images"], images, batch["labels"]
-
-
 def spread(length: int, count: int) -> list[int]:
     """Up to ``count`` of so many places, as far from each other as possible, so that every class is seen."""
     return [place * length // count for place in range(count)] if count < length else list(range(length))
-
-
-def _name(images: Images, index: int) -> str:
-    return Path(images.reader.filename(index)).stem
 
 
 class Draws(Sampler):

@@ -132,13 +132,18 @@ class Boxes(Masks):
                 image["id"]: PurePosixPath(image["file_name"]).with_suffix("").as_posix() for image in content["images"]
             }
             boxes = [
-                (names[each["image_id"]], [float(side) for side in each["bbox"]]) for each in content["annotations"]
+                (names.get(each["image_id"]), [float(side) for side in each["bbox"]]) for each in content["annotations"]
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{place} is no COCO file with images and annotations ({type(error).__name__}: {error}); give one with "
                 "images: id, file_name and annotations: image_id, bbox"
             ) from None
+        unlisted = [each["image_id"] for each in content["annotations"] if each["image_id"] not in names]
+        if unlisted:
+            raise UsageError(
+                f"{place}: a box is of image {unlisted[0]!r}, which is not among its images; list it there"
+            )
         if not boxes:
             raise UsageError(f"{place} has no boxes at all, so nothing would matter; give a file with annotations")
         said = {  # a file need not say how large its images are

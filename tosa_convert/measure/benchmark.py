@@ -16,7 +16,7 @@ from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError, gist, is_out_of_memory
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, check_threads, interleave, pinned, quartiles
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.export import runtimes
 from tosa_convert.export.graph_files import GraphFiles
 from tosa_convert.measure import peak_memory as memory
@@ -184,7 +184,7 @@ def _check_alone(models: dict[str, nn.Module], case: _Case) -> None:
 
 
 def _pixels(model: nn.Module, data: str | Path | None, images: int) -> torch.Tensor:
-    return sample(data, preprocessing_of(model), images)[0]
+    return sample(data, preprocessing_of(model), images, crops=False)[0]
 
 
 class _CompilerError(Exception):
@@ -239,8 +239,8 @@ def _cost(model: nn.Module, images: torch.Tensor | None) -> Cost:
 def _spread(name: str, cost: Cost, data: str | Path | None) -> str:
     """What images take where they differ in that."""
     mean, least, most = (100 * each / cost.original for each in (cost.macs, cost.least, cost.most))
-    of = "built-in photos" if data is None else Path(data).name
-    return f"{name}: {mean:.1f} % of the MACs on average over {cost.images} images of {of}, {least:.1f} to {most:.1f} %"
+    of = "crops of built-in photos" if data is None else f"images of {Path(data).name}"
+    return f"{name}: {mean:.1f} % of the MACs on average over {cost.images} {of}, {least:.1f} to {most:.1f} %"
 
 
 def _run(
@@ -296,10 +296,9 @@ def _batches(shape: tuple[int, ...], pixels: torch.Tensor | None) -> list[torch.
     """What a model is timed on: batches of real images, or one of noise."""
     if pixels is None:
         return [torch.randn(shape, generator=torch.Generator().manual_seed(0))]
-    whole = [batch for batch in pixels.split(shape[0]) if len(batch) == shape[0]]
-    if not whole:
-        raise UsageError(f"{len(pixels)} images make no batch of {shape[0]}; give more --images, or a smaller batch")
-    return whole
+    if len(pixels) < shape[0]:  # each of them more than once
+        return [pixels[torch.arange(shape[0]) % len(pixels)]]
+    return [batch for batch in pixels.split(shape[0]) if len(batch) == shape[0]]
 
 
 def _peak(case: _Case, model: nn.Module, files: GraphFiles, images: torch.Tensor, threads: int) -> int | None:

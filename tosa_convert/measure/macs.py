@@ -13,7 +13,7 @@ from torch import nn
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import check_batch, sample
 from tosa_convert.measure.tally import attention_macs, tally
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.modes import evaluating
@@ -94,10 +94,10 @@ def flops(
             no number of multiply–adds without.
 
     Raises:
-        UsageError: it is such a conversion, and there are no images.
+        UsageError: it is such a conversion, and there are no images; or these are not of the model.
     """
-    if images is not None and not isinstance(images, torch.Tensor):
-        raise UsageError(f"images are a {type(images).__name__}; give a tensor (B, C, H, W), preprocessed")
+    if images is not None:
+        check_batch(images, preprocessing_of(model))
     if images is not None and (images.ndim != 4 or not len(images)):
         raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
     if images is not None and keeps_any_number(model):

@@ -11,7 +11,8 @@ from tosa_convert.base.environment import machine
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.settings import DistillSettings
-from tosa_convert.data.images import Images, sample
+from tosa_convert.data.images import Images
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import Keep, figures, observe, settled_keep
 from tosa_convert.methods.method import control, published
@@ -66,7 +67,7 @@ def compare(
         the metrics of the model's task, such as "top1", and "ms" and "speedup".
     """
     if is_converted(model):
-        raise UsageError("this model is converted already; start from the original, such as original(model)")
+        raise UsageError("this model is converted already; start from the original, in Python original(model)")
     progress, device = progress or Progress(), pick_device(device)
     methods = list(dict.fromkeys([*methods, control()]))
     for name in methods:
@@ -95,7 +96,7 @@ def _compared(
     device: str,
     progress: Progress,
 ) -> dict:
-    samples, folder, truths = labelled_sample(model, data, images, labels)
+    samples, folder, truths = labelled_sample(model, data, images, labels, crops=ADAPTIVE not in methods)
     kept = settled_keep(observe(model, samples[:1].to(device)), keep)
     share_of, notes, converted, shares = MacsShare(model), [], {}, {}
     if data is None and {PLAN, ADAPTIVE} & set(methods):
@@ -227,12 +228,12 @@ def _converted(model: nn.Module, name: str, budget: float, share_of: MacsShare) 
 
 
 def labelled_sample(
-    model: nn.Module, data: str | Path | None, count: int, labels: bool = True
+    model: nn.Module, data: str | Path | None, count: int, labels: bool = True, crops: bool = True
 ) -> tuple[torch.Tensor, Images, torch.Tensor | None]:
-    """:func:`tosa_convert.data.images.sample` for a model: the images, their folder, and their labels or None."""
+    """:func:`tosa_convert.data.sampling.sample` for a model: the images, their folder, and their labels or None."""
     task = task_of(model)
     # A crop's map is not what is measured elsewhere.
-    samples, folder, truths = sample(data, preprocessing_of(model), count, task.read, crops=not task.differences)
+    samples, folder, truths = sample(data, preprocessing_of(model), count, task.read, crops and not task.differences)
     wanted = labels and task.has_labels(folder, model) and task.known(truths).any()
     return samples, folder, truths if wanted else None
 

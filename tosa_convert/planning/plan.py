@@ -10,7 +10,9 @@ from torch import nn
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.conversion import ConvertConfig
+from tosa_convert.data.sampling import check_batch
 from tosa_convert.models.modes import evaluating
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import adapted, check_adaptive
 from tosa_convert.planning.cost_model import Conditions
 from tosa_convert.planning.latency import share_for, within_latency
@@ -70,7 +72,7 @@ def find_plan(
             the model would be no faster than it is.
     """
     if is_converted(model):
-        raise UsageError("this model is converted already; start from the original, such as original(model)")
+        raise UsageError("this model is converted already; start from the original, in Python original(model)")
     limits = {"a budget": budget, "a target drop": target_drop, "a target in ms": target_ms}
     given = [name for name, value in limits.items() if value is not None]
     if len(given) > 1:
@@ -88,8 +90,7 @@ def find_plan(
         raise UsageError(f"budget {budget} is out of range; give a share of the original's cost such as 0.75")
     if target_drop is not None and not 0 <= target_drop < 1:
         raise UsageError(f"target drop {target_drop} is out of range; give a share such as 0.01")
-    if images.ndim != 4 or not len(images):
-        raise UsageError(f"images of shape {tuple(images.shape)} are not a batch of images; give (B, C, H, W)")
+    check_batch(images, preprocessing_of(model))
     if by not in ("macs", "latency"):
         raise UsageError(f"by {by!r} is not known; choose macs or latency")
     if segment is not None and segment < 1:

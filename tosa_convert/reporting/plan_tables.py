@@ -32,7 +32,10 @@ def plan_table(results: dict) -> Table:
     weighed = "" if plan.get("spread") else "; images with large errors count less"
     notes.append(f"{plan['images']} images of {results['data']}; error of what is kept: {_error(results)}{weighed}")
     if "as many tokens as each image needs" in plan["rivals"]:
-        notes.append("on these images thresholds gain nothing clear over numbers of tokens, so the plan has numbers")
+        notes.append(
+            "on these images thresholds gain nothing clear over numbers of tokens, so the plan has numbers; more "
+            "--images may show a small gain"
+        )
     notes.append(f"recipe: {results['recipe']} (tosa-convert run {results['recipe']}); plot: {results['plot']}")
     return Table(f"Plan for {results['source']}", ["", "value"], rows, notes)
 

@@ -52,7 +52,7 @@ def _cost_rows(cost: dict) -> list[list[str]]:
 def _cost_notes(cost: dict) -> list[str]:
     notes = _image_notes(cost)
     if cost["selectors"] and cost["saved"] <= 0:
-        notes.append("the selectors cost more than they save; try a lower --ratio, a higher --threshold or --mean-macs")
+        notes.append("the selectors cost more than they save; try a lower --ratio or a higher --threshold")
     return notes
 
 
@@ -134,12 +134,13 @@ def _these_images_notes(results: dict) -> list[str]:
     if "macs" not in results:
         return []
     (mean, least, most), before = results["macs"].values(), results["macs_before"]
-    over = f" over {results['macs_over']} of these images" if "macs_over" in results else ""  # 0.2.0 did not note it
+    of = "crops of them" if results.get("macs_crops") else "of these images"
+    over = f" over {results['macs_over']} {of}" if "macs_over" in results else ""  # 0.2.0 did not note it
     notes = [
         f"MACs: {percent(mean)} of the original on average{over}, {percent(least)} to {percent(most)} of single ones"
     ]
     if least >= 1:
-        notes.append("the threshold saves nothing on any of these images; raise it, or have it set with --mean-macs")
+        notes.append("the threshold saves nothing on any of these images; raise it, or finetune with --mean-macs")
     if before is not None and abs(mean - before) > FAR:
         again = (
             "finetune the run on images like these with --mean-macs, which sets the thresholds again"

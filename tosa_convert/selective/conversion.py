@@ -53,7 +53,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     own, options = _take_objects(options)
     config = make_config(config, options)
     if is_converted(model):
-        raise UsageError("this model is converted already; start from original(model) to convert it again")
+        raise UsageError("this model is converted already; start from the original, in Python original(model)")
     with _leaving_no_trace(model):
         adapter = adapter_of(model)
         try:
@@ -252,7 +252,8 @@ class _Surgeon:
 
     def _tap(self, block: nn.Module, receive: Receive) -> None:
         self.current.taps.append(self.adapter.tap(block, receive))
-        block.__class__ = heard_class(type(block))
+        heard: Callable[[type], type] = heard_class
+        block.__class__ = heard(type(block))
 
     def _score(self, block: nn.Module, selection: Selection) -> Score:
         """That of one layer."""

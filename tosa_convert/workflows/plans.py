@@ -58,11 +58,11 @@ def plan_stage(
     device = processes.pick_device(device)
     head = head or {}
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes, **head)
-    pixels, folder, truths = labelled_sample(model, data, images, labels)
-    if adaptive and len(folder) < FEWEST:
+    pixels, folder, truths = labelled_sample(model, data, images, labels, crops=not adaptive)
+    if adaptive and len(pixels) < FEWEST:
         raise UsageError(
-            f"{folder.name} holds {len(folder)} image{'s' if len(folder) > 1 else ''}, which does not show how images "
-            f"differ; give {FEWEST} or more, better 24, of the kind that the model will see"
+            f"{len(pixels)} image{'s' if len(pixels) > 1 else ''} of {folder.name} cannot show how images differ; give "
+            f"{FEWEST} or more, better 24, of the kind that the model will see"
         )
     runs.prepare(out)
     model.to(device)

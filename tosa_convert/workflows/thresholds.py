@@ -10,7 +10,7 @@ from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.base.files import read_json
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.data.images import sample
+from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
@@ -92,6 +92,7 @@ def on_these_images(model: nn.Module, source: str, data: str | None, progress: P
     return {
         "macs": {name: cost[name] / cost["original"] for name in ("macs", "least", "most")},
         "macs_over": cost["images"],
+        "macs_crops": data is None,
         "macs_before": before,
         "macs_learnt": model.tosa_config.part(Score).learns,
     }
