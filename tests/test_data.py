@@ -134,9 +134,7 @@ def test_a_sample_says_what_it_leaves_out_and_what_it_crops(photos):
     here = len(list(photos.iterdir()))
     with pytest.warns(TosaWarning, match=r"^1 broken image of .*photos left out: bad\.png$"):
         assert len(sample(photos, SMALL, 20, crops=False)[0]) == here - 1
-    with pytest.warns(
-        TosaWarning, match=f"photos has {here} images, fewer than 20: random crops of them are looked at"
-    ):
+    with pytest.warns(TosaWarning, match=f"photos has fewer than 20 images, {here}: random crops"):
         sample(photos, SMALL, 20)
 
 

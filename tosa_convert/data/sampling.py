@@ -66,7 +66,7 @@ def _cropped(source: str | Path | None, images: Images, count: int) -> list[tupl
         drawn = [images[draw, places[draw % len(places)]] for draw in range(count)]
     if source is not None:
         warnings.warn(
-            f"{images.name} has {len(places)} images, fewer than {count}: random crops of them are looked at",
+            f"{images.name} has fewer than {count} images, {len(places)}: random crops of them are looked at",
             TosaWarning,
             stacklevel=4,
         )
