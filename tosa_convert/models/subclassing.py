@@ -7,7 +7,7 @@ how it is made, since it has no place to be imported from.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,14 +24,32 @@ def grafted_class(kind: str, base: type[nn.Module], make: tuple, **members: Any)
     """
 
     def reduce(self, protocol):
-        return _again, make, self.__dict__.copy()
+        return _again, tuple(map(_told, make)), self.__dict__.copy()
 
-    members = {**members, "grafted_on": base, "__module__": base.__module__, "__reduce_ex__": reduce}
-    return type(f"{kind}{base.__name__}", (base,), members)
+    about = {"grafted_on": base, "made_by": make, "__module__": base.__module__, "__reduce_ex__": reduce}
+    return type(f"{kind}{base.__name__}", (base,), {**members, **about})
+
+
+class _Made(NamedTuple):
+    """A grafted class among the arguments of another: the function that gives it, and its arguments."""
+
+    by: tuple
+
+
+def _told(part: Any) -> Any:
+    made = vars(part).get("made_by") if isinstance(part, type) else None
+    return part if made is None else _Made(tuple(map(_told, made)))
+
+
+def _found(part: Any) -> Any:
+    if not isinstance(part, _Made):
+        return part
+    make, *arguments = map(_found, part.by)
+    return make(*arguments)
 
 
 def _again(make: Callable, *arguments: Any) -> nn.Module:
-    kind = make(*arguments)
+    kind = make(*map(_found, arguments))
     return kind.__new__(kind)
 
 
