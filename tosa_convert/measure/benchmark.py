@@ -124,7 +124,7 @@ def bench(
                 if preprocessing_of(model).size != size:
                     set_image_size(model, size)
                 model.to(device)  # where counting is quicker too
-            pixels = {name: None if anything else _pixels(model, data, images) for name, model in models.items()}
+            pixels = dict.fromkeys(models) if anything else _pixels(models, data, images)
             costs = {name: _cost(model, pixels[name]) for name, model in models.items()}
             macs = {name: cost.macs - cost.selectors for name, cost in costs.items()}
             notes += [_spread(name, cost, data) for name, cost in costs.items() if cost.images]
@@ -183,8 +183,12 @@ def _check_alone(models: dict[str, nn.Module], case: _Case) -> None:
         )
 
 
-def _pixels(model: nn.Module, data: str | Path | None, images: int) -> torch.Tensor:
-    return sample(data, preprocessing_of(model), images, crops=False)[0]
+def _pixels(models: dict[str, nn.Module], data: str | Path | None, images: int) -> dict[str, torch.Tensor | None]:
+    """The images for each model, opened once for all that take them alike."""
+    ways = {name: preprocessing_of(model) for name, model in models.items()}
+    each = {str(way): way for way in ways.values()}
+    opened = {key: sample(data, way, images, crops=False)[0] for key, way in each.items()}
+    return {name: opened[str(way)] for name, way in ways.items()}
 
 
 class _CompilerError(Exception):
