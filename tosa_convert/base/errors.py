@@ -48,3 +48,8 @@ def gist(error: Exception) -> str:
 
 class TosaWarning(UserWarning):
     """Something was done as asked, and the user may not expect what follows from it."""
+
+
+def some_of(names: list[str], most: int = 5) -> str:
+    """The first of many names, and how many there are beside them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

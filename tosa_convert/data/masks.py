@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, some_of
 
 
 class Masks(ABC):
@@ -43,9 +43,8 @@ class Masks(ABC):
         found = {file: self.find(file) for file in files}
         missing = [file for file, name in found.items() if name is None]
         if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise UsageError(
-                f"{self.place} has nothing for {len(missing)} of {len(files)} images: {', '.join(missing[:5])}{more}; "
+                f"{self.place} has nothing for {len(missing)} of {len(files)} images: {some_of(missing)}; "
                 "give every image its own, an empty one where nothing matters"
             )
         twice = next((name for name, count in Counter(found.values()).items() if count > 1), None)

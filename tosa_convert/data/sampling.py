@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tosa_convert.base.errors import TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, some_of
 from tosa_convert.base.seeding import unmoved
 from tosa_convert.data.images import SCENES, Images, collate, spread
 from tosa_convert.models.preprocessing import Preprocessing
@@ -46,9 +46,8 @@ def sample(
     if not len(batch["images"]):
         raise TosaError(f"none of the images in {images.name} can be read")
     if broken:
-        named = ", ".join(broken[:5]) + (" and more" if len(broken) > 5 else "")
         warnings.warn(
-            f"{len(broken)} broken image{'s' if len(broken) > 1 else ''} of {images.name} left out: {named}",
+            f"{len(broken)} broken image{'s' if len(broken) > 1 else ''} of {images.name} left out: {some_of(broken)}",
             TosaWarning,
             stacklevel=3,
         )

@@ -1,5 +1,6 @@
 """How measured values and remarks on images are written in tables."""
 
+from tosa_convert.base.errors import some_of
 from tosa_convert.reporting.table import percent
 from tosa_convert.tasks.task import every_metric
 
@@ -19,5 +20,4 @@ def broken_notes(names: list[str]) -> list[str]:
     """Which images could not be read; up to five are named."""
     if not names:
         return []
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} broken image{'s' if len(names) > 1 else ''} skipped: {', '.join(names[:5])}{more}"]
+    return [f"{len(names)} broken image{'s' if len(names) > 1 else ''} skipped: {some_of(names)}"]
