@@ -1,13 +1,13 @@
 """Ways to run a batch whose images keep different numbers of tokens: their speed on the real ViT-S/14.
 
     python benchmarks/packing.py dinov2/timm.safetensors --photos /usr/share/doc/opencv-doc/examples/data
-    python benchmarks/packing.py cifar_work/base.safetensors --classes 10 --size 168 --device cuda \\
-        --batches 4 16 64 256 --out benchmarks/results/packing_gpu.json
+    python benchmarks/packing.py dinov2/timm.safetensors --photos /usr/share/doc/opencv-doc/examples/data \\
+        --device cuda --batches 4 16 64 256 --out benchmarks/results/packing_gpu.json
 
-The latter takes the classifier of benchmarks/cifar10.py. ``row`` is what the project does: a row, the attention of each
-image by a call of its own. ``nested`` is the row with one call of attention on nested tensors, ``flex`` (on a GPU) with
-one of FlexAttention, which leaves out what lies between images, ``unpacked`` (on a GPU) with one that is padded to the
-longest image. ``images`` runs the blocks image by image.
+``by image`` is a row, the attention of each image by a call of its own, which is what the project does on a CPU; ``at
+once`` is the row with one call of attention that is padded to the longest image, which is what it does on a GPU.
+``nested`` is the row with one call on nested tensors, ``flex`` (on a GPU) with one of FlexAttention, which leaves out
+what lies between images. ``images`` runs the blocks image by image.
 ``containers`` packs images into containers as long as a whole image, with masks (Select and Pack). ``groups`` pads the
 attention of four images of similar length to the longest of them. ``mask`` runs one row with one attention over all of
 it and a block-diagonal mask. ``padded`` is the plan with numbers at the most tokens that an image of the batch keeps in
@@ -34,10 +34,12 @@ from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.selective import packed
+from tosa_convert.selective.row_attention import attend_at_once, attend_by_image
 from tosa_convert.selective.selection import last_choices, selective_blocks
 
 BUDGET = 0.7
 TOGETHER = 4
+EACH_AT_MOST = 16  # images, where a way makes a call for each
 ONE_MASK_AT_MOST = 2**14  # tokens, of which every pair has a place in the mask
 
 
@@ -84,25 +86,6 @@ def nested_attention(query, key, value, lengths: tuple[int, ...], mask=None, **o
     nested = [torch.nested.nested_tensor_from_jagged(each.contiguous(), offsets, **known) for each in tokens]
     found = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in nested), scale=scale, **options)
     return found.transpose(1, 2).values()[..., :channels].transpose(0, 1)[None]
-
-
-def unpacked_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
-    """The same by one call, padded to the longest image; as many operations however many images there are."""
-    images, most, device = len(lengths), max(lengths), query.device
-    counts = torch.tensor(lengths, device=device)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    image = torch.arange(images, device=device).repeat_interleave(counts)
-    places = image * most + torch.arange(len(image), device=device) - first
-
-    def unpacked(values: torch.Tensor, filling: float = 0.0) -> torch.Tensor:
-        """(H, K, C) → (B, H, M, C)."""
-        spread = values.new_full((values.shape[0], images * most, values.shape[2]), filling)
-        return spread.index_copy(1, places, values).unflatten(1, (images, most)).transpose(0, 1)
-
-    own = query.new_zeros(1, sum(lengths), 1) if mask is None else mask[0].mT.to(query.dtype)
-    behind = unpacked(own, float("-inf")).mT
-    found = F.scaled_dot_product_attention(*(unpacked(each[0]) for each in (query, key, value)), behind, **options)
-    return found.transpose(0, 1).flatten(1, 2)[:, places][None]
 
 
 def flexible_attention(query, key, value, lengths: tuple[int, ...], mask=None, **options):
@@ -171,7 +154,8 @@ def measure(model, plan, images, rounds: int) -> dict:
 
     ways = {
         "original": lambda: run(model, images),
-        "row": lambda: run(rows, images),
+        "by image": patched("attend", attend_by_image),
+        "at once": patched("attend", attend_at_once),
         "nested": patched("attend", nested_attention),
         "images": lambda: run(each, images),
         "containers": patched("_WithinImages", lambda lengths, padding, _: within(lengths, padding, patches + 1)),
@@ -181,9 +165,10 @@ def measure(model, plan, images, rounds: int) -> dict:
     }
     if images.is_cuda:
         ways["flex"] = patched("attend", flexible_attention)
-        ways["unpacked"] = patched("attend", unpacked_attention)
     if len(images) * patches > ONE_MASK_AT_MOST:
         del ways["mask"]
+    if len(images) > EACH_AT_MOST:
+        del ways["by image"], ways["images"], ways["groups"]
     on_gpu = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
     with pinned(1), torch.no_grad(), on_gpu:
         timings = interleave({name: finished(way) if images.is_cuda else way for name, way in ways.items()}, rounds)

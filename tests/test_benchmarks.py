@@ -33,14 +33,14 @@ def test_every_way_to_run_a_batch_of_different_lengths_runs():
     plan = ConvertConfig(score="norm", bypass="merge", layers=[2, 3, 4], threshold=[1.0, 1.0, 1.0])
     images = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     speeds = packing.measure(model, plan, images, rounds=1)
-    assert set(speeds) == {"row", "nested", "images", "containers", "groups", "mask", "padded"}
+    assert set(speeds) == {"by image", "at once", "nested", "images", "containers", "groups", "mask", "padded"}
 
     lengths = (5, 3, 9, 4, 7, 6)
     query, key, value = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
     sizes = torch.rand(1, 1, 1, sum(lengths))
     for mask in (None, sizes):
         wanted = attend(query, key, value, lengths, mask)
-        others = ("grouped", "masked", "nested", "unpacked", "flexible")
+        others = ("grouped", "masked", "nested", "flexible")
         for way in (getattr(packing, f"{name}_attention") for name in others):
             assert torch.allclose(way(query, key, value, lengths, mask), wanted, atol=1e-5), way.__name__
 

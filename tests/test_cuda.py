@@ -82,11 +82,11 @@ def test_each_method_runs_in_half_precision(method, seen):
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [0, 1, 4])
-def test_images_of_a_row_attend_within_themselves(kind, heads):
+@pytest.mark.parametrize("shape", [None, (1, 1), (4, 1), (4, sum(ROW))])
+def test_images_of_a_row_attend_within_themselves(kind, shape):
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, 4, sum(ROW), 16, generator=generator, dtype=torch.double) for _ in range(3)]
-    mask = torch.randn(1, heads, 1, sum(ROW), generator=generator, dtype=torch.double) if heads else None
+    mask = torch.randn(1, *shape, sum(ROW), generator=generator, dtype=torch.double) if shape else None
     near = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}[kind]
     results = []
     for place in (torch.device("cuda"), torch.device("cpu")):

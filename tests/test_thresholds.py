@@ -24,6 +24,7 @@ from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.selective import packed
 from tosa_convert.selective.containers import Containers, packed_into
 from tosa_convert.selective.conversion import original
+from tosa_convert.selective.row_attention import attend_at_once, attend_by_image
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
 ATTEND = Containers.attend
@@ -42,6 +43,8 @@ PADDED = mock.patch.object(packed, "_padding", return_value=5)
 
 
 """Rows are longer than their images."""
+AT_ONCE = mock.patch.object(packed, "attend", attend_at_once)
+"""Images of a row attend as on a GPU."""
 
 
 @torch.no_grad()
@@ -54,11 +57,14 @@ def test_a_batch_equals_its_images_one_at_a_time(name):
     turned = run(converted, images.flip(0))
     with PADDED:
         longer = run(converted, images)
+    with AT_ONCE:
+        together = run(converted, images)
     for output, value in found.items():
         alone = torch.cat([run(converted, image[None])[output] for image in images])
         assert close(value, alone), output
         assert close(value.flip(0), turned[output]), output
         assert close(value, longer[output]), output
+        assert close(value, together[output]), output
 
 
 @torch.no_grad()
@@ -239,8 +245,8 @@ def test_containers_hold_every_image_whole_and_no_more_than_fits(lengths, size):
     st.integers(1, 20),
     st.sampled_from([0, 1, 2]),
 )
-def test_containers_take_what_is_added_to_the_logits(seed, lengths, size, kind):
-    """Nothing, of each key, or of each query and key and head."""
+def test_images_of_a_row_attend_within_themselves(seed, lengths, size, kind):
+    """With nothing added to the logits, of each key, or of each query and key and head."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     qkv = [torch.randn(1, 2, total, 4, generator=generator) for _ in range(3)]
@@ -249,11 +255,16 @@ def test_containers_take_what_is_added_to_the_logits(seed, lengths, size, kind):
         torch.randn(1, 1, 1, total, generator=generator),
         torch.randn(1, 2, total, total, generator=generator),
     ][kind]
-    found = Containers(tuple(lengths), size, torch.device("cpu")).attend(*qkv, mask)
-    image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    lengths = tuple(lengths)
+    image = torch.repeat_interleave(torch.tensor(lengths))
     apart = torch.zeros(total, total).masked_fill(image[:, None] != image, float("-inf"))
     wanted = torch.nn.functional.scaled_dot_product_attention(*qkv, apart if mask is None else apart + mask)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    for found in (
+        Containers(lengths, size, torch.device("cpu")).attend(*qkv, mask),
+        attend_by_image(*qkv, lengths, mask),
+        attend_at_once(*qkv, lengths, mask),
+    ):
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_row_that_does_not_fit_says_how_long_it_is(monkeypatch):

@@ -83,6 +83,7 @@ class _WithinImages(TorchFunctionMode):
         return F.pad(found, (0, 0, 0, self.padding)) if self.padding else found
 
 
+@torch.compiler.disable(reason="a row of another length would have to be compiled anew")
 def run_row(
     block: nn.Module,
     call: Call,
