@@ -128,7 +128,7 @@ def main() -> None:
         row = {"batch": batch, **measure(model, plan, photos[:batch], arguments.rounds)}
         rows.append(row)
         print(row, flush=True)
-    record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows}, arguments.device)
+        record.write(arguments.out, {"plan": plan.model_dump(), "rows": rows}, arguments.device)
 
 
 def measure(model, plan, images, rounds: int) -> dict:
