@@ -39,7 +39,7 @@ ORIGINAL = "original"
 PLANS = {"plan": None, "plan by threes": 3, "plan by sixes": 6}
 """So many layers share a choice, for speed."""
 GATED = ("spa", "impact")
-COUNTED = 200
+COUNTED = 1000
 """Images that thresholds are set on, and others that multiply–adds are counted over: what images keep differs a lot."""
 CONTROLS = {"random as spa": "spa", "random as impact": "impact"}
 """As many tokens in each image as those of a method with gates, by chance."""

@@ -10,10 +10,12 @@ from gated_models import gated, photos, vit
 from references import first
 
 from tosa_convert import TosaError, UsageError, convert, load
+from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import run
-from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.adaptive import _Shares, at_mean
 from tosa_convert.reporting.result_tables import eval_table
+from tosa_convert.selective.selection import choosing_blocks
 
 
 @pytest.mark.parametrize("method", ["spa", "impact"])
@@ -30,6 +32,18 @@ def test_thresholds_are_moved_to_a_mean(method):
         at_mean(model, images[:3], 0.85)
     with pytest.raises(UsageError, match="at_mean is for thresholds"):
         at_mean(convert(vit(), score="norm"), images, 0.5)
+
+
+@pytest.mark.parametrize("chance", [False, True])
+def test_images_that_keep_as_many_tokens_cost_the_same(chance):
+    model, images = convert(vit(), method="impact"), photos(12)
+    model = random_control(model, 0) if chance else model
+    (block,) = choosing_blocks(model)
+    shares, levels = _Shares(model, images), _Shares(model, images).levels()
+    before = block.selection.threshold
+    for by in (*levels[1:-1:40], levels[0], levels[-1]):
+        block.selection.threshold = before + float(by)
+        assert shares.mean() == pytest.approx(MacsShare(vit()).of(model, images), abs=1e-9)
 
 
 def test_thresholds_are_moved_to_a_mean_after_training(tosa, outlined):

@@ -34,7 +34,9 @@ FEWEST = 4
 COUNTS = 6
 """How often the multiply–adds are counted to meet the budget, each time over all images."""
 SHIFTS = 15
-"""How often thresholds are moved to meet a mean, likewise."""
+"""How often thresholds are moved to meet a mean."""
+AT_ONCE = 64
+"""Images that run at once where only scores are read."""
 NEAR = 0.002
 """Share of the MACs by which a plan may stay below its budget."""
 FAR = 0.02
@@ -153,8 +155,9 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     check_differing(images)
     images = images.to(next(model.parameters()).device)
-    share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
-    least, levels, blocks = _least(moved, images, budget, share_of), _levels(moved, images), choosing_blocks(moved)
+    moved = copy.deepcopy(model)
+    shares, blocks = _Shares(moved, images), choosing_blocks(moved)
+    least, levels = _least(moved, images, budget, shares.share_of), shares.levels()
     before = [block.selection.threshold for block in blocks]
 
     def move(place: float) -> None:
@@ -170,7 +173,7 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
             part = 0.5 if shift % 3 == 2 else (low[1] - budget + NEAR / 2) / max(low[1] - high[1], NEAR)
             place = low[0] + min(max(part, 0.02), 0.98) * (high[0] - low[0])
             move(place)
-            share = share_of.of(moved, images)
+            share = shares.mean()
             advance(f"{share:.3f} of the MACs")
             if share > budget:
                 low = place, share
@@ -191,17 +194,47 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
     return moved
 
 
-def _levels(model: nn.Module, images: torch.Tensor) -> np.ndarray:
-    """By how much thresholds would have to be raised to reach each token of each choosing layer; and, below and above
-    all of them, a number that surely reaches all, and none."""
-    with evaluating(model):  # a gate in training draws noise
-        observe(model, images)
-    blocks = choosing_blocks(model)
-    scores = blocks[0].selection.current.state.scores
-    above = torch.cat([(scores[each.selection.layer] - each.selection.threshold).flatten() for each in blocks])
-    found = above[above.isfinite()].double().cpu().numpy()
-    far = 2 * np.abs(found).max() + 1.0
-    return np.array([-far, *found, far])
+class _Shares:
+    """What images take with the thresholds that a model has, as a share of the original's multiply–adds.
+
+    Where all layers go by one choice, that is a function of how many tokens it keeps: of images with the same number
+    one is run.
+
+    Args:
+        images: (B, C, H, W).
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor):
+        self.share_of, self.model, self.images = MacsShare(original(model)), model, images
+        self.blocks = choosing_blocks(model)
+        found = [self._scores(part) for part in images.split(AT_ONCE)]
+        self.scores = [torch.cat(each) for each in zip(*found, strict=True)]
+        self.known: dict[int, float] = {}
+
+    def _scores(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(B, P) of each choosing layer."""
+        with evaluating(self.model):  # a gate in training draws noise
+            observe(self.model, images)
+        scores = self.blocks[0].selection.current.state.scores
+        return [scores[each.selection.layer][:, each.selection.prefix :] for each in self.blocks]
+
+    def levels(self) -> np.ndarray:
+        """By how much thresholds would have to be raised to reach each token of each choosing layer; and, below and
+        above all of them, a number that surely reaches all, and none."""
+        pairs = zip(self.scores, self.blocks, strict=True)
+        above = torch.cat([(scores - block.selection.threshold).flatten() for scores, block in pairs])
+        found = above[above.isfinite()].double().cpu().numpy()
+        far = 2 * np.abs(found).max() + 1.0
+        return np.array([-far, *found, far])
+
+    def mean(self) -> float:
+        if len(self.blocks) > 1:
+            return self.share_of.of(self.model, self.images)
+        kept = (self.scores[0] >= self.blocks[0].selection.threshold).sum(1).clamp(min=1).tolist()
+        for image, count in zip(self.images, kept, strict=True):
+            if count not in self.known:
+                self.known[count] = self.share_of.of(self.model, image[None])
+        return sum(self.known[count] for count in kept) / len(kept)
 
 
 class _Thresholds:

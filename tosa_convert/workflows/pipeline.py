@@ -80,7 +80,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
             runs.prepare(out, resume)
             write_text(out / "recipe.yaml", resolved.to_yaml())
             model = with_mean(model, recipe, progress)
-            results = {"stage": "convert", "run": str(out), "flops": cost_of(model, recipe)}
+            results = {"stage": "convert", "run": str(out), "flops": cost_of(model, recipe, progress)}
             _keep(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
@@ -321,7 +321,7 @@ def _train_stage(
         write_text(out / "recipe.yaml", resolved.to_yaml())
     processes.join(device)
     moves = not fresh and recipe.mean_macs is None and keeps_any_number(model)
-    before = cost_of(model, recipe) if moves else None
+    before = cost_of(model, recipe, progress) if moves else None
     options = {"seed": recipe.seed, "device": device, "progress": progress}
     if name == "finetune":
         options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
@@ -332,7 +332,7 @@ def _train_stage(
             runs.discard(out)  # nothing was done yet
         raise
     model = with_mean(model, recipe, progress)
-    results = {"stage": name, "run": str(out), **figures, "flops": cost_of(model, recipe)}
+    results = {"stage": name, "run": str(out), **figures, "flops": cost_of(model, recipe, progress)}
     if before is not None:
         warn_of_other_cost(before, results["flops"])
     if name == "finetune" and is_whole(model):

@@ -16,10 +16,12 @@ from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.adaptive import FEWEST, at_mean, check_differing, check_reachable
 from tosa_convert.runs import folder as runs
-from tosa_convert.selective.selection import keeps_any_number
+from tosa_convert.selective.selection import choosing_blocks, keeps_any_number
 from tosa_convert.workflows.sources import counted_source
 
-IMAGES = 48
+IMAGES, MORE = 48, 384
+"""That thresholds are moved on and multiply–adds are counted over; more where one choice is made for all layers, as by
+a filter before them: there images differ the most in what they keep, and thresholds are moved the fastest."""
 WORTH_SAYING = 0.01
 """Of the original's multiply–adds: how far a training may move what images take before it is said."""
 
@@ -67,9 +69,11 @@ def with_mean(model: nn.Module, recipe: Recipe, progress: Progress | None = None
         return model
 
 
-def cost_of(model: nn.Module, recipe: Recipe) -> dict:
+def cost_of(model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> dict:
     """Multiply–adds, where they differ from image to image over as many of the recipe's as thresholds are moved on."""
-    return flops_on(model, counted_source(recipe), IMAGES) if keeps_any_number(model) else flops_on(model)
+    if not keeps_any_number(model):
+        return flops_on(model)
+    return flops_on(model, counted_source(recipe), _enough(model), progress)
 
 
 def warn_of_other_cost(before: dict, after: dict) -> None:
@@ -86,7 +90,7 @@ def warn_of_other_cost(before: dict, after: dict) -> None:
 
 def on_these_images(model: nn.Module, source: str, data: str | None, progress: Progress | None) -> dict:
     """What these images take, where each keeps as many tokens as it needs; and what those took that it was made on."""
-    cost = flops_on(model, data, IMAGES, progress)
+    cost = flops_on(model, data, _enough(model), progress)
     known = read_json(Path(source) / "config.json").get("results") if runs.is_run(source) else None
     before = known["flops"]["macs"] / known["flops"]["original"] if known else None
     return {
@@ -98,7 +102,11 @@ def on_these_images(model: nn.Module, source: str, data: str | None, progress: P
     }
 
 
-def counted_images(model: nn.Module, recipe: Recipe, count: int = IMAGES) -> torch.Tensor:
+def counted_images(model: nn.Module, recipe: Recipe, count: int | None = None) -> torch.Tensor:
     """(B, C, H, W) that thresholds are moved on, on the model's device; fewer where there are fewer."""
-    images = sample(counted_source(recipe), preprocessing_of(model), count, crops=False)[0]
+    images = sample(counted_source(recipe), preprocessing_of(model), count or _enough(model), crops=False)[0]
     return images.to(next(model.parameters()).device)
+
+
+def _enough(model: nn.Module) -> int:
+    return MORE if len(choosing_blocks(model)) == 1 else IMAGES
