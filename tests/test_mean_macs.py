@@ -39,11 +39,12 @@ def test_images_that_keep_as_many_tokens_cost_the_same(chance):
     model, images = convert(vit(), method="impact"), photos(12)
     model = random_control(model, 0) if chance else model
     (block,) = choosing_blocks(model)
-    shares, levels = _Shares(model, images), _Shares(model, images).levels()
-    before = block.selection.threshold
+    share_of = MacsShare(vit())
+    shares = _Shares(share_of, model, images)
+    levels, before = shares.levels(), block.selection.threshold
     for by in (*levels[1:-1:40], levels[0], levels[-1]):
         block.selection.threshold = before + float(by)
-        assert shares.mean() == pytest.approx(MacsShare(vit()).of(model, images), abs=1e-9)
+        assert shares.mean() == pytest.approx(share_of.of(model, images), abs=1e-9)
 
 
 def test_thresholds_are_moved_to_a_mean_after_training(tosa, outlined):

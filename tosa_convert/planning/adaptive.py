@@ -155,9 +155,10 @@ def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Pro
         raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
     check_differing(images)
     images = images.to(next(model.parameters()).device)
-    moved = copy.deepcopy(model)
-    shares, blocks = _Shares(moved, images), choosing_blocks(moved)
-    least, levels = _least(moved, images, budget, shares.share_of), shares.levels()
+    share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
+    least = _least(moved, images, budget, share_of)
+    shares, blocks = _Shares(share_of, moved, images), choosing_blocks(moved)
+    levels = shares.levels()
     before = [block.selection.threshold for block in blocks]
 
     def move(place: float) -> None:
@@ -204,8 +205,8 @@ class _Shares:
         images: (B, C, H, W).
     """
 
-    def __init__(self, model: nn.Module, images: torch.Tensor):
-        self.share_of, self.model, self.images = MacsShare(original(model)), model, images
+    def __init__(self, share_of: MacsShare, model: nn.Module, images: torch.Tensor):
+        self.share_of, self.model, self.images = share_of, model, images
         self.blocks = choosing_blocks(model)
         found = [self._scores(part) for part in images.split(AT_ONCE)]
         self.scores = [torch.cat(each) for each in zip(*found, strict=True)]
