@@ -2,7 +2,8 @@
 section 3.3): tokens of several images lie in one container, and attend within their image alone."""
 
 import torch
-import torch.nn.functional as F
+
+from tosa_convert.selective.row_attention import attend_in_rows
 
 
 def packed_into(lengths: tuple[int, ...], size: int) -> list[list[int]]:
@@ -56,16 +57,4 @@ class Containers:
         Args:
             mask: what is added to the logits, (1, H or 1, K or 1, K).
         """
-        parts = (each[0][:, self.taken].transpose(0, 1) for each in (query, key, value))
-        found = F.scaled_dot_product_attention(*parts, attn_mask=self._with(mask, query.dtype), **options)
-        return found.transpose(0, 1).flatten(1, 2)[None, :, self.back]
-
-    def _with(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        if mask is None:
-            return self.same
-        if mask.shape[-2] == 1:
-            added = mask[0][..., self.taken].permute(2, 0, 1, 3)  # of (H or 1, 1, C, L)
-        else:
-            rows = self.taken[:, :, None]
-            added = mask[0][:, rows, self.taken[:, None]].transpose(0, 1)
-        return added.to(dtype).masked_fill(~self.same, float("-inf"))
+        return attend_in_rows(query, key, value, mask, self.taken, self.same, self.back, **options)

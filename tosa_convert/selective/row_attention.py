@@ -40,26 +40,35 @@ def attend_by_image(query, key, value, lengths: tuple[int, ...], mask=None, **op
 def attend_at_once(query, key, value, lengths: tuple[int, ...], mask=None, **options) -> torch.Tensor:
     """:func:`attend` by one call, padded to the longest image."""
     inside, taken, back = (each.to(query.device, non_blocking=True) for each in _places(lengths))
-    images, most = inside.shape
+    return attend_in_rows(query, key, value, mask, taken, inside[:, None, None], back, **options)
 
-    def padded(values: torch.Tensor, dim: int) -> torch.Tensor:
-        return values.index_select(dim, taken).unflatten(dim, (images, most))
 
-    tokens = [padded(each[0], 1).transpose(0, 1) for each in (query, key, value)]  # (B, H, M, C)
-    seen = inside[:, None, None]
+def attend_in_rows(query, key, value, mask, taken, seen, back, **options) -> torch.Tensor:
+    """``scaled_dot_product_attention`` of (1, H, K, C) each by one call, with their tokens in C rows of L places.
+
+    Args:
+        mask: what is added to the logits, (1, H or 1, K or 1, K), or None.
+        taken: (C, L), the token in each place; where none belongs, any.
+        seen: (C, 1, L or 1, L), whether a place sees another.
+        back: (K,), the place of each token among all.
+    """
+    tokens = [each[0].index_select(1, taken.flatten()).unflatten(1, taken.shape) for each in (query, key, value)]
     if mask is not None:
-        own = padded(mask[0], -1).movedim(-2, 0)  # (B, 1 or H, 1 or K, M)
-        if mask.shape[-2] > 1:
-            rows = taken.view(images, 1, most, 1).expand(-1, own.shape[1], -1, most)
-            own = own.gather(2, rows)
-        seen = own.masked_fill(~seen, float("-inf"))
-    found = F.scaled_dot_product_attention(*tokens, attn_mask=seen, **options)
+        seen = _added(mask, taken).to(query.dtype).masked_fill(~seen, float("-inf"))
+    found = F.scaled_dot_product_attention(*(each.transpose(0, 1) for each in tokens), attn_mask=seen, **options)
     return found.transpose(0, 1).flatten(1, 2).index_select(1, back)[None]
+
+
+def _added(mask: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """(C, H or 1, L or 1, L)."""
+    if mask.shape[-2] == 1:
+        return mask[0][..., taken].permute(2, 0, 1, 3)
+    return mask[0][:, taken[:, :, None], taken[:, None]].transpose(0, 1)
 
 
 def _places(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which places of images that are padded to the longest hold a token, (B, M); the token of a row in each place, or
-    behind its image's last one that again, (B · M,); and the place of each token of the row, (K,)."""
+    behind its image's last one that again, (B, M); and the place of each token of the row, (K,)."""
     counts, most = torch.tensor(lengths), -(-max(lengths) // STEP) * STEP
     first = counts.cumsum(0) - counts
     places = torch.arange(most).expand(len(lengths), -1)
@@ -67,7 +76,7 @@ def _places(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch
     taken = first[:, None] + places.minimum(counts[:, None] - 1)
     image = torch.arange(len(lengths)).repeat_interleave(counts, output_size=sum(lengths))
     back = image * most + torch.arange(sum(lengths)) - first[image]
-    return inside, taken.flatten(), back
+    return inside, taken, back
 
 
 def _parted(mask: torch.Tensor | None, lengths: tuple[int, ...]) -> list[torch.Tensor | None]:
