@@ -32,10 +32,11 @@ def _processor_lines() -> list[str]:
 
 
 def machine(device: str = "cpu") -> dict:
-    """Processor (and GPU, where it computes), cores, Python and package versions."""
+    """Processor with its instructions for INT8 (and GPU, where it computes), cores, Python and package versions."""
     names = [line.split(":", 1)[1].strip() for line in _processor_lines() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "int8": int8_instructions(),
         "cores": os.cpu_count(),
         **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "python": platform.python_version(),
