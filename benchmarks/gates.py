@@ -34,7 +34,7 @@ from tosa_convert import (
 from tosa_convert.data.sampling import sample
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean
+from tosa_convert.planning.mean_macs import at_mean
 from tosa_convert.planning.plan import find_plan
 
 BUDGETS = (0.65, 0.5, 0.8)

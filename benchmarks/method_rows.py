@@ -30,8 +30,8 @@ from tosa_convert.data.sampling import sample
 from tosa_convert.measure.benchmark import BenchSettings, bench
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean, check_reachable
 from tosa_convert.planning.budget import at_budget
+from tosa_convert.planning.mean_macs import at_mean, check_reachable
 from tosa_convert.planning.plan import find_plan
 
 ORIGINAL = "original"

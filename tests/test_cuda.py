@@ -28,8 +28,8 @@ from tosa_convert.measure.evaluation import random_control
 from tosa_convert.methods.method import control, published
 from tosa_convert.models.adapter import run
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.budget import at_budget
+from tosa_convert.planning.mean_macs import at_mean
 from tosa_convert.selective.row_attention import attend
 from tosa_convert.selective.selection import choosing_blocks, keeps_any_number
 

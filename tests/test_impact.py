@@ -18,8 +18,8 @@ from tosa_convert import DistillSettings, UsageError, convert, distill, load
 from tosa_convert.base.errors import InterruptedTrainingError
 from tosa_convert.models.adapter import run
 from tosa_convert.planning import comparison
-from tosa_convert.planning.adaptive import at_mean
 from tosa_convert.planning.comparison import compare
+from tosa_convert.planning.mean_macs import at_mean
 from tosa_convert.selective.selection import all_tokens, chosen_tokens
 from tosa_convert.training import impact as impact_module
 from tosa_convert.training.impact import FILE, impact_of

@@ -13,7 +13,7 @@ from tosa_convert import TosaError, UsageError, convert, load
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.adapter import run
-from tosa_convert.planning.adaptive import _Shares, at_mean
+from tosa_convert.planning.mean_macs import _Shares, at_mean
 from tosa_convert.reporting.result_tables import eval_table
 from tosa_convert.selective.selection import choosing_blocks
 
@@ -30,6 +30,9 @@ def test_thresholds_are_moved_to_a_mean(method):
         at_mean(model, images, 0.01)
     with pytest.raises(UsageError, match="from 3 images it cannot be seen how images differ; take 4 or more"):
         at_mean(model, images[:3], 0.85)
+    bounded = convert(vit(), score="norm", layers=[3, 4], threshold=4.0, ratio=0.5)
+    with pytest.raises(UsageError, match=r"bound their tokens images take 0.* at most, below 0.99"):
+        at_mean(bounded, images, 0.99)
     with pytest.raises(UsageError, match="at_mean is for thresholds"):
         at_mean(convert(vit(), score="norm"), images, 0.5)
 

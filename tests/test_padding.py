@@ -18,13 +18,13 @@ GRIDS = [(3, 4), (4, 2)]
 MOST = 14
 
 
-def patchified(content: float = 0.0) -> dict:
+def patchified(content: float = 0.0, length: int = MOST, grids=GRIDS) -> dict:
     """Two images of different grids, cut into patches and padded with ``content`` to one number."""
     generator = torch.Generator().manual_seed(3)
-    patches = torch.full((2, MOST, 192), content)
-    valid = torch.zeros(2, MOST, dtype=torch.bool)
-    places = torch.zeros(2, MOST, 2, dtype=torch.long)
-    for image, (rows, columns) in enumerate(GRIDS):
+    patches = torch.full((2, length, 192), content)
+    valid = torch.zeros(2, length, dtype=torch.bool)
+    places = torch.zeros(2, length, 2, dtype=torch.long)
+    for image, (rows, columns) in enumerate(grids):
         count = rows * columns
         patches[image, :count] = torch.randn(count, 192, generator=generator)
         valid[image, :count] = True
@@ -87,6 +87,34 @@ def test_padding_is_nobodys_business(name, score, bypass):
         kept = choice.attended.shape[1] - (choice.padding.shape[1] - MOST)
         patches = torch.tensor([rows * columns for rows, columns in GRIDS])
         assert (attending == (kept - patches).clamp(min=0)).all()
+
+
+@torch.no_grad()
+def test_thresholds_on_relative_distances_do_not_go_by_how_much_padding_there_is():
+    """Found: the mean distance of an image counted its padding, which is far away from everything."""
+    model = built("timm naflex rope")
+    model = convert(model, layers=[2, 3], score="similarity", bypass="merge", threshold=0.9, relative=1.0)
+    kept = []
+    for length in (101, 120, 160):
+        given = patchified(length=length, grids=[(10, 10), (10, 10)])
+        model.forward_features(given["patches"], patch_coord=given["places"], patch_valid=given["valid"])
+        kept.append(torch.tensor([choice.packed.lengths for choice in last_choices(model).values()]))
+    for each in kept[1:]:  # a few more or less, since it says which patches are compared with which
+        assert (each - kept[0]).abs().max() <= 5, kept
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"threshold": 2.0}])
+@pytest.mark.parametrize("bypass", ["identity", "borrow", "merge"])
+@torch.no_grad()
+def test_one_mask_for_all_images_is_one_for_each(bypass, options):
+    """Found: with a threshold, merge and the control failed on it."""
+    torch.manual_seed(0)
+    model = convert(lively(FAMILIES["timm vit"]()), layers=[2, 3, 4], score="similarity", bypass=bypass, **options)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(17)[None, None, None] < 13
+    for each in (model, random_control(model, 1)):
+        wanted = each.forward_features(images, attn_mask=mask.expand(3, -1, -1, -1))
+        assert torch.equal(each.forward_features(images, attn_mask=mask), wanted)
 
 
 def test_padding_is_far_from_the_images_at_every_width_and_precision():

@@ -123,6 +123,10 @@ def test_learned_scores_are_where_a_choice_is_made():
         ({"layers": [2, 4, 5], "segment": [2, 1]}, "layers 2, 4 do not follow one another"),
         ({"layers": [2, 4, 6], "segment": 2}, "no two selective layers follow one another"),
         ({"layers": {2: 0.9, 3: 0.8}, "segment": 2}, "share one choice, so one ratio, not 0.9, 0.8"),
+        (
+            {"layers": [2, 3], "threshold": [1.0, 30.0], "segment": 2},
+            "layers 2 to 3 share one choice, so one threshold, not 1, 30",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(options, words):

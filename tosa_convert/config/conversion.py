@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tosa_convert.config.fit import check_parts, of_before
-from tosa_convert.config.segments import in_segments
+from tosa_convert.config.segments import check_same, in_segments
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import published
@@ -62,7 +62,7 @@ class ConvertConfig(BaseModel):
             "throughout" (one choice for all layers) or "stages" (ρ, ρ², ρ³ over the last three quarters of the layers).
         segment: how many selective layers in a row share one choice: 1, another number, or a list with the number of
             each segment, in order. The first layer chooses, and its groups run the others too, which saves choosing
-            again. For bypasses that form groups, borrow and merge.
+            again. For bypasses after which every token is present: identity, borrow and merge.
         seed: of the selectors' initial weights and of the random control.
     """
 
@@ -251,8 +251,8 @@ class ConvertConfig(BaseModel):
             patches: patch tokens of the model's own images; 0 if they are not known, for schedules that do not count.
 
         Raises:
-            ValueError: a layer beyond the depth, as many ratios as there are not layers, or ratios
-                that this bypass cannot do.
+            ValueError: a layer beyond the depth, as many ratios as there are not layers, ratios that this bypass
+                cannot do, or several ratios or thresholds for layers that share one choice.
         """
         schedule = self.make(Schedule)
         layers = schedule.layers(depth, 2 if self.reads_before else 1) if self.layers is None else self.layers
@@ -261,18 +261,15 @@ class ConvertConfig(BaseModel):
         if max(layers) > depth:
             raise ValueError(f"layer {max(layers)} does not exist: the model has layers 1 to {depth}")
         self._check_reading(layers)
+        if isinstance(self.threshold, list):
+            check_same("threshold", self.segments(layers), self.thresholds(layers))
         if not isinstance(self.ratio, list):
             ratios = schedule.ratios_of(self.ratio, len(layers), self.acts, patches)
             return self._evened(dict(zip(sorted(layers), ratios, strict=True)))
         if len(self.ratio) != len(layers):
             raise ValueError(f"{len(self.ratio)} ratios for {len(layers)} selective layers; give one, or one per layer")
         given = dict(sorted(zip(layers, self.ratio, strict=True)))
-        for segment in self.segments(layers):
-            if len({given[layer] for layer in segment}) > 1:
-                raise ValueError(
-                    f"layers {segment[0]} to {segment[-1]} share one choice, so one ratio, not "
-                    f"{', '.join(f'{given[layer]:g}' for layer in segment)}; give them the same, or leave segment out"
-                )
+        check_same("ratio", self.segments(layers), given)
         return list(given.items())
 
     def _evened(self, ratios: dict[int, float]) -> list[tuple[int, float]]:

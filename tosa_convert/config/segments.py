@@ -1,7 +1,7 @@
 """Which layers share a choice, by the option ``segment``."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def in_segments(layers: list[int], segment: int | list[int]) -> list[list[int]]:
@@ -25,6 +25,24 @@ def in_segments(layers: list[int], segment: int | list[int]) -> list[list[int]]:
     if segment > 1 and len(found) == len(layers):
         raise ValueError("no two selective layers follow one another, so no choice can be shared; leave segment out")
     return found
+
+
+def check_same(what: str, segments: Sequence[Sequence[int]], given: Mapping[int, float | None]) -> None:
+    """Layers that share one choice go by the same.
+
+    Args:
+        what: the layers are given: a ratio, or a threshold.
+        given: layer → that.
+
+    Raises:
+        ValueError: they are given different ones.
+    """
+    for segment in segments:
+        if len({given[layer] for layer in segment}) > 1:
+            raise ValueError(
+                f"layers {segment[0]} to {segment[-1]} share one choice, so one {what}, not "
+                f"{', '.join(f'{given[layer]:g}' for layer in segment)}; give them the same, or leave segment out"
+            )
 
 
 def as_option(segments: Sequence[Sequence[int]]) -> int | list[int]:

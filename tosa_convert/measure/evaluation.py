@@ -17,10 +17,11 @@ from tosa_convert.config.validation import build
 from tosa_convert.data.images import loader
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import control, published
+from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.outputs import EMBEDDING, agreement, predict, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.selective.conversion import convert, original
+from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import selective_blocks
 from tosa_convert.tasks.task import Task, task_of
 
@@ -55,6 +56,8 @@ def evaluate(
         nothing is known; they count for no metric.
     """
     models = {"model": models} if isinstance(models, nn.Module) else models
+    if not models:
+        raise UsageError("no models were given; give one, or name → model")
     first = next(iter(models.values()))
     task = task_of(first)
     images = task.read(data, preprocessing_of(first))
@@ -129,12 +132,15 @@ def is_control(model: nn.Module) -> bool:
 def random_control(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a converted model that chooses its tokens at random, at the same ratios and with the same bypass.
 
-    Where each image keeps as many tokens as it needs, the control keeps as many, chosen at random.
+    Where each image keeps as many tokens as it needs, the control keeps as many, chosen at random; where gates weigh
+    what layers add to a token, it is weighed by as much.
     EViT's fusing, which needs the class token's attention, becomes ToMe's merging; and where random selection
     cannot be in the first layer, that one runs on all tokens.
     """
+    if not is_converted(model):
+        raise UsageError("random_control takes a converted model, whose ratios and bypass it keeps; convert it first")
     config = model.tosa_config
-    if config.threshold is not None:
+    if config.threshold is not None or config.part(Score).gates:
         copied = copy.deepcopy(model)
         for block in selective_blocks(copied):
             block.selection.chance = seed

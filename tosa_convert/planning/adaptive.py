@@ -5,42 +5,27 @@ At each layer the threshold is the value below which as large a share of all pat
 skips there, found in one forward pass, since what a layer sees depends on what the layers before it did.
 """
 
-import copy
 import functools
 import math
-import warnings
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from tosa_convert.base.errors import TosaWarning, UsageError
-from tosa_convert.base.progress import Progress
-from tosa_convert.measure.macs_share import MacsShare
+from tosa_convert.base.errors import UsageError
 from tosa_convert.measure.similarity import error, observe
 from tosa_convert.methods.score import Score
-from tosa_convert.models.modes import evaluating
+from tosa_convert.planning.mean_macs import NEAR, check_differing, for_each, with_all_at
 from tosa_convert.planning.outcome import Plan, Spread
 from tosa_convert.planning.search import Search
 from tosa_convert.planning.trial import ahead, typical
-from tosa_convert.selective.conversion import convert, light_copy, original, with_threshold
-from tosa_convert.selective.selection import Selection, choosing_blocks, keeps_any_number, selective_blocks
+from tosa_convert.selective.conversion import convert, light_copy
+from tosa_convert.selective.selection import Selection, selective_blocks
 
-FEWEST = 4
-"""Images for a plan whose numbers of tokens are to differ between images."""
 COUNTS = 6
 """How often the multiply–adds are counted to meet the budget, each time over all images."""
-SHIFTS = 15
-"""How often thresholds are moved to meet a mean."""
-AT_ONCE = 64
-"""Images that run at once where only scores are read."""
-NEAR = 0.002
-"""Share of the MACs by which a plan may stay below its budget."""
-FAR = 0.02
-"""Share of the MACs below the budget from which that is said."""
 DIGITS = 6
 
 
@@ -109,135 +94,6 @@ def check_adaptive(images: torch.Tensor, budget: float | None, most: float | Non
         )
 
 
-def check_differing(images: torch.Tensor) -> None:
-    """
-    Raises:
-        UsageError: too few images to learn from how they differ.
-    """
-    if len(images) < FEWEST:
-        raise UsageError(
-            f"from {len(images)} image{'s' if len(images) != 1 else ''} it cannot be seen how images differ; take "
-            f"{FEWEST} or more, better 24, of the kind that the model will see (plan takes as many as --images says)"
-        )
-
-
-def check_reachable(model: nn.Module, images: torch.Tensor, budget: float) -> None:
-    """Whatever its gates or its filter are to learn.
-
-    Raises:
-        UsageError: a conversion with thresholds takes more than a share of the original's multiply–adds even where no
-            token reaches them.
-    """
-    _least(model, images, budget, MacsShare(original(model)))
-
-
-def _least(model: nn.Module, images: torch.Tensor, budget: float, share_of: MacsShare) -> float:
-    """The share of the multiply–adds where no token reaches the thresholds, which is the same for all images."""
-    least = share_of.of(with_threshold(model, math.inf), images[:1])
-    if least > budget:
-        raise UsageError(
-            f"even with the fewest tokens images take {least:.3f} of the MACs, above {budget:g}; give a higher share"
-        )
-    return least
-
-
-def at_mean(model: nn.Module, images: torch.Tensor, budget: float, progress: Progress | None = None) -> nn.Module:
-    """A copy of a conversion with thresholds, all of them moved by one number so that the mean multiply–adds over
-    images (B, C, H, W) are at most a share of the original's, and close to it.
-
-    Raises:
-        UsageError: the conversion has no thresholds, there are too few images, or the budget cannot be reached by
-            moving the thresholds.
-    """
-    if not keeps_any_number(model):
-        raise UsageError("at_mean is for thresholds: convert the model with one, such as by method spa")
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images) or not 0 < budget < 1:
-        raise UsageError("at_mean takes images (B, C, H, W) and a share of the MACs between 0 and 1")
-    check_differing(images)
-    images = images.to(next(model.parameters()).device)
-    share_of, moved = MacsShare(original(model)), copy.deepcopy(model)
-    least = _least(moved, images, budget, share_of)
-    shares, blocks = _Shares(share_of, moved, images), choosing_blocks(moved)
-    levels = shares.levels()
-    before = [block.selection.threshold for block in blocks]
-
-    def move(place: float) -> None:
-        """All thresholds, to a place among the levels: 0 where all tokens are above them, 1 where none is."""
-        by = float(np.quantile(levels, place))
-        for block, threshold in zip(blocks, before, strict=True):
-            block.selection.threshold = threshold + by
-
-    low, high = (0.0, 1.0), (1.0, least)  # a place, and the share of the MACs there
-    with (progress or Progress()).track("thresholds", SHIFTS) as advance:
-        for shift in range(SHIFTS):
-            # The share falls nearly evenly along the places; halving now and then is for where it does not.
-            part = 0.5 if shift % 3 == 2 else (low[1] - budget + NEAR / 2) / max(low[1] - high[1], NEAR)
-            place = low[0] + min(max(part, 0.02), 0.98) * (high[0] - low[0])
-            move(place)
-            share = shares.mean()
-            advance(f"{share:.3f} of the MACs")
-            if share > budget:
-                low = place, share
-                continue
-            high = place, share
-            if share > budget - NEAR:
-                break
-    if high[1] < budget - FAR:
-        warnings.warn(
-            f"moving the thresholds goes in steps here: the mean is {high[1]:.3f} of the MACs, not {budget:g}",
-            TosaWarning,
-            stacklevel=2,
-        )
-    move(high[0])
-    reached = {block.selection.layer: block.selection.threshold for block in choosing_blocks(moved)}
-    layers = [block.selection.layer for block in selective_blocks(moved)]
-    moved.tosa_config = moved.tosa_config.model_copy(update={"threshold": _for_each(layers, reached)})
-    return moved
-
-
-class _Shares:
-    """What images take with the thresholds that a model has, as a share of the original's multiply–adds.
-
-    Where all layers go by one choice, that is a function of how many tokens it keeps: of images with the same number
-    one is run.
-
-    Args:
-        images: (B, C, H, W).
-    """
-
-    def __init__(self, share_of: MacsShare, model: nn.Module, images: torch.Tensor):
-        self.share_of, self.model, self.images = share_of, model, images
-        self.blocks = choosing_blocks(model)
-        found = [self._scores(part) for part in images.split(AT_ONCE)]
-        self.scores = [torch.cat(each) for each in zip(*found, strict=True)]
-        self.known: dict[int, float] = {}
-
-    def _scores(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """(B, P) of each choosing layer."""
-        with evaluating(self.model):  # a gate in training draws noise
-            observe(self.model, images)
-        scores = self.blocks[0].selection.current.state.scores
-        return [scores[each.selection.layer][:, each.selection.prefix :] for each in self.blocks]
-
-    def levels(self) -> np.ndarray:
-        """By how much thresholds would have to be raised to reach each token of each choosing layer; and, below and
-        above all of them, a number that surely reaches all, and none."""
-        pairs = zip(self.scores, self.blocks, strict=True)
-        above = torch.cat([(scores - block.selection.threshold).flatten() for scores, block in pairs])
-        found = above[above.isfinite()].double().cpu().numpy()
-        far = 2 * np.abs(found).max() + 1.0
-        return np.array([-far, *found, far])
-
-    def mean(self) -> float:
-        if len(self.blocks) > 1:
-            return self.share_of.of(self.model, self.images)
-        kept = (self.scores[0] >= self.blocks[0].selection.threshold).sum(1).clamp(min=1).tolist()
-        for image, count in zip(self.images, kept, strict=True):
-            if count not in self.known:
-                self.known[count] = self.share_of.of(self.model, image[None])
-        return sum(self.known[count] for count in kept) / len(kept)
-
-
 class _Thresholds:
     """Thresholds for a plan's layers on some images.
 
@@ -295,7 +151,7 @@ class _Thresholds:
 
     def _bound(self, converted: nn.Module) -> float:
         """What an image takes all of whose tokens are above all thresholds."""
-        return self.search.share_of.of_each(with_threshold(converted, -math.inf), self.images[:1])[0]
+        return with_all_at(-math.inf, converted, self.images, self.search.share_of)
 
     def _converted(self, caps: dict[int, float] | None, thresholds: dict[int, float] | None = None) -> nn.Module:
         layers = list(self.ratios)
@@ -304,7 +160,7 @@ class _Thresholds:
             | self.variant
             | {
                 "ratio": [1.0 if caps is None else caps[layer] for layer in layers],
-                "threshold": _for_each(layers, thresholds or {}),
+                "threshold": for_each(layers, thresholds or {}),
             }
         )
         if caps is None:
@@ -321,15 +177,6 @@ class _Thresholds:
             selection.threshold_for = functools.partial(_quantile, selection, kept, found)  # type: ignore[method-assign]
         observe(probe, self.images)
         return self._converted(caps, found)
-
-
-def _for_each(layers: list[int], found: dict[int, float]) -> list[float]:
-    """The threshold of each layer; one that goes on with the choice of the layer before has that of this one."""
-    each, last = [], 0.0
-    for layer in layers:
-        last = found.get(layer, last)
-        each.append(last)
-    return each
 
 
 def _quantile(selection: Selection, kept: float, found: dict[int, float], worth: torch.Tensor) -> float:

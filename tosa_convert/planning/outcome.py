@@ -55,7 +55,8 @@ class Plan:
         drop: its drop on the images, see :meth:`Search.drop`.
         cost: predicted share of the original's cost.
         measured: its error on the images, see :func:`~tosa_convert.measure.similarity.error` and
-            :func:`~tosa_convert.planning.trial.typical`.
+            :func:`~tosa_convert.planning.trial.typical`; where each image keeps as many tokens as it needs the plain
+            mean, like that of the plan with numbers that it is held to.
         rivals: name → the same of the plain ramp at this budget, and of the best published method.
         parts: "score × bypass" → error of a ramp, of the pairs that were tried.
         images: how many images.

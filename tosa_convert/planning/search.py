@@ -107,10 +107,6 @@ class Search:
         self.spans = SPANS if several else (self.segment or 1,)
         self.prices: Prices = price(self.probe, self.share_of, by, conditions, self.progress)
 
-    def measure(self, allocation: Allocation) -> float:
-        """Mean error over the images."""
-        return torch.cat([self.error_of(allocation, part) for part in range(len(self.batches))]).mean().item()
-
     def _set(self, allocation: Allocation) -> nn.Module:
         """The probe with an allocation."""
         return set_ratios(self.probe, dict.fromkeys(self.layers, 1.0) | allocation.ratios, allocation.segments)

@@ -67,7 +67,8 @@ def _selected(block: nn.Module, base: type, entering, args: tuple, kwargs: dict)
             f"selective layer {selection.layer} chooses for each head, and was called with a mask of padding; "
             "convert with --selection shared"
         )
-    arrival = selection.arrive(entering, padding)
+    # A mask may be one for all images.
+    arrival = selection.arrive(entering, None if padding is None else padding.expand(tokens.shape[:2]))
     choose = functools.partial(_choose, block, tokens, arrival, args, kwargs)
     if selection.per_head:
         choice, _ = choose()

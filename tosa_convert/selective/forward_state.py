@@ -144,8 +144,8 @@ class CurrentForward(Hook):
         state = self._state.get()
         if state is None:
             raise TosaError(
-                "this thread has not begun a forward pass: run the model from its images on, and convert it "
-                "again if its patch embedding was replaced"
+                "this thread has not begun a forward pass: run the model from its images on, convert it again if its "
+                "patch embedding was replaced, and let gradient checkpointing run layer by layer"
             )
         return state
 

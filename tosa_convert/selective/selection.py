@@ -62,7 +62,7 @@ class Selection:
         last: whether it is the model's last layer.
         segment: the layers in a row that share one choice, this one among them.
         threshold: the score from which on a token attends; None where it is a number of tokens that do.
-        chance: a seed, by which other tokens are chosen, as many as the threshold says; None but for a control.
+        chance: a seed, by which other tokens are chosen, as many; None but for a control of thresholds or gates.
         attends_elsewhere: whether its attention was found not to be torch's own, see
             :mod:`tosa_convert.selective.packed`.
     """
@@ -152,7 +152,8 @@ class Selection:
             segment=self._left(state).segment if self.follows else None,
             padding=padding,
             share=state.share,
-            before=state.gates.get(max(state.gates, default=0)),
+            # Later ones are there too, where gradient checkpointing runs several layers once more.
+            before=state.gates.get(max((layer for layer in state.gates if layer < self.layer), default=0)),
             puts_back=self.current.puts_back,
         )
         if kept:
@@ -190,12 +191,13 @@ class Selection:
         kept = keep_count(view.patches, view.steps)
         view = view._replace(before=arrival.before, threshold=self.threshold or 0.0)
         with torch.set_grad_enabled(score.gates and torch.is_grad_enabled()):
-            if self.threshold is not None:
+            if self.threshold is not None or score.gates:
                 worth = self._by_chance(self._worth(score, view, state, arrival), state, arrival.padding)
-                most = kept if view.steps < RATIO_STEPS else None
-                found = choose_above(worth, self.prefix, self.threshold_for(worth), most)
-            elif score.gates:
-                found = choose_best(self._worth(score, view, state, arrival), self.prefix, kept)
+                if self.threshold is None:
+                    found = choose_best(worth, self.prefix, kept)
+                else:
+                    most = kept if view.steps < RATIO_STEPS else None
+                    found = choose_above(worth, self.prefix, self.threshold_for(worth), most)
             else:
                 found = score(view)
                 if not score.chooses:

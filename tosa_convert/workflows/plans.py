@@ -12,9 +12,9 @@ from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Data, Recipe
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.measure.macs import flops
-from tosa_convert.planning.adaptive import FEWEST
 from tosa_convert.planning.comparison import compare, labelled_sample, mean_figures
 from tosa_convert.planning.cost_model import Conditions
+from tosa_convert.planning.mean_macs import FEWEST
 from tosa_convert.planning.plan import find_plan
 from tosa_convert.reporting.plan_tables import compare_table
 from tosa_convert.reporting.table import percent

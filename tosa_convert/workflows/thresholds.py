@@ -14,7 +14,7 @@ from tosa_convert.data.sampling import sample
 from tosa_convert.measure.macs import flops_on
 from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
-from tosa_convert.planning.adaptive import FEWEST, at_mean, check_differing, check_reachable
+from tosa_convert.planning.mean_macs import FEWEST, at_mean, check_differing, check_reachable
 from tosa_convert.runs import folder as runs
 from tosa_convert.selective.selection import choosing_blocks, keeps_any_number
 from tosa_convert.workflows.sources import counted_source

@@ -75,7 +75,7 @@ class Similarity(Score):
         grid = pyramid(view.grid, LEVELS, None, features.device)
         losses = losses_if_skipped(features, self.prefix, grid)
         if self.options.relative:
-            compared = losses.isfinite()
+            compared = losses.isfinite() if view.padding is None else losses.isfinite() & ~view.padding
             mean = losses.masked_fill(~compared, 0).sum(1, keepdim=True) / compared.sum(1, keepdim=True)
             losses = losses / mean.clamp(min=1e-6) ** self.options.relative
         return Worth(losses, features)
