@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from contextlib import nullcontext
 
@@ -38,6 +39,9 @@ def test_the_file_does_what_torch_does_at_any_batch(name, selection, photos, tmp
     assert check.images == 8
     assert check.difference < 1e-4
     assert check.selected == {2: 1.0, 4: 1.0}
+    assert not re.search(rb"site-packages|tosa_convert/|\.py", (tmp_path / "model.onnx").read_bytes()), (
+        "where it was made"
+    )
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32)

@@ -11,6 +11,7 @@ from families import FAMILIES
 from image_sources import NAMES, add, png, read
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
+from tosa_convert.base.errors import TosaWarning
 from tosa_convert.data.images import Images, loader
 from tosa_convert.data.sampling import sample
 from tosa_convert.models.provenance import preprocessing_of
@@ -148,6 +149,12 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, sources):
     refused(f"wds:{tmp_path / 'cut.tar'}", "the shard .*cut.tar is damaged")
     refused(f"tar:{tmp_path / 'cut.tar'}", "truncated, or no tar file")
     refused(f"wds:{tmp_path / 'text.tar'}", "the shard .*text.tar is damaged")
+    header = whole.index(b"b.png")
+    (tmp_path / "rot.tar").write_bytes(whole[:header] + b"c" + whole[header + 1 :])
+    (tmp_path / "joined.tar").write_bytes(whole + whole)
+    for name in ("rot", "joined"):  # tarfile takes either for the end
+        refused(f"wds:{tmp_path / name}.tar", f"the shard .*{name}.tar is damaged .it is damaged in the middle, or sev")
+        refused(f"tar:{tmp_path / name}.tar", "several tar files were joined")
     refused(f"tar:{tmp_path / 'none.tar'}", "there is no tar file at")
     refused(f"wds:{tmp_path / 'none'}", "there are no shards at .*none")
     refused(f"wds:{tmp_path}/part-{{00..03}}.tar", "there are no shards at .*part-00.tar")
@@ -206,9 +213,14 @@ def test_the_column_of_labels_is_the_one_that_is_called_so(tmp_path):
     two = hub(tmp_path, "two", coarse=(classes("a", "b"), [0, 1]), label=(classes("x", "y", "z"), [2, 1]))
     assert two.classes == ["x", "y", "z"]
     assert [two.label(0), two.label(1)] == [2, 1]
-    words = hub(tmp_path, "words", label=(lambda datasets: datasets.Value("string"), ["dog", "cat", "dog"]))
-    assert words.classes == ["cat", "dog"]
-    assert [words.label(index) for index in range(3)] == [1, 0, 1]
+    for kind in ("string", "large_string"):
+        words = hub(tmp_path, kind, label=(lambda datasets, kind=kind: datasets.Value(kind), ["dog", "cat", "dog"]))
+        assert words.classes == ["cat", "dog"]
+        assert [words.label(index) for index in range(3)] == [1, 0, 1]
+    truths = hub(tmp_path, "truths", label=(lambda datasets: datasets.Value("bool"), [True, False]))
+    assert [truths.label(index) for index in range(2)] == [1, 0]
+    with pytest.warns(TosaWarning, match="the column 'label' is of type float64, which says no class"):
+        assert not hub(tmp_path, "floats", label=(lambda datasets: datasets.Value("float64"), [0.5, 1.0])).labelled
     numbers = hub(tmp_path, "numbers", label=(lambda datasets: datasets.Value("int64"), [0, 3]))
     assert numbers.classes == ["0", "1", "2", "3"]
 

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from tosa_convert import ConvertConfig, UsageError
+from tosa_convert import ConvertConfig, UsageError, load
 from tosa_convert.config.options import over
 from tosa_convert.config.recipe import Recipe, find_recipe, read_recipe, recipes_folder
 from tosa_convert.config.validation import build
@@ -152,3 +152,50 @@ def test_a_recipe_of_a_run_has_the_runs_conversion(quick_run, tmp_path, tosa):
 def test_a_recipe_that_names_no_conversion_may_be_of_a_run_on_the_hub():
     for more in ({}, {"seed": 3}):
         check_recipe(build(Recipe, {"model": "someone/a-run", "finetune": {"steps": 2}, **more}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"num_classes": 5}, "has 10 outputs, not 5; leave it out, or name what"),
+        ({"checkpoint": "other.pth"}, "was not made from other.pth"),
+        ({"task": "depth"}, "is another than asked for"),
+        (
+            {"convert": {"score": "similarity", "bypass": "merge", "layers": [2, 4, 6], "ratio": 0.5}},
+            "(score, bypass, ",
+        ),
+    ],
+)
+def test_a_run_is_trained_on_as_what_it_is(recipe, words, quick_run, tmp_path, tosa):
+    """Found: what the recipe said of its model was noted and not done."""
+    asked = {"model": str(quick_run), "finetune": {"steps": 1, "batch_size": 2}, **recipe}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    code, _, err = tosa("run", tmp_path / "recipe.yaml", "--out", "out")
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_for_another_stage_of_a_run_does_not_rename_its_model(quick_run, tmp_path, tosa):
+    asked = {"model": "deit_tiny", "finetune": {"steps": 1, "batch_size": 2}, "num_classes": 10}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    code, _, err = tosa("finetune", quick_run, "--recipe", tmp_path / "recipe.yaml", "--out", "out")
+    assert code == 0, err
+    assert read_recipe(tmp_path / "out" / "recipe.yaml").model == "quickstart"
+
+
+def test_a_run_on_the_hub_is_trained_on(quick_run, tmp_path, tosa, monkeypatch):
+    monkeypatch.setattr("tosa_convert.runs.hub.run_of", lambda _: quick_run)
+    code, _, err = tosa("finetune", "hf:someone/a-run", "--steps", 1, "--batch-size", 2, "--out", "out")
+    assert code == 0, err
+    assert load("out").tosa_config.layers == [2, 4, 6]
+
+
+def test_logits_of_a_model_without_a_classifier_are_refused_before_anything_is_trained(tmp_path, tosa):
+    asked = {"model": "quickstart", "num_classes": 0, "convert": {"layers": [2, 4], "ratio": 0.5}}
+    asked |= {"distill": {"steps": 1}, "finetune": {"steps": 1, "logits": 1.0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    code, _, err = tosa("run", tmp_path / "recipe.yaml", "--out", "out")
+    assert code == 2
+    assert "no classifier whose logits could be learnt from" in err
+    assert not (tmp_path / "out").exists()

@@ -151,6 +151,7 @@ def finetune(
     A model that is not a run is converted first, by --method tome, --score random and so on. With --ratio 1 it is
     trained as it is, such as under a new head (--task depth), and the run can be planned and compared.
     """
+    from tosa_convert.config.recipe import read_recipe
     from tosa_convert.workflows import pipeline as stages
     from tosa_convert.workflows.sources import refuse_options_of_a_run
 
@@ -160,9 +161,10 @@ def finetune(
     source = pick_source(run)
     trained = is_converted_run(source)
     refuse_options_of_a_run(trained, conversion)
-    known = Path(source) / "recipe.yaml"  # a run saved from Python has none
-    options = {**locals(), "model": None if trained and known.exists() else source}
-    plan = make_recipe(recipe or (str(known) if trained and known.exists() else None), "finetune", options)
+    known = Path(source) / "recipe.yaml" if trained else None
+    own = read_recipe(known) if known and known.exists() else None  # a run saved from Python has none
+    options = {**locals(), "model": own.model if own else source}
+    plan = make_recipe(recipe or (str(known) if own else None), "finetune", options)
     folder = out_folder(out, f"{stem(source)}-finetuned", resume, device)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
     say_data(plan)

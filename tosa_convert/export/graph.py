@@ -86,8 +86,23 @@ def write_graph(model: nn.Module, path: Path, opset: int, any_size: bool = False
         forget(model)  # tracing leaves symbolic tensors behind
     proto = program.model_proto
     hide_chosen(proto)
+    _forget_origins(proto)
     save_graph(proto, path)
     onnx.checker.check_model(path)
+
+
+def _forget_origins(proto: onnx.ModelProto) -> None:
+    """Take out of a graph where its nodes come from, lines of code with the paths of this machine: nobody who runs the
+    file needs it, and it may be a third of it."""
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        part = pending.pop()
+        named = [] if isinstance(part, onnx.FunctionProto) else [*part.input, *part.output, *part.initializer]
+        for each in (part, *part.node, *part.value_info, *named):
+            del each.metadata_props[:]
+            each.doc_string = ""
+        for held in (held for node in part.node for held in node.attribute):
+            pending += [*([held.g] if held.HasField("g") else []), *held.graphs]
 
 
 def _summary(error: Exception) -> str:

@@ -212,6 +212,12 @@ def _folder(source: str) -> Path | None:
     return None
 
 
+def run_at(source: str) -> Path | None:
+    """The folder of the finished run that a source names, here or on the hub; None where it names something else."""
+    folder = Path(source) if Path(source).is_dir() else _run_on_the_hub(source)
+    return folder if folder and runs.is_run(folder) else None
+
+
 def _run_on_the_hub(source: str) -> Path | None:
     if not source.startswith("hf:"):
         return None

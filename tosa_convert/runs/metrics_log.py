@@ -1,15 +1,18 @@
 """``metrics.jsonl``: what was measured in a run, line by line."""
 
 import json
+import os
 from pathlib import Path
 
 from tosa_convert.base.files import atomic
 
 
 def append_metrics(folder: Path, **values) -> None:
-    """One line of ``metrics.jsonl``."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    """One line of ``metrics.jsonl``, of its own also where the last one was cut off."""
+    with (folder / "metrics.jsonl").open("a+b") as file:
+        file.seek(-min(1, file.tell()), os.SEEK_END)
+        begins = "" if file.read(1) in (b"", b"\n") else "\n"
+        file.write(f"{begins}{json.dumps(values)}\n".encode())
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -89,10 +89,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
 @writes_alone
 def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
-    model = to_finetune(source, recipe)
-    fresh = not runs.is_run(source) or not is_converted(model)
-    if not is_converted(model):
-        convert(model, recipe.convert)
+    model, fresh = to_finetune(source, recipe)
     score = model.tosa_config.part(Score)
     if fresh and score.distilled() and not is_whole(model):
         raise UsageError(

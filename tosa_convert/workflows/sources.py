@@ -10,9 +10,10 @@ from tosa_convert.config.recipe import Recipe
 from tosa_convert.data.reader import is_stream, read, with_options
 from tosa_convert.methods.score import Score
 from tosa_convert.runs import folder as runs
-from tosa_convert.runs.loading import load
+from tosa_convert.runs.loading import load, run_at
 from tosa_convert.selective.conversion import convert, is_converted, is_whole
 from tosa_convert.selective.selection import keeps_any_number
+from tosa_convert.workflows.same_model import check_same_model
 
 
 def train_source(recipe: Recipe) -> str | None:
@@ -39,21 +40,21 @@ def converted(recipe: Recipe) -> nn.Module:
     return convert(load(recipe.model, **how, **head), recipe.convert)
 
 
-def to_finetune(source: str, recipe: Recipe) -> nn.Module:
-    """The model of a run, which has its head already, or the recipe's; converted or not.
+def to_finetune(source: str, recipe: Recipe) -> tuple[nn.Module, bool]:
+    """The model of a run, with its head and its conversion, or the recipe's; and whether it was converted here.
 
     Raises:
-        UsageError: the recipe is for another task than the run.
+        UsageError: the recipe asks for another model, head or conversion than the run has.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is new and untrained", TosaWarning)  # which it is here to be
-        if not runs.is_run(source):
-            return converted(recipe)
-        model = load(source, img_size=recipe.img_size)
-    own = getattr(getattr(model, "config", None), "task", None)
-    if recipe.task not in (None, own):
-        raise UsageError(f"the head of a run is fixed, and that of {source} is not for {recipe.task}; leave --task out")
-    return model
+        run = run_at(source)
+        if run is None:
+            return converted(recipe), True
+        model = load(run, img_size=recipe.img_size)
+    check_same_model(source, model, recipe)
+    fresh = not is_converted(model)
+    return convert(model, recipe.convert) if fresh else model, fresh
 
 
 def loaded_or_converted(source: str, options: dict, **how: Any) -> nn.Module:

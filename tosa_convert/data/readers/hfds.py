@@ -2,15 +2,18 @@
 split, or its only one; ``hfds:NAME:SPLIT`` another."""
 
 import io
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tosa_convert.base.errors import UsageError, gist
+from tosa_convert.base.errors import TosaWarning, UsageError, gist
 from tosa_convert.data.reader import Reader
 
 CALLED = ("label", "labels", "cls")
 """What a column of labels is called."""
+NAMING = ("string", "large_string", "bool")
+"""Types of such a column beside whole numbers."""
 
 
 class Hfds(Reader):
@@ -86,8 +89,16 @@ def labels_of(data: Any) -> tuple[str, list[str]]:
     so, or else the only one with names."""
     named = [name for name, kind in data.features.items() if hasattr(kind, "names")]
     types = {name: str(getattr(kind, "dtype", "")) for name, kind in data.features.items()}
-    called = [name for name in CALLED if name in named or "int" in types.get(name, "") or types.get(name) == "string"]
+    called = [name for name in CALLED if name in named or "int" in types.get(name, "") or types.get(name) in NAMING]
     column = called[0] if called else named[0] if len(named) == 1 else ""
+    odd = next((name for name in CALLED if name in types), None)
+    if not column and odd is not None:
+        warnings.warn(
+            f"the column {odd!r} is of type {types[odd] or 'list'}, which says no class, so the images have no labels; "
+            "give numbers from 0, or names",
+            TosaWarning,
+            stacklevel=2,
+        )
     return column, list(data.features[column].names) if column in named else []
 
 

@@ -16,7 +16,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from tosa_convert.base.errors import UsageError
 from tosa_convert.data.reader import Reader
-from tosa_convert.data.tar_files import check_whole
+from tosa_convert.data.tar_files import check_end
 
 LABELS = ("cls", "label", "json")
 MOST = 1_000_000
@@ -95,7 +95,7 @@ def _samples(shard: Path) -> Iterator[Sample]:
                     images[key] = member
                 elif kind in LABELS and (label := _label(archive, member, kind)) is not None:
                     labels.setdefault(key, {})[kind] = label
-        check_whole(shard)
+            check_end(shard, archive.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UsageError(f"the shard {shard} is damaged ({error}); get it again, or leave it out") from None
     for key, member in images.items():

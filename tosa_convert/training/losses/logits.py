@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from tosa_convert.base.errors import UsageError
 from tosa_convert.training.loss import Loss
 
 
@@ -14,6 +15,11 @@ class Logits(Loss):
     @classmethod
     def default(cls, situation):
         return float(not situation.labels and situation.outputs > 0)
+
+    @classmethod
+    def check(cls, situation):
+        if not situation.outputs:
+            raise UsageError("the model has no classifier whose logits could be learnt from; set logits to 0")
 
     def of(self, found, wanted, labels):
         return soft_divergence(found["logits"], wanted["logits"], self.settings.temperature)
