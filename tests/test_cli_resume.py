@@ -1,5 +1,6 @@
 """What is left of a run that was stopped, refused or finished, and how it goes on."""
 
+import json
 import os
 import shutil
 import signal
@@ -110,6 +111,58 @@ def test_a_finished_run_is_not_overwritten(tosa, quick_run):
     before = (quick_run / "model.safetensors").read_bytes()
     assert tosa("distill", "quickstart", *QUICK, "--out", quick_run)[0] == 2
     assert (quick_run / "model.safetensors").read_bytes() == before
+
+
+def test_only_a_run_of_the_same_stage_and_source_is_resumed(tosa, quick_run, photos, tmp_path):
+    short = ("--steps", 1, "--batch-size", 2, "--data", photos)
+    code, _, err = tosa("finetune", quick_run, *short, "--out", photos, "--resume")
+    assert code == 2
+    assert "holds no run that could be resumed" in err
+    assert not list(photos.glob("*.yaml"))
+    copied = tmp_path / "copied"
+    shutil.copytree(quick_run, copied)
+    code, _, err = tosa("finetune", copied, *short, "--out", copied, "--resume")
+    assert code == 2
+    assert "is a finished distill run; give finetune a folder of its own" in err or "other settings" in err
+    code, _, err = tosa("finetune", copied, *short, "--out", "new", "--resume")
+    assert code == 0, err
+    assert "nothing to resume in new yet" in err
+    assert not (tmp_path / "new/source.json").exists()
+    for name in ("config.json", "report.md"):  # as a kill would leave it
+        (tmp_path / "new" / name).unlink()
+    (tmp_path / "new/source.json").write_text(json.dumps({"source": "other", "sha256": "0"}))
+    code, _, err = tosa("finetune", copied, *short, "--out", "new", "--resume")
+    assert code == 2
+    assert "new was started from other with other weights than" in err
+
+
+def test_what_a_kill_at_the_very_end_left_out_is_made_up_for(tosa, quick_run, photos, tmp_path):
+    train = ("finetune", quick_run, "--steps", 1, "--batch-size", 2, "--data", photos, "--out", "new")
+    assert tosa(*train)[0] == 0
+    (tmp_path / "new/report.md").unlink()
+    (tmp_path / "new/checkpoint").mkdir()
+    assert tosa(*train, "--resume")[0] == 0
+    assert (tmp_path / "new/report.md").exists()
+    assert not (tmp_path / "new/checkpoint").exists()
+
+
+@pytest.mark.parametrize("labels", ["eval_labels: false", "eval_labels: true"])
+def test_labels_that_do_not_fit_are_told_before_the_training(labels, labelled, photos, tosa, tmp_path):
+    for index in range(3):
+        (tmp_path / f"albums/{index}").mkdir(parents=True)
+        shutil.copy(next(photos.rglob("*.png")), tmp_path / f"albums/{index}/a.png")
+    (tmp_path / "mine.yaml").write_text(
+        f"model: quickstart\ndata: {{train: {photos}, eval: albums, {labels}}}\nconvert: {{layers: [2]}}\n"
+        "distill: {steps: 1, batch_size: 2}\nexport: {labels: false}\n"
+    )
+    code, _, err = tosa("run", "mine.yaml", "--out", "all")
+    if labels.endswith("true"):
+        assert code == 2
+        assert "albums has 3 classes but the model has 10 outputs" in err
+        assert "set data.eval_labels to false" in err
+        assert not (tmp_path / "all").exists()
+    else:
+        assert code == 0, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])

@@ -218,3 +218,11 @@ def test_a_temperature_of_nothing_is_said(labelled):
     with warnings.catch_warnings():
         warnings.simplefilter("error", TosaWarning)
         finetune(converted(), labelled, settings.model_copy(update={"logits": 1.0}))
+
+
+@pytest.mark.parametrize("name", ["smoothing", "scale", "rotate"])
+def test_a_setting_that_changes_nothing_is_said(name, photos):
+    asked = {"smoothing": 0.1} if name == "smoothing" else {"scale": [0.1, 1.0]} if name == "scale" else {"rotate": 5.0}
+    settings = FinetuneSettings(steps=1, batch_size=2, augment="flip", **asked)
+    with pytest.warns(TosaWarning, match=f"{name} is of .* so it changes nothing"):
+        finetune(converted(), photos, settings)

@@ -97,6 +97,12 @@ def test_a_depth_scale_is_of_the_training_images_where_there_are_no_others():
     assert (train_source(recipe), eval_source(recipe)) == ("depth:ROOT?scale=256.0", None)
     both = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": "depth:OTHER"})})
     assert eval_source(both) == "depth:OTHER?scale=256.0"
+    for train, measured in (("photos", "depth:ROOT"), ("depth:ROOT", "masks:OTHER")):
+        data = recipe.data.model_copy(update={"train": train, "eval": measured})
+        found = [of(recipe.model_copy(update={"data": data})) for of in (train_source, eval_source)]
+        assert found == [each + "?scale=256.0" * each.startswith("depth") for each in (train, measured)]
+    with pytest.raises(UsageError, match="--depth-scale goes with sources of maps"):
+        train_source(Recipe(model="any", data={"train": "photos", "depth_scale": 256.0}))
 
 
 def test_unknown_recipes_name_the_nearest():

@@ -52,7 +52,7 @@ NumClasses = Annotated[
     int | None, typer.Option(help="outputs of the head", show_default="the model's", callback=at_least(0))
 ]
 Steps = Annotated[int | None, typer.Option(help="optimiser steps", show_default="100", callback=at_least(1))]
-Labels = Annotated[bool, typer.Option(help="take sub-folders as classes, if there are several")]
+Labels = Annotated[bool, typer.Option(help="take sub-folders as classes")]
 Epochs = Annotated[float | None, typer.Option(help="passes over the data, in place of steps", show_default=False)]
 BatchSize = Annotated[int | None, typer.Option(help="images per forward pass", show_default="8", callback=at_least(1))]
 Lr = Annotated[float | None, typer.Option(help="peak learning rate", show_default="the stage's")]
@@ -164,4 +164,6 @@ def out_folder(out: Path | None, name: str, resume: bool = False, device: str | 
 
     if out is None and resume:
         raise UsageError("--resume needs --out, the folder of the interrupted run")
+    if resume and out is not None and not out.exists():
+        say(f"there is nothing to resume in {out} yet, so it is begun")
     return processes.agree(out or runs.new_folder(name), device)

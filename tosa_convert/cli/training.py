@@ -35,7 +35,7 @@ from tosa_convert.cli.options import (
     pick_source,
     stem,
 )
-from tosa_convert.cli.output import bar, failures_shown, print_json, say_data, show
+from tosa_convert.cli.output import bar, failures_shown, print_json, say, say_data, show
 from tosa_convert.cli.parsing import at_least
 
 
@@ -165,6 +165,8 @@ def finetune(
     own = read_recipe(known) if known and known.exists() else None  # a run saved from Python has none
     options = {**locals(), "model": own.model if own else source}
     plan = make_recipe(recipe or (str(known) if own else None), "finetune", options)
+    if own and own.finetune and not recipe:
+        say(f"goes on with the settings of {source}; --steps, --labels and so on are laid over them")
     folder = out_folder(out, f"{stem(source)}-finetuned", resume, device)
     results = stages.finetune_stage(source, plan, folder, resume=resume, device=device, progress=bar(as_json))
     say_data(plan)

@@ -20,7 +20,7 @@ class Data(BaseModel):
 
     ``masks``, a folder, or ``boxes``, a COCO file, say what in the training images matters, for gates. ``list``, and
     for ``eval`` ``eval_list``, name the images of nyu:ROOT and kitti:ROOT; ``depth_scale`` says what a metre is in the
-    PNG files of depth:ROOT.
+    PNG files of depth:ROOT. Without ``eval_labels`` the sub-folders of ``eval`` are no classes.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -31,6 +31,7 @@ class Data(BaseModel):
     boxes: str | None = None
     list: str | None = None
     eval_list: str | None = None
+    eval_labels: bool = True
     depth_scale: float | None = Field(default=None, gt=0)
 
 

@@ -165,6 +165,11 @@ def with_options(source: str | None, **options: Any) -> str | None:
     return f"{root}?{urlencode(dict(parse_qsl(before)) | given, safe='/:')}"
 
 
+def takes(source: str | None, name: str) -> bool:
+    """Whether a source takes something of this name beside it."""
+    return name in _takes(str(source).partition(":")[0])
+
+
 SPELT = {"list": "--list", "scale": "--depth-scale"}
 
 

@@ -25,6 +25,8 @@ from tosa_convert.selective.conversion import convert, is_converted
 
 FORMAT, FORMAT_VERSION = "tosa-convert run", 3
 """Version 1 noted the options of all parts; since 3 there are parts and options that 0.2.0 does not know."""
+OURS = {"recipe.yaml", "config.json", "metrics.jsonl", "checkpoint", "distill", "finetune", "convert"}
+"""By which a folder is known as one of ours, finished or not."""
 RUNS = Path("runs")
 HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tosa-convert" / "runs.tsv"
 """Which runs were made from which folder; see :func:`remember`."""
@@ -178,19 +180,24 @@ def prepare(folder: Path, resume: bool | None = None) -> None:
     """Check that results may be written here, before any work is done; None: they cannot be resumed.
 
     Raises:
-        UsageError: something is there already, and ``resume`` was not asked for.
+        UsageError: something is there already, and ``resume`` was not asked for, or it is no run.
         TosaError: the place cannot be written to.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and not resume:
         way_on = "" if resume is None else "add --resume to go on with the run in it, or "
         raise UsageError(f"{folder} is not empty; {way_on}choose another --out")
+    if found and not found & OURS and not any(name.endswith(".part") for name in found):  # which a kill leaves
+        raise UsageError(f"{folder} holds no run that could be resumed; name one, or choose another --out")
     check_writable(folder)
 
 
 def discard(folder: Path) -> None:
     """Take back a run that was refused before its work began; anything else in the folder stays."""
-    if {path.name for path in folder.iterdir()} == {"recipe.yaml"}:
-        (folder / "recipe.yaml").unlink()
+    names = {path.name for path in folder.iterdir()}
+    if names and names <= {"recipe.yaml", "source.json"}:
+        for name in names:
+            (folder / name).unlink()
         folder.rmdir()
         if folder.parent == RUNS and not any(RUNS.iterdir()):
             RUNS.rmdir()

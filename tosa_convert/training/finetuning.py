@@ -131,18 +131,38 @@ def _opened(
     _take_masks(images, masks, settings, weights)
     _check_mixing(settings, weights, model)
     _check_known(images, weights, model)
-    if settings.temperature != 1 and not weights["logits"]:
-        warnings.warn(
-            "temperature is of the KL to the original's logits, which weighs nothing here, so it changes nothing; give "
-            "logits a weight, or leave temperature out",
-            TosaWarning,
-            stacklevel=3,
-        )
+    _warn_of_idle(settings, weights, bool(task_of(model).differences))
     if images.reader.streams and weights["labels"]:
         images.outputs = outputs_of(model)
     if (settings.aa or settings.reprob) and task_of(model).differences:
         raise UsageError("aa and reprob change images without their maps, and this model gives maps; leave them out")
     return images, weights
+
+
+def _warn_of_idle(settings: FinetuneSettings, weights: dict[str, float], maps: bool) -> None:
+    """Say which settings change nothing.
+
+    Args:
+        maps: whether the model gives maps.
+    """
+    unlabelled, untaught = not weights["labels"], not weights["logits"]
+    uncropped = settings.augment != "crop" and settings.scale != FinetuneSettings().scale
+    for name, idle, of, remedy in (
+        (
+            "temperature",
+            settings.temperature != 1 and untaught,
+            "the KL to the original's logits",
+            "give logits a weight",
+        ),
+        ("smoothing", settings.smoothing and unlabelled, "the loss on labels", "give labels a weight"),
+        ("scale", uncropped, "augment crop", "take crop"),
+        ("rotate", settings.rotate and not maps, "images with maps", "train a model that makes some"),
+    ):
+        if idle:
+            message = (
+                f"{name} is of {of}, which there is none of here, so it changes nothing; {remedy}, or leave it out"
+            )
+            warnings.warn(message, TosaWarning, stacklevel=4)
 
 
 def check_settings(settings: FinetuneSettings) -> Augmentation:

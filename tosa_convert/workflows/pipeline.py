@@ -1,17 +1,16 @@
 """The stages of the work on files: each takes a recipe or a run, and writes a run directory."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from tosa_convert.base import distributed as processes
-from tosa_convert.base.errors import InterruptedTrainingError, TosaError, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json, write_text
 from tosa_convert.base.progress import Progress
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
+from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
 from tosa_convert.measure.benchmark import BenchSettings, bench
@@ -21,19 +20,18 @@ from tosa_convert.models.outputs import outputs_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.reporting.run_texts import write_report
 from tosa_convert.runs import folder as runs
-from tosa_convert.runs.loading import load, original_of
+from tosa_convert.runs.loading import load, original_of, run_at
 from tosa_convert.runs.lock import writes_alone
 from tosa_convert.runs.metrics_log import append_metrics
-from tosa_convert.runs.provenance import as_it_is
 from tosa_convert.selective.conversion import convert, is_converted, is_whole, original
 from tosa_convert.selective.selection import keeps_any_number
-from tosa_convert.training.distillation import check_distillable, distill
+from tosa_convert.training.distillation import check_distillable
 from tosa_convert.training.engine import CHECKPOINT
-from tosa_convert.training.finetuning import check_finetuning, finetune
-from tosa_convert.training.impact import FILE as IMPACT
+from tosa_convert.training.finetuning import check_finetuning
 from tosa_convert.workflows.recipe_checks import check_recipe
 from tosa_convert.workflows.same_job import OtherJobError, check_same_job
 from tosa_convert.workflows.sources import (
+    check_labels,
     check_measured,
     converted,
     eval_source,
@@ -45,26 +43,28 @@ from tosa_convert.workflows.thresholds import (
     check_thresholds,
     cost_of,
     on_these_images,
-    warn_of_other_cost,
     with_mean,
 )
+from tosa_convert.workflows.train_stage import keep_run, train_stage
 
 
 @writes_alone
 def distill_stage(
-    recipe: Recipe, out: Path, *, before_finetune=False, resume=False, device=None, progress: Progress | None = None
+    recipe: Recipe, out: Path, *, first=False, resume=False, device=None, progress: Progress | None = None
 ) -> dict:
     """Load, convert, distill; a run in ``out``. A run that is finished already is only reported on.
 
     Args:
-        before_finetune: the recipe's fine-tuning follows, so that what it would refuse is refused now.
+        first: the recipe's other stages follow, so that what they would refuse is refused now.
     """
     model = converted(recipe)
     check_distillable(model)
-    if before_finetune:
+    if first:
+        check_labels(model, recipe)
+    if first and recipe.finetune is not None:
         labels = {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
         check_finetuning(model, train_source(recipe), recipe.finetune, **labels)
-    return _train_stage("distill", model, recipe, out, resume, device, progress)
+    return train_stage("distill", model, recipe, out, resume, device, progress)
 
 
 @writes_alone
@@ -81,14 +81,17 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
             write_text(out / "recipe.yaml", resolved.to_yaml())
             model = with_mean(model, recipe, progress)
             results = {"stage": "convert", "run": str(out), "flops": cost_of(model, recipe, progress)}
-            _keep(model, out, results)
+            keep_run(model, out, results)
     processes.join(device)
     return read_json(out / "config.json")["results"]
 
 
 @writes_alone
-def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, device=None, progress=None) -> dict:
-    """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``."""
+def finetune_stage(
+    source: str, recipe: Recipe, out: Path, *, first=False, resume=False, device=None, progress=None
+) -> dict:
+    """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``; ``first`` as with
+    :func:`distill_stage`."""
     model, fresh = to_finetune(source, recipe)
     score = model.tosa_config.part(Score)
     if fresh and score.distilled() and not is_whole(model):
@@ -96,7 +99,9 @@ def finetune_stage(source: str, recipe: Recipe, out: Path, *, resume=False, devi
             f"score {model.tosa_config.score} would choose at random: distill {source} with the same options first "
             "(distill: in a recipe), then finetune that run"
         )
-    return _train_stage("finetune", model, recipe, out, resume, device, progress, fresh)
+    if first:
+        check_labels(model, recipe)
+    return train_stage("finetune", model, recipe, out, resume, device, progress, run_at(source))
 
 
 @writes_alone
@@ -149,9 +154,9 @@ def _stage_by_stage(
             source = str(run or recipe.model)
             try:
                 results[name] = (
-                    distill_stage(recipe, out / name, before_finetune="finetune" in stages, **options)
+                    distill_stage(recipe, out / name, first=True, **options)
                     if name == "distill"
-                    else finetune_stage(source, recipe, out / name, **options)
+                    else finetune_stage(source, recipe, out / name, first=name == stages[0], **options)
                 )
             except InterruptedTrainingError as error:  # to go on with the run, not with the stage
                 raise InterruptedTrainingError(str(error).replace(str(out / name), str(out))) from None
@@ -166,6 +171,7 @@ def _stage_by_stage(
                 results[f"eval {name}"] = eval_stage(
                     str(run),
                     eval_source(recipe),
+                    labels=recipe.data.eval_labels,
                     seed=recipe.seed,
                     device=device,
                     progress=progress,
@@ -277,13 +283,6 @@ def bench_stage(
     return {**results, "file": str(folder / "bench.json"), "plot": str(folder / "bench.png")}
 
 
-def _keep(model: nn.Module, out: Path, results: dict) -> None:
-    """A finished run, with its report, that later commands find."""
-    runs.save(model, out, stage=results["stage"], results=results)
-    write_report(out)
-    runs.remember(out)
-
-
 def _reading(settings) -> dict:
     return {"batch_size": settings.batch_size, "workers": settings.workers}
 
@@ -299,44 +298,3 @@ def _original(model: nn.Module) -> nn.Module | None:
     """What a converted model is measured against, if it can be had and its head is the same."""
     before = original_of(model) if is_converted(model) else None
     return before if before is not None and outputs_of(before) == outputs_of(model) else None
-
-
-def _train_stage(
-    name: str, model: nn.Module, recipe: Recipe, out: Path, resume: bool, device, progress, fresh: bool = True
-) -> dict:
-    settings: DistillSettings | FinetuneSettings = getattr(recipe, name)
-    check_thresholds(model, recipe)
-    verb = {"distill": distill, "finetune": finetune}[name]
-    resolved = recipe.model_copy(update={"convert": model.tosa_config})
-    if resume:
-        check_same_job(resolved, out / "recipe.yaml", name)
-    processes.join(device)
-    if resume and runs.is_run(out):
-        return read_json(out / "config.json")["results"]
-    if processes.is_main():
-        runs.prepare(out, resume)
-        write_text(out / "recipe.yaml", resolved.to_yaml())
-    processes.join(device)
-    moves = not fresh and recipe.mean_macs is None and keeps_any_number(model)
-    before = cost_of(model, recipe, progress) if moves else None
-    options = {"seed": recipe.seed, "device": device, "progress": progress}
-    if name == "finetune":
-        options |= {"masks": recipe.data.masks, "boxes": recipe.data.boxes}
-    try:
-        figures = verb(model, train_source(recipe), settings, out=out, resume=resume, **options)
-    except TosaError:
-        if processes.is_main() and not (out / IMPACT).exists():
-            runs.discard(out)  # nothing was done yet
-        raise
-    model = with_mean(model, recipe, progress)
-    results = {"stage": name, "run": str(out), **figures, "flops": cost_of(model, recipe, progress)}
-    if before is not None:
-        warn_of_other_cost(before, results["flops"])
-    if name == "finetune" and is_whole(model):
-        model = as_it_is(model)
-    if processes.is_main():
-        _keep(model, out, results)
-        for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
-            shutil.rmtree(out / leftover, ignore_errors=True)
-    processes.join(device)
-    return results

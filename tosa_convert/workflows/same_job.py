@@ -1,8 +1,10 @@
 """Whether a run that is gone on with is the one that was started."""
 
+import hashlib
 from pathlib import Path
 
 from tosa_convert.base.errors import UsageError
+from tosa_convert.base.files import read_json
 from tosa_convert.config.recipe import Recipe, read_recipe
 from tosa_convert.runs.folder import is_run
 from tosa_convert.training.impact import FILE as IMPACT
@@ -11,6 +13,8 @@ AFTERWARDS = ("convert.rho", "convert.kept")
 """What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
 MEASURED = ("data.eval", "export")
 """Keys of what comes after a training, and may be mended before it is gone on with."""
+SOURCE = "source.json"
+"""What a run that is not finished was begun from."""
 TRAININGS = ("distill", "finetune")
 """Stages with settings of their own."""
 
@@ -43,6 +47,42 @@ def check_same_job(recipe: Recipe, path: Path, stage: str) -> None:
             f"{path.parent} was started with other settings ({', '.join(changed[:4])}); resume it with the same "
             "command, or start a new run with another --out"
         )
+
+
+def check_same_source(source: Path | None, out: Path, resume: bool) -> dict[str, str]:
+    """A run that is trained on is the same one when its training is resumed: its weights are.
+
+    Args:
+        source: its folder; None for a model that is no run.
+
+    Returns:
+        What is kept in :data:`SOURCE` of the folder until the training is done; nothing of a model that is no run.
+
+    Raises:
+        OtherJobError: it was another one.
+    """
+    if source is None:
+        return {}
+    with (source / "model.safetensors").open("rb") as file:
+        found = {"source": str(source), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    if resume and (out / SOURCE).exists():
+        before = read_json(out / SOURCE)
+        if before.get("sha256") != found["sha256"]:
+            raise OtherJobError(
+                f"{out} was started from {before.get('source')} with other weights than {source} has now; resume it "
+                "from the same, or start a new run with another --out"
+            )
+    return found
+
+
+def check_stage(out: Path, stage: str) -> None:
+    """
+    Raises:
+        OtherJobError: a finished run of another stage is to be gone on with.
+    """
+    done = read_json(out / "config.json").get("stage")
+    if done not in (None, stage):
+        raise OtherJobError(f"{out} is a finished {done} run; give {stage} a folder of its own with --out")
 
 
 def _flatten(content: dict, before: str = "") -> dict:

@@ -7,25 +7,34 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.data.reader import is_stream, read, with_options
+from tosa_convert.data.reader import is_stream, read, takes, with_options
 from tosa_convert.methods.score import Score
+from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
 from tosa_convert.runs.loading import load, run_at
 from tosa_convert.selective.conversion import convert, is_converted, is_whole
 from tosa_convert.selective.selection import keeps_any_number
+from tosa_convert.tasks.task import task_of
 from tosa_convert.workflows.same_model import check_same_model
 
 
 def train_source(recipe: Recipe) -> str | None:
     """The training images, with what is given beside them."""
-    return with_options(recipe.data.train, list=recipe.data.list, scale=recipe.data.depth_scale)
+    return _beside(recipe, recipe.data.train, recipe.data.list)
 
 
 def eval_source(recipe: Recipe) -> str | None:
     """The images for evaluation, with what is given beside them; None where there are none of their own."""
     if recipe.data.eval is None:
         return None
-    return with_options(recipe.data.eval, list=recipe.data.eval_list, scale=recipe.data.depth_scale)
+    return _beside(recipe, recipe.data.eval, recipe.data.eval_list)
+
+
+def _beside(recipe: Recipe, source: str | None, listed: str | None) -> str | None:
+    """A depth scale is for those that take one, where one of the two does."""
+    another = any(takes(each, "scale") for each in (recipe.data.train, recipe.data.eval))
+    scale = recipe.data.depth_scale if takes(source, "scale") or not another else None
+    return with_options(source, list=listed, scale=scale)
 
 
 def counted_source(recipe: Recipe) -> str | None:
@@ -101,3 +110,20 @@ def check_measured(recipe: Recipe) -> None:
     measured = eval_source(recipe) or (recipe.export and train_source(recipe))
     if measured:
         read(measured).check_stored()
+
+
+def check_labels(model: nn.Module, recipe: Recipe) -> None:
+    """The labels of what is read after training are looked at before it.
+
+    Raises:
+        UsageError: they do not fit the model's head.
+    """
+    measured, task = eval_source(recipe), task_of(model)
+    looked_at = {measured: "data.eval_labels"} if measured and recipe.data.eval_labels else {}
+    if recipe.export and recipe.export.labels and (exported := measured or train_source(recipe)):
+        looked_at.setdefault(exported, "export.labels")
+    for source, key in looked_at.items():
+        try:
+            task.has_labels(task.read(source, preprocessing_of(model)), model)
+        except UsageError as error:
+            raise UsageError(f"{error}; where its sub-folders are no classes, set {key} to false") from None
