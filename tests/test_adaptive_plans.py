@@ -87,6 +87,21 @@ def test_adaptive_plans_that_make_no_sense(small, options, count, message):
         find_plan(small[0], small[1][:count], 0.8, **options)
 
 
+def test_what_is_no_batch_of_images_is_said_in_one_line(small):
+    model, images = small[0], small[1]
+    height, width = images.shape[-2:]
+    for given, words in (
+        (torch.full_like(images, float("nan")), "not finite"),
+        (images[..., : height - 1, : width - 1], f"does not take images of {height - 1}×{width - 1}"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            flops(model, images=given)
+    with pytest.raises(UsageError, match="not finite"):
+        find_plan(model, torch.full_like(images, float("nan")), 0.8)
+    with pytest.raises(UsageError, match="images are named here, by a folder or another source, and this is a Tensor"):
+        evaluate(model, images)
+
+
 def test_multiply_adds_need_images(small, adaptive):
     converted = convert(copy.deepcopy(small[0]), adaptive.config)
     with pytest.raises(UsageError, match="depend on the images"):

@@ -14,7 +14,7 @@ from PIL import Image
 from references import close, first
 from safetensors.torch import load_file
 
-from tosa_convert import DistillSettings, UsageError, convert, distill, load
+from tosa_convert import DistillSettings, TosaError, UsageError, convert, distill, load
 from tosa_convert.base.errors import InterruptedTrainingError
 from tosa_convert.models.adapter import run
 from tosa_convert.planning import comparison
@@ -110,6 +110,12 @@ def test_what_was_worked_out_of_the_impact_outlives_an_interruption(tmp_path, ou
     with pytest.raises(InterruptedTrainingError, match=r"interrupted after 4 of 6 images; .* --out .* --resume"):
         distill(convert(vit(), method="impact"), outlined[0], settings, out=tmp_path / "run")
     seen.clear()
+    kept = tmp_path / "run/impact.safetensors"
+    content = kept.read_bytes()
+    kept.write_bytes(content[:100])
+    with pytest.raises(TosaError, match=r"impact.safetensors is damaged .*; remove it to work it out anew"):
+        distill(convert(vit(), method="impact"), outlined[0], settings, out=tmp_path / "run", resume=True)
+    kept.write_bytes(content)
     assert distill(convert(vit(), method="impact"), outlined[0], settings, out=tmp_path / "run", resume=True)
     assert len(seen) == 2, "the others were known"
 

@@ -188,6 +188,8 @@ def test_boxes_are_held_to_the_sizes_that_their_file_names(tmp_path):
     content = {"images": images, "annotations": [{"image_id": 1, "bbox": [30, 5, 11, 5]}]}
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     assert Boxes(tmp_path / "boxes.json").mask("0.jpg", (40, 30)).getextrema() == (0, 255)
+    with pytest.raises(TosaError, match=r"the boxes of 0.jpg are of an image of 40×30, and it is 80×60"):
+        Boxes(tmp_path / "boxes.json").mask("0.jpg", (80, 60))
     content["annotations"][0]["bbox"] = [40, 5, 1, 5]  # next to it, within the pixel that rounding may take
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(TosaError, match="outside the image of 40×30"):

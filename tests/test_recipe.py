@@ -59,6 +59,8 @@ def test_everything_wrong_is_reported_at_once_with_lines(tmp_path):
         ("convert: {}\n", "model: Field required"),
         ("model: a\ndata: {train.: b}\n", "data.train.: unknown key; did you mean 'train'?"),
         ("model: a\nmodel: b\n", "line 2: model: is given twice"),
+        ("model: a\nfinetune: {masks: m}\n", "finetune.masks: unknown key; it belongs under data:"),
+        ("model: a\nfinetune: {mean_macs: 0.7}\n", "finetune.mean_macs: unknown key; it belongs at the top"),
         ("model: a\nconvert: {layers: [1]}\n", "layer 1 cannot be selective"),
         ("model: a\nconvert: {layers: [2, 3]}\n", "neighbours"),
         ("model: a\nimg_size: big\n", "img_size"),

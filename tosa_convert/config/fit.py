@@ -65,7 +65,7 @@ def _check_threshold(config: "ConvertConfig", score: type[Score], bypass: Bypass
     """Any number of tokens may attend around a block, where all of them are there again after it."""
     if config.reduces or bypass.per_head:
         how = "selection per_head" if bypass.per_head else f"bypass {config.bypass}"
-        fits = _names(Bypass, lambda part: part.acts is Acts.AROUND)
+        fits = "shared" if bypass.per_head else _names(Bypass, lambda part: part.acts is Acts.AROUND)
         raise ValueError(f"{how} takes a number of tokens, not a threshold; use {fits}")
     if score.chooses and score.worth is Score.worth:
         raise ValueError(f"score {config.score} chooses a number of tokens itself, so it has no threshold")

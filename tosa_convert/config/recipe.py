@@ -12,6 +12,8 @@ from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import ConvertConfig, unknown_options
 from tosa_convert.config.settings import DistillSettings, ExportSettings, FinetuneSettings
 
+PARTS = ("", "data", "convert", "distill", "finetune", "export")
+"""Where a recipe has keys; the top first."""
 Pixels = Annotated[int, Field(ge=1)]
 
 
@@ -159,6 +161,9 @@ def _describe(item: dict) -> str:
         known = _fields(names[:-1])
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(known) or 'nothing'}"
+        elsewhere = next((part for part in PARTS if names[-1] in _fields([part] if part else [])), None)
+        if elsewhere is not None:
+            hint = f"it belongs under {elsewhere}:" if elsewhere else "it belongs at the top, beside model:"
         return f"{key}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     custom = item["type"] == "value_error"

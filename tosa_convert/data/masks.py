@@ -145,7 +145,7 @@ class Boxes(Masks):
             )
         if not boxes:
             raise UsageError(f"{place} has no boxes at all, so nothing would matter; give a file with annotations")
-        said = {  # a file need not say how large its images are
+        self.said = {  # a file need not say how large its images are
             names[image["id"]]: (image["width"], image["height"])
             for image in content["images"]
             if isinstance(image.get("width"), int) and isinstance(image.get("height"), int)
@@ -158,8 +158,8 @@ class Boxes(Masks):
             if min(box[2:]) == 0:  # as in COCO itself
                 empty += 1
                 continue
-            if name in said:
-                _check_inside(name, box, said[name])
+            if name in self.said:
+                _check_inside(name, box, self.said[name])
             self.boxes[name].append(box)
         if empty == len(boxes):
             raise UsageError(f"{place}: no box has an area; boxes are left, top, width and height in pixels")
@@ -168,8 +168,14 @@ class Boxes(Masks):
         super().__init__(place, list(self.boxes))
 
     def mask(self, name, size):
-        found = Image.new("L", size, 0)
-        for box in self.boxes[str(self.find(name))]:
+        found, own = Image.new("L", size, 0), str(self.find(name))
+        if own in self.said and self.said[own] != size:
+            width, height = self.said[own]
+            raise TosaError(
+                f"the boxes of {name} are of an image of {width}×{height}, and it is {size[0]}×{size[1]}; give boxes "
+                "of these images, with their width and height"
+            )
+        for box in self.boxes[own]:
             _check_inside(name, box, size)
             left, top, width, height = box
             right, bottom = max(left, left + width - 1), max(top, top + height - 1)

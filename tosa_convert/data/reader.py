@@ -194,6 +194,8 @@ def read(source: str | Path) -> Reader:
     Raises:
         UsageError: see the readers.
     """
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"images are named here, by a folder or another source, and this is a {type(source).__name__}")
     prefix, colon, place = str(source).partition(":")
     kind = prefix if colon and prefix in discovery.names(FOLDER) and prefix != PLAIN else PLAIN
     mine = _reader(kind)

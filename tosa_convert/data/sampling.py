@@ -86,3 +86,5 @@ def check_batch(images: torch.Tensor, preprocessing: Preprocessing) -> None:
         )
     if not images.is_floating_point():
         raise UsageError(f"images are {images.dtype}; give preprocessed ones, in floating point")
+    if not images.isfinite().all():
+        raise UsageError("images hold values that are not finite, nan or inf; give preprocessed ones")

@@ -11,7 +11,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.sampling import check_batch, sample
 from tosa_convert.measure.tally import attention_macs, tally
@@ -94,7 +94,8 @@ def flops(
             no number of multiply–adds without.
 
     Raises:
-        UsageError: it is such a conversion, and there are no images; or these are not of the model.
+        UsageError: it is such a conversion, and there are no images; these are not of the model, or of a size that it
+            does not take.
     """
     if images is not None:
         check_batch(images, preprocessing_of(model))
@@ -110,7 +111,10 @@ def flops(
     preprocessing = preprocessing_of(model)
     size = size or ((images.shape[-2], images.shape[-1]) if images is not None else preprocessing.size)
     image = torch.zeros(1, preprocessing.channels, *size)
-    counted, uncounted = _count(model, image)
+    try:
+        counted, uncounted = _count(model, image)
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"this model does not take images of {size[0]}×{size[1]} ({gist(error)})") from None
     blocks = selective_blocks(model)
     before = _count(original(model), image)[0] if blocks else counted
     adapter = adapter_of(model)

@@ -64,7 +64,8 @@ def find_plan(
         conditions: under which the latency is measured; None: torch eager, float32, batch 1, one thread.
         target_ms: in place of a budget: milliseconds per forward pass; by latency.
         segment: how many layers in a row share one choice; None is 1 for a budget of MACs, and searched for a latency.
-        adaptive: let each image keep as many tokens as it needs; the budget is then the mean over the images.
+        adaptive: let each image keep as many tokens as it needs; the budget is then the mean over the images. Where
+            that is not clearly ahead of numbers on these images the plan keeps numbers: its ``spread`` is then None.
         max_macs: share of the original's multiply–adds that no image may exceed, with ``adaptive``.
 
     Raises:

@@ -61,7 +61,7 @@ class _WithinImages(TorchFunctionMode):
     def __init__(self, lengths: tuple[int, ...], padding: int, container: int | None = None):
         super().__init__()
         self.lengths, self.padding, self.asked = lengths, padding, False
-        self.container = container
+        self.container = None if container is None else min(container, sum(lengths))  # more is never filled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tosa_convert.base import distributed as processes
-from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError, gist
 from tosa_convert.base.files import atomic
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.seeding import seed_everything, unmoved
@@ -163,7 +163,10 @@ class _Examples:
         self.file, self.minutes, self.written = file, minutes, time.monotonic()
         self.found: dict[int, Example] = {}
         if resume and file is not None and file.exists():
-            stored = load_file(file)
+            try:
+                stored = load_file(file)
+            except Exception as error:
+                raise TosaError(f"{file} is damaged ({gist(error)}); remove it to work it out anew") from None
             indices = [int(name.removeprefix("impact.")) for name in stored if name.startswith("impact.")]
             self.found = {index: Example(stored[f"tokens.{index}"], stored[f"impact.{index}"]) for index in indices}
 
