@@ -27,6 +27,8 @@ FORMAT, FORMAT_VERSION = "tosa-convert run", 3
 """Version 1 noted the options of all parts; since 3 there are parts and options that 0.2.0 does not know."""
 OURS = {"recipe.yaml", "config.json", "metrics.jsonl", "checkpoint", "distill", "finetune", "convert"}
 """By which a folder is known as one of ours, finished or not."""
+SOURCE = "source.json"
+"""What a run that is not finished was begun from."""
 RUNS = Path("runs")
 HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tosa-convert" / "runs.tsv"
 """Which runs were made from which folder; see :func:`remember`."""
@@ -195,7 +197,7 @@ def prepare(folder: Path, resume: bool | None = None) -> None:
 def discard(folder: Path) -> None:
     """Take back a run that was refused before its work began; anything else in the folder stays."""
     names = {path.name for path in folder.iterdir()}
-    if names and names <= {"recipe.yaml", "source.json"}:
+    if names and names <= {"recipe.yaml", SOURCE}:
         for name in names:
             (folder / name).unlink()
         folder.rmdir()

@@ -214,7 +214,7 @@ def _folder(source: str) -> Path | None:
 
 def run_at(source: str) -> Path | None:
     """The folder of the finished run that a source names, here or on the hub; None where it names something else."""
-    folder = Path(source) if Path(source).is_dir() else _run_on_the_hub(source)
+    folder = _folder(source) or _run_on_the_hub(source)
     return folder if folder and runs.is_run(folder) else None
 
 

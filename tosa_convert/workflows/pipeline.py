@@ -92,7 +92,8 @@ def finetune_stage(
 ) -> dict:
     """Fine-tune a run, or a model converted as the recipe says, into a new run in ``out``; ``first`` as with
     :func:`distill_stage`."""
-    model, fresh = to_finetune(source, recipe)
+    run = run_at(source)
+    model, fresh = to_finetune(source, run, recipe)
     score = model.tosa_config.part(Score)
     if fresh and score.distilled() and not is_whole(model):
         raise UsageError(
@@ -101,7 +102,7 @@ def finetune_stage(
         )
     if first:
         check_labels(model, recipe)
-    return train_stage("finetune", model, recipe, out, resume, device, progress, run_at(source))
+    return train_stage("finetune", model, recipe, out, resume, device, progress, run)
 
 
 @writes_alone

@@ -6,15 +6,13 @@ from pathlib import Path
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.files import read_json
 from tosa_convert.config.recipe import Recipe, read_recipe
-from tosa_convert.runs.folder import is_run
+from tosa_convert.runs.folder import SOURCE, is_run
 from tosa_convert.training.impact import FILE as IMPACT
 
 AFTERWARDS = ("convert.rho", "convert.kept")
 """What decides over token impact once it is worked out, so that it may be another when a run is resumed."""
 MEASURED = ("data.eval", "export")
 """Keys of what comes after a training, and may be mended before it is gone on with."""
-SOURCE = "source.json"
-"""What a run that is not finished was begun from."""
 TRAININGS = ("distill", "finetune")
 """Stages with settings of their own."""
 

@@ -31,9 +31,12 @@ def check_same_model(source: str, model: Any, recipe: Recipe) -> None:
         if asked is not None and (own is None or Path(asked).name != Path(own).name):  # which may have been moved
             raise UsageError(f"the weights of a run are its own, and {source} was not made from {asked}; {way_out}")
     _check_head(source, model, recipe, way_out)
-    asked, unasked = (each.model_dump(exclude={"seed"}) for each in (recipe.convert, ConvertConfig()))
-    if asked != unasked and is_converted(model):
-        _check_conversion(source, model, recipe)
+    if is_converted(model):
+        own, asked, unasked = (
+            each.model_dump(exclude={"seed"}) for each in (model.tosa_config, recipe.convert, ConvertConfig())
+        )
+        if asked not in (own, unasked):
+            _check_conversion(source, model, recipe)
 
 
 def _check_head(source: str, model: Any, recipe: Recipe, way_out: str) -> None:

@@ -1,6 +1,7 @@
 """What a command works on: its model, its training images and those for evaluation."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from tosa_convert.data.reader import is_stream, read, takes, with_options
 from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
-from tosa_convert.runs.loading import load, run_at
+from tosa_convert.runs.loading import load
 from tosa_convert.selective.conversion import convert, is_converted, is_whole
 from tosa_convert.selective.selection import keeps_any_number
 from tosa_convert.tasks.task import task_of
@@ -49,15 +50,17 @@ def converted(recipe: Recipe) -> nn.Module:
     return convert(load(recipe.model, **how, **head), recipe.convert)
 
 
-def to_finetune(source: str, recipe: Recipe) -> tuple[nn.Module, bool]:
+def to_finetune(source: str, run: Path | None, recipe: Recipe) -> tuple[nn.Module, bool]:
     """The model of a run, with its head and its conversion, or the recipe's; and whether it was converted here.
+
+    Args:
+        run: the folder of the run that ``source`` names; None where it names none.
 
     Raises:
         UsageError: the recipe asks for another model, head or conversion than the run has.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is new and untrained", TosaWarning)  # which it is here to be
-        run = run_at(source)
         if run is None:
             return converted(recipe), True
         model = load(run, img_size=recipe.img_size)

@@ -19,7 +19,7 @@ from tosa_convert.training.distillation import distill
 from tosa_convert.training.engine import CHECKPOINT
 from tosa_convert.training.finetuning import finetune
 from tosa_convert.training.impact import FILE as IMPACT
-from tosa_convert.workflows.same_job import SOURCE, check_same_job, check_same_source, check_stage
+from tosa_convert.workflows.same_job import check_same_job, check_same_source, check_stage
 from tosa_convert.workflows.sources import train_source
 from tosa_convert.workflows.thresholds import check_thresholds, cost_of, warn_of_other_cost, with_mean
 
@@ -34,18 +34,18 @@ def train_stage(
     resolved = recipe.model_copy(update={"convert": model.tosa_config})
     if resume:
         check_same_job(resolved, out / "recipe.yaml", name)
-    begun = check_same_source(source, out, resume)
     processes.join(device)
     if resume and runs.is_run(out):
         check_stage(out, name)
         if processes.is_main():
             _tidy(out)
         return read_json(out / "config.json")["results"]
+    begun = check_same_source(source, out, resume)
     if processes.is_main():
         runs.prepare(out, resume)
         write_text(out / "recipe.yaml", resolved.to_yaml())
         if begun:
-            write_json(out / SOURCE, begun)
+            write_json(out / runs.SOURCE, begun)
     processes.join(device)
     trained_on = source is not None and runs.is_converted_run(source)
     may_move = trained_on and recipe.mean_macs is None and keeps_any_number(model)
@@ -78,7 +78,7 @@ def _tidy(run: Path) -> None:
         write_report(run)
     for leftover in (CHECKPOINT, f"{CHECKPOINT}.part"):
         shutil.rmtree(run / leftover, ignore_errors=True)
-    (run / SOURCE).unlink(missing_ok=True)
+    (run / runs.SOURCE).unlink(missing_ok=True)
 
 
 def keep_run(model: nn.Module, out: Path, results: dict) -> None:
