@@ -24,8 +24,9 @@ import record
 import torch
 
 from tosa_convert import convert
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.data.sampling import sample
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.measure.similarity import Keep, losses, observe
 from tosa_convert.models.provenance import preprocessing_of

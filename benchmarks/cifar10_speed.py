@@ -23,8 +23,9 @@ from method_rows import CONTROLS, GATED, METHODS, as_asked
 
 from tosa_convert import UsageError, convert, flops
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.data.sampling import sample
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import light_copy

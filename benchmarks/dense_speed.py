@@ -14,7 +14,8 @@ from pathlib import Path
 import record
 
 import tosa_convert as tc
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.config.bench import BenchSettings
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.macs_share import MacsShare
 
 HEADS = ("light", "dpt", "newcrfs")

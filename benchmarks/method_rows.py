@@ -25,9 +25,10 @@ from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert,
 from tosa_convert.base.environment import machine
 from tosa_convert.base.files import write_json
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.data.sampling import sample
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.evaluation import random_control
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.budget import at_budget

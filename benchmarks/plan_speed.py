@@ -17,9 +17,10 @@ import record
 from methods import SCENES, scenes_of
 
 from tosa_convert import convert, load
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.data.sampling import sample
 from tosa_convert.export.onnx import export_onnx
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.macs import flops
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.comparison import mean_figures

@@ -1,6 +1,7 @@
 import json
 import shutil
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
 from tosa_convert import BenchSettings, UsageError, bench, convert, load, original, save
+from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import Timing, interleave, pinned, processors
 from tosa_convert.cli.main import main
 from tosa_convert.data.sampling import sample
@@ -50,6 +52,36 @@ def test_threads_are_pinned_and_given_back():
     with pinned(1):
         assert (torch.get_num_threads(), processors()) == (1, 1)
     assert (torch.get_num_threads(), processors()) == before
+
+
+class Counted(Progress):
+    """Counts the steps of each bar."""
+
+    def __init__(self):
+        super().__init__()
+        self.bars = []
+
+    @contextmanager
+    def track(self, what, total, done=0, unit="", per_step=1):
+        steps = []
+        self.bars.append((total, steps))
+        yield lambda note="": steps.append(note)
+
+
+@pytest.mark.parametrize("images", [None, 8, 3])
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_is_timed_is_said_and_foreseen(images, memory, labelled):
+    """Found: a bar that ran past its end, and rounds that were not made."""
+    models = {"original": load("quickstart"), "converted": converted()}
+    settings = BenchSettings(runtimes=["eager"], rounds=5, batch_sizes=[1, 4], memory=memory)
+    progress = Counted()
+    given = {} if images is None else {"data": labelled, "images": images}
+    results = bench(models, settings, device="cpu", progress=progress, **given)
+    assert [len(steps) for _, steps in progress.bars] == [total for total, _ in progress.bars]
+    made = [(case["rounds"], case["images"]) for case in results["cases"]]
+    assert made == {None: [(5, None), (5, None)], 8: [(3, 8), (3, 8)], 3: [(3, 3), (5, 4)]}[images]
+    notes = " ".join(bench_table(results).notes)
+    assert {None: "of 5 rounds,", 8: "of 3 passes over the images", 3: "of 3 passes over"}[images] in notes
 
 
 def test_a_peak_that_cannot_be_measured_leaves_the_timings():

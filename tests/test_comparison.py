@@ -18,6 +18,7 @@ from tosa_convert.models.adapter import adapter_of
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning import rivals
 from tosa_convert.planning.budget import at_budget
+from tosa_convert.reporting.plots import pareto_plot
 
 
 @pytest.mark.parametrize(
@@ -134,3 +135,17 @@ def test_what_cannot_be_distilled_is_left_out_of_a_comparison():
     assert any(
         note.startswith("impact/identity is left out: score 'impact' learns for one choice") for note in found["notes"]
     )
+
+
+def test_lines_of_a_plot_can_be_told_apart(tmp_path, monkeypatch):
+    drawn = {}
+
+    def plot(self, *_, label, **style):
+        drawn[label] = tuple(sorted(style.items()))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
+    names = [*(f"score{index}/merge" for index in range(13)), "random"]
+    rows = [{"method": name, "budget": 0.8, "macs": 0.8, "patch": 0.9} for name in names]
+    pareto_plot({"rows": rows, "keep": "patches"}, tmp_path / "plot.png")
+    assert set(drawn) == set(names)
+    assert len(set(drawn.values())) == len(drawn)

@@ -10,6 +10,7 @@ import pytest
 from tosa_convert import DistillSettings, FinetuneSettings, UsageError, convert, distill, finetune, load
 from tosa_convert.cli.main import main
 from tosa_convert.runs.lock import alone
+from tosa_convert.workflows.quickstart import MARK, run_quickstart
 
 HOLD = """
 import sys, time
@@ -44,6 +45,17 @@ def test_a_second_process_is_refused_until_the_first_is_gone(holder, tmp_path, c
     holder.wait()
     with alone(tmp_path / "run"):
         pass
+
+
+def test_two_quickstarts_do_not_share_a_folder(holder, tmp_path):
+    """Found: the second one deleted the images that the first worked on."""
+    kept = tmp_path / "run" / "data" / "mine.png"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    (tmp_path / "run" / MARK).write_text("{}")
+    with pytest.raises(UsageError, match="another tosa-convert is writing to"):
+        run_quickstart(tmp_path / "run", lambda command: None)
+    assert kept.exists()
 
 
 def test_a_folder_is_free_again_after_an_error(tmp_path):

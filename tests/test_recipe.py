@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import yaml
 
@@ -64,6 +66,13 @@ def test_everything_wrong_is_reported_at_once_with_lines(tmp_path):
         ("model: a\nconvert: {layers: [1]}\n", "layer 1 cannot be selective"),
         ("model: a\nconvert: {layers: [2, 3]}\n", "neighbours"),
         ("model: a\nimg_size: big\n", "img_size"),
+        ("model: a\nimg_size: [28]\n", "img_size"),
+        ("model: a\nfinetune: {scale: [0.5]}\n", "finetune.scale"),
+        ("model: a\ndistill: {epochs: .inf}\n", "distill.epochs: Input should be a finite number"),
+        ("model: a\ndistill: {lr: 5e-3}\n", "YAML takes 5e-3 for text; write it with a decimal point"),
+        ("model: a\ndata: {eval_list: x.txt}\n", "eval_list is for the images of eval:"),
+        ("model: a\ndata: {eval_labels: false}\n", "eval_labels: false is for the images of eval:"),
+        ("model: &a {b: *a}\n", "refers to itself"),
     ],
 )
 def test_single_mistakes_are_named(text, message, tmp_path):
@@ -140,6 +149,9 @@ def test_another_score_takes_neither_the_threshold_nor_the_ratio_beside_it():
         ({"convert": {"method": "tome"}, "finetune": {"steps": 2, "cut": 1.0}}, "set cut to 0"),
         ({"convert": {"method": "tome"}, "finetune": {"steps": 2, "gates": 1.0}}, "set gates to 0"),
         ({"convert": {"method": "tosa"}, "finetune": {"labels": 0.0, "smoothing": 0.1}}, "smoothing is of labels"),
+        ({"head": "light"}, "--head goes with a new head"),
+        ({"task": "nonsense"}, "there is no task 'nonsense'"),
+        ({"data": {"train": "images", "list": "x"}}, "--list goes with sources of maps"),
     ],
 )
 def test_a_recipe_that_run_would_refuse_is_not_valid(options, words, tmp_path, tosa):
@@ -149,6 +161,43 @@ def test_a_recipe_that_run_would_refuse_is_not_valid(options, words, tmp_path, t
         code, _, err = tosa(*command, tmp_path / "recipe.yaml")
         assert code == 2
         assert words in " ".join(err.split())
+
+
+def test_a_recipe_that_trains_nothing_that_has_to_be_trained_is_not_valid(tmp_path, tosa):
+    (tmp_path / "recipe.yaml").write_text("model: quickstart\n")
+    for command in (("recipes", "validate"), ("run",)):
+        code, _, err = tosa(*command, tmp_path / "recipe.yaml")
+        assert code == 2
+        assert "the recipe trains nothing" in err
+
+
+def test_no_is_a_word_for_the_precision(tmp_path):
+    assert read_recipe(written(tmp_path, "model: a\ndistill: {precision: no}\n")).distill.precision == "no"
+
+
+def test_first_lines_of_our_recipes_are_sentences():
+    """``recipes ls`` shows nothing else of them."""
+    for path in recipes_folder().glob("*.yaml"):
+        assert path.read_text().splitlines()[0].endswith("."), path
+
+
+def test_a_run_that_could_not_begin_leaves_nothing(tmp_path, tosa):
+    (tmp_path / "recipe.yaml").write_text("model: vit_tiny_patch16_224\ndistill: {steps: 1}\n")
+    for _ in range(2):
+        code, _, err = tosa("run", "recipe.yaml", "--out", "out")  # without a network
+        assert code == 1
+        assert "not empty" not in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_names_what_is_fine_tuned_where_nothing_else_does(quick_run, tmp_path, tosa):
+    """Found: it was the newest run, whatever the recipe's model."""
+    asked = {"model": "quickstart", "convert": {"method": "tome"}, "finetune": {"steps": 1, "batch_size": 2}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    shutil.copytree(quick_run, tmp_path / "newest")
+    code, _, err = tosa("finetune", "--recipe", "recipe.yaml", "--out", "out")
+    assert code == 0, err
+    assert load("out").tosa_config.score == "similarity"
 
 
 def test_a_recipe_of_a_run_has_the_runs_conversion(quick_run, tmp_path, tosa):

@@ -8,12 +8,12 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is imported when
     from tosa_convert.base.errors import TosaError as TosaError
     from tosa_convert.base.errors import UnsupportedModelError as UnsupportedModelError
     from tosa_convert.base.errors import UsageError as UsageError
+    from tosa_convert.config.bench import BenchSettings as BenchSettings
     from tosa_convert.config.conversion import ConvertConfig as ConvertConfig
     from tosa_convert.config.settings import DistillSettings as DistillSettings
     from tosa_convert.config.settings import ExportSettings as ExportSettings
     from tosa_convert.config.settings import FinetuneSettings as FinetuneSettings
     from tosa_convert.export.onnx import export_onnx as export_onnx
-    from tosa_convert.measure.benchmark import BenchSettings as BenchSettings
     from tosa_convert.measure.benchmark import bench as bench
     from tosa_convert.measure.evaluation import evaluate as evaluate
     from tosa_convert.measure.evaluation import random_control as random_control
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is imported when
 __version__ = version("tosa-convert")
 
 _HOME = {
-    "BenchSettings": "measure.benchmark",
+    "BenchSettings": "config.bench",
     "Bypass": "methods.bypass",
     "ConvertConfig": "config.conversion",
     "DistillSettings": "config.settings",

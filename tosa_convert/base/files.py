@@ -25,7 +25,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}; choose another --out or free some space"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written there is nothing, and the error above says why
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -61,8 +62,9 @@ def read_json(path: Path) -> dict:
 def check_writable(folder: Path, option: str = "--out") -> None:
     """Fail before hours of work rather than after them; a folder that is not there yet is not made."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; choose a folder with {option}")
+    there = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UsageError(f"{there} is a file; choose a folder with {option}")
     with atomic(folder / ".probe") as temporary:
         temporary.touch()
     (folder / ".probe").unlink()

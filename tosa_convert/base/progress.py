@@ -1,7 +1,7 @@
 """Progress on everything that takes more than a moment: rate and time left, on stderr."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,6 +14,10 @@ class Progress:
     def __init__(self, shown: bool = False):
         self.console = Console(stderr=True)
         self.shown = shown and self.console.is_terminal
+
+    def busy(self, what: str) -> AbstractContextManager:
+        """Shows that something is done whose length is not known."""
+        return self.console.status(what) if self.shown else nullcontext()
 
     @contextmanager
     def track(self, what: str, total: int, done: int = 0, unit: str = "", per_step: int = 1) -> Iterator[Callable]:
@@ -32,7 +36,12 @@ class Progress:
             def advance(note: str = "") -> None:
                 bar.advance(task)
                 speed = bar.tasks[0].speed
-                rate = f"{speed * per_step:.0f} {unit}/s" if speed else ""
+                rate = _rate(speed * per_step, unit) if speed else ""
                 bar.update(task, rate=rate, note=note)
 
             yield advance
+
+
+def _rate(speed: float, unit: str) -> str:
+    """With a decimal where it is slow; nothing where what is counted has no name."""
+    return f"{speed:.{0 if speed >= 10 else 1}f} {unit}/s" if unit else ""

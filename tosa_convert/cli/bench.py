@@ -61,8 +61,8 @@ def bench(
     A model that is not a run is converted first, by --layers, --ratio and so on.
     """
     from tosa_convert.base.distributed import pick_device
+    from tosa_convert.config.bench import BenchSettings
     from tosa_convert.config.validation import build
-    from tosa_convert.measure.benchmark import BenchSettings
     from tosa_convert.workflows import pipeline as stages
 
     source = pick_source(source)

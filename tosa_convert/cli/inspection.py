@@ -54,6 +54,7 @@ def show_patches(
         checkpoint=checkpoint,
         img_size=img_size,
         device=device,
+        progress=bar(as_json),
     )
     show(results, "show_table", as_json)
 

@@ -151,14 +151,14 @@ def finetune(
     A model that is not a run is converted first, by --method tome, --score random and so on. With --ratio 1 it is
     trained as it is, such as under a new head (--task depth), and the run can be planned and compared.
     """
-    from tosa_convert.config.recipe import read_recipe
+    from tosa_convert.config.recipe import find_recipe, read_recipe
     from tosa_convert.workflows import pipeline as stages
     from tosa_convert.workflows.sources import refuse_options_of_a_run
 
     if teacher and labels:
         raise UsageError("--teacher learns without labels, and --labels gives them a weight; leave out one of the two")
     labels = 0.0 if teacher else labels
-    source = pick_source(run)
+    source = pick_source(run if run or not recipe else read_recipe(find_recipe(recipe)).model)
     trained = is_converted_run(source)
     refuse_options_of_a_run(trained, conversion)
     known = Path(source) / "recipe.yaml" if trained else None

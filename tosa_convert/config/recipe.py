@@ -1,6 +1,7 @@
 """Recipes: YAML in, a validated recipe out. Everything wrong with a file is reported at once, with its line."""
 
 import difflib
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,13 @@ class Data(BaseModel):
     eval_list: str | None = None
     eval_labels: bool = True
     depth_scale: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _of_eval(self) -> "Data":
+        for name, given in (("eval_list", self.eval_list is not None), ("eval_labels: false", not self.eval_labels)):
+            if given and self.eval is None:
+                raise ValueError(f"{name} is for the images of eval:, which are not named; add them, or leave it out")
+        return self
 
 
 class Recipe(BaseModel):
@@ -127,15 +135,17 @@ def read_recipe(path: Path) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
+        problems = [(line, f"{key}: is given twice") for line, key in _duplicates(tree)]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: an anchor of YAML refers to itself; write the values out") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise UsageError(f"{path}: {line}not valid YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a recipe: it should hold keys such as model:, convert:, distill:")
-    problems = [(line, f"{key}: is given twice") for line, key in _duplicates(tree)]
     if isinstance(content.get("convert"), dict):
         # Which keys there are depends on the parts, so that pydantic would tell only once all else is right.
         unknown = unknown_options(content["convert"])
@@ -166,11 +176,20 @@ def _describe(item: dict) -> str:
             hint = f"it belongs under {elsewhere}:" if elsewhere else "it belongs at the top, beside model:"
         return f"{key}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "float_type" and isinstance(item["input"], str) and _is_number(item["input"]):
+        return f"{key}: YAML takes {item['input']} for text; write it with a decimal point, as in 1.0e-3"
     custom = item["type"] == "value_error"
     given = (
         f" (given: {item['input']!r})" if not custom and isinstance(item.get("input"), (str, int, float, bool)) else ""
     )
     return f"{key}: {message}{given}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _names(location: tuple) -> list[str]:
@@ -199,7 +218,7 @@ def _line(tree: yaml.Node, location: tuple) -> int:
             if found is None:
                 continue
             line, node = found[0].start_mark.line, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line
     return line + 1

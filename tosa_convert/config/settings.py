@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -49,6 +49,12 @@ class TrainSettings(BaseModel):
     workers: int = Field(default=0, ge=0)
     checkpoint_minutes: Positive = 5.0
     log_every: int = Field(default=10, ge=1)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_of_yaml(cls, value: Any) -> Any:
+        """YAML reads an unquoted ``no`` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":

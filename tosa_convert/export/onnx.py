@@ -82,7 +82,8 @@ def export_onnx(
     check_writable(folder)
     with sizes, alone(folder), _gone_if_empty(folder), _scratch_in(folder) as scratch:
         file = Path(scratch) / "float32.onnx"
-        write_graph(model, file, *how)
+        with progress.busy("write the graph"):
+            write_graph(model, file, *how)
         verifier = Verifier(model, images, task, labelled, settings, original, progress)
         if settings.precision == "float32":
             check = verifier.check({"float32": file})["float32"]

@@ -159,7 +159,8 @@ def flops_on(
         images: how many of them.
     """
     if data is None and not keeps_any_number(model):
-        return flops(model).to_dict()
+        with (progress or Progress()).busy("count multiply–adds"):
+            return flops(model).to_dict()
     pixels, folder, _ = sample(data, preprocessing_of(model), images, crops=False)
     name = f"{folder.name}, in crops" if data is None else folder.name
     return {**flops(model, images=pixels, progress=progress).to_dict(), "data": name}

@@ -67,7 +67,7 @@ def compare(
         the metrics of the model's task, such as "top1", and "ms" and "speedup".
     """
     if is_converted(model):
-        raise UsageError("this model is converted already; start from the original, in Python original(model)")
+        raise UsageError("this model is converted already; name the original model (in Python original(model))")
     progress, device = progress or Progress(), pick_device(device)
     methods = list(dict.fromkeys([*methods, control()]))
     for name in methods:

@@ -12,8 +12,9 @@ from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.progress import Progress
 from tosa_convert.base.timing import check_threads
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.export.runtimes import PRECISIONS, missing
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.macs_share import MacsShare
 from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.token_ops import keep_count, ratio_steps

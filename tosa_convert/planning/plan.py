@@ -73,7 +73,7 @@ def find_plan(
             the model would be no faster than it is.
     """
     if is_converted(model):
-        raise UsageError("this model is converted already; start from the original, in Python original(model)")
+        raise UsageError("this model is converted already; name the original model (in Python original(model))")
     limits = {"a budget": budget, "a target drop": target_drop, "a target in ms": target_ms}
     given = [name for name, value in limits.items() if value is not None]
     if len(given) > 1:

@@ -119,7 +119,8 @@ def compare_table(results: dict) -> Table:
     timing = f"; ms: {results['runtime']}, batch 1, one thread, in turn; speed: against the original" if timed else ""
     agree = "; agree: same top-1 as the original, of embeddings the same nearest other image"
     notes.append(f"patch cos, class cos: cosine to the original's tokens{agree if 'agreement' in kinds else ''}")
-    notes.append(f"{results['images']} images of {results['data']}, no training; MACs include token selection{timing}")
+    trained = "no other training" if results["distill_steps"] else "no training"
+    notes.append(f"{results['images']} images of {results['data']}, {trained}; MACs include token selection{timing}")
     shown = [_titles()[name] for name in kinds]
     columns = ["budget", "method", "MACs", *shown, *(["ms", "speed"] if timed else [])]
     return Table("Methods at the same budgets", columns, rows, notes)

@@ -16,8 +16,9 @@ from tosa_convert.reporting.map_panels import Panel
 from tosa_convert.reporting.token_maps import Looks, View
 from tosa_convert.tasks.task import differences
 
-INK, BAR, IDEAL, SKIPPED = "#333333", "#3b76af", "#d1642e", "#d9dde2"
-MARKS = "osD^vPX*<>"
+INK, BAR, IDEAL, SKIPPED, CHANCE = "#333333", "#3b76af", "#d1642e", "#d9dde2", "#888888"
+MARKS = "osD^vPX*<>dhp"
+COLOURS = 10  # of matplotlib's cycle; the lines after them are dashed
 KINDS = {
     "patch": "cosine of patch tokens",
     "class": "cosine of the class token",
@@ -196,7 +197,7 @@ def pareto_plot(results: dict, file: Path) -> Path:
                 (row[key], max(lost(row[kind]), 1e-6)) for row in rows if row["method"] == name and kind in row
             )
             if points:
-                axes.plot(*zip(*points, strict=True), marker=MARKS[index % len(MARKS)], color=f"C{index}", label=name)
+                axes.plot(*zip(*points, strict=True), **_style(name, index), label=name)
         if key == "ms":
             axes.axvline(results["original"]["ms"], color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")
@@ -208,6 +209,14 @@ def pareto_plot(results: dict, file: Path) -> Path:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     return _write(figure, file)
+
+
+def _style(name: str, index: int) -> dict:
+    """Of a method's line; chance, which is there to be compared with, stays in the background."""
+    if name.startswith("random"):
+        return {"marker": MARKS[index % len(MARKS)], "color": CHANCE, "linestyle": ":"}
+    dashed = {"linestyle": "--"} if index >= COLOURS else {}
+    return {"marker": MARKS[index % len(MARKS)], "color": f"C{index % COLOURS}", **dashed}
 
 
 def _error_of(kind: str) -> tuple[str, Callable[[float], float]]:

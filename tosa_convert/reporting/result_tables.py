@@ -198,7 +198,7 @@ def bench_table(results: dict) -> Table:
                 row += ["", "", ""]
             rows.append([*row, "" if figures["memory"] is None else f"{figures['memory'] / 2**20:.0f}"])
     notes.append(
-        f"ms per forward pass: median and quartiles of {settings['rounds']} rounds, models in turn, "
+        f"ms per forward pass: median and quartiles of {_rounds(results)}, models in turn, "
         f"{settings['threads']} thread(s), "
         f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
     )
@@ -211,6 +211,15 @@ def bench_table(results: dict) -> Table:
         rows = [row[:-1] for row in rows]
     shared = ", ".join(WRITTEN[name].format(*values) for name, values in common.items())
     return Table(f"Speed against {results['reference']}{shared and f': {shared}'}", columns, rows, notes)
+
+
+def _rounds(results: dict) -> str:
+    """How often was timed; results of before do not say it case by case."""
+    made = {
+        (case.get("rounds", results["settings"]["rounds"]), case.get("images") is not None) for case in results["cases"]
+    }
+    written = [f"{rounds} {'passes over the images' if real else 'rounds'}" for rounds, real in sorted(made)]
+    return " or ".join(written) or f"{results['settings']['rounds']} rounds"
 
 
 WRITTEN = {"runtime": "{}", "batch": "batch {}", "px": "{} px", "type": "{}"}

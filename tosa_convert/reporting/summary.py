@@ -29,7 +29,7 @@ def _over(cost: dict) -> str:
 
 
 def _not_measured(command: str, run: Path) -> str:
-    return f"not measured (tosa-convert {command} {run.name})"
+    return f"not measured (tosa-convert {command} {run if not run.is_absolute() else 'RUN'})"
 
 
 def _kept(results: dict | None, run: Path) -> list[list[str]]:

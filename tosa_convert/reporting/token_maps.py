@@ -49,7 +49,9 @@ def look(model: nn.Module, images: torch.Tensor) -> list[list[View]]:
         UsageError: the model is not converted.
     """
     if not is_converted(model):
-        raise UsageError("this model is not converted, so it skips no tokens; name a run, or give --ratio and so on")
+        raise UsageError(
+            "this model is not converted, so it skips no tokens; name a run that is, or give --ratio and so on"
+        )
     if len(images) > 1 and keeps_any_number(model):
         return [views for image in images for views in look(model, image[None])]
     run(model, images)

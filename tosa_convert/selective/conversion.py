@@ -53,7 +53,7 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
     own, options = _take_objects(options)
     config = make_config(config, options)
     if is_converted(model):
-        raise UsageError("this model is converted already; start from the original, in Python original(model)")
+        raise UsageError("this model is converted already; name the original model (in Python original(model))")
     with _leaving_no_trace(model):
         adapter = adapter_of(model)
         try:

@@ -7,6 +7,7 @@ import numpy as np
 
 from tosa_convert.base.distributed import pick_device
 from tosa_convert.base.errors import UsageError
+from tosa_convert.base.files import check_writable
 from tosa_convert.base.progress import Progress
 from tosa_convert.data.images import built_in_scenes, read_image
 from tosa_convert.export.features import write_features
@@ -41,8 +42,12 @@ def flops_stage(
         data: images to count over, ``images`` of them. Without, where the number of tokens differs from image to image,
             the built-in photos.
     """
-    device = pick_device(device)
-    cost = flops_on(to_measure(source, options, img_size=img_size).to(device), data, images, progress)
+    if plot is not None:
+        check_writable(plot.parent, "--plot")
+    device, progress = pick_device(device), progress or Progress()
+    with progress.busy("load"):
+        model = to_measure(source, options, img_size=img_size).to(device)
+    cost = flops_on(model, data, images, progress)
     if plot is not None:
         from tosa_convert.reporting.plots import cost_plot
 
@@ -91,11 +96,25 @@ PROOFS = [
 
 
 def show_stage(
-    source: str, options: dict, files: list[Path], out: Path, *, checkpoint=None, img_size=None, device=None
+    source: str,
+    options: dict,
+    files: list[Path],
+    out: Path,
+    *,
+    checkpoint=None,
+    img_size=None,
+    device=None,
+    progress: Progress | None = None,
 ) -> dict:
     """Which patches attend: each image, or each built-in scene, with one panel per selective layer; and maps."""
+    with (progress or Progress()).busy("look"):
+        return _shown(source, options, files, out, checkpoint, img_size, device)
+
+
+def _shown(source: str, options: dict, files: list[Path], out: Path, checkpoint, img_size, device) -> dict:
     from tosa_convert.reporting.plots import views_plot
 
+    check_writable(out.parent)
     device = pick_device(device)
     model = loaded_or_converted(source, options, checkpoint=checkpoint, img_size=img_size).to(device)
     if options:
@@ -135,5 +154,8 @@ def report_stage(source: str, out: Path | None, *, device=None, progress: Progre
     folder = Path(source)
     runs.check_finished(folder)
     file = out or folder / "report.html"
+    if file.is_dir() or not file.name:
+        raise UsageError(f"{file} is a folder; name the HTML file with --out")
+    check_writable(file.parent)
     write_html(folder, load(source).to(pick_device(device)), file, progress or Progress())
     return {"run": source, "file": str(file)}

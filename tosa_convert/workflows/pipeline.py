@@ -1,19 +1,21 @@
 """The stages of the work on files: each takes a recipe or a run, and writes a run directory."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from tosa_convert.base import distributed as processes
-from tosa_convert.base.errors import InterruptedTrainingError, UsageError
+from tosa_convert.base.errors import InterruptedTrainingError, TosaError, TosaWarning, UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json, write_text
 from tosa_convert.base.progress import Progress
+from tosa_convert.config.bench import BenchSettings
 from tosa_convert.config.recipe import Recipe
 from tosa_convert.config.settings import ExportSettings
 from tosa_convert.export.onnx import FILE, FailedCheckError, export_onnx, exported
 from tosa_convert.export.predictions import check_predictable, write_predictions
-from tosa_convert.measure.benchmark import BenchSettings, bench
+from tosa_convert.measure.benchmark import bench
 from tosa_convert.measure.evaluation import evaluate, is_control, random_control
 from tosa_convert.methods.score import Score
 from tosa_convert.models.outputs import outputs_of
@@ -73,6 +75,7 @@ def convert_stage(recipe: Recipe, out: Path, *, resume=False, device=None, progr
     if processes.is_main():
         model = converted(recipe)
         check_thresholds(model, recipe)
+        check_labels(model, recipe)
         resolved = recipe.model_copy(update={"convert": model.tosa_config})
         if resume:
             check_same_job(resolved, out / "recipe.yaml", "convert")
@@ -114,12 +117,6 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
     """
     stages = [name for name in ("distill", "finetune", "export") if getattr(recipe, name) is not None]
     if stages in ([], ["export"]):
-        score = recipe.convert.part(Score)
-        if score.learns:
-            raise UsageError(
-                f"the recipe trains nothing, and score {recipe.convert.score} has to be trained; add "
-                f"{'finetune' if score.learns_in == 'finetune' else 'distill'}:"
-            )
         stages = ["convert", *stages]
     if resume and (runs.is_run(out) or (out / CHECKPOINT).exists()):
         raise UsageError(
@@ -134,7 +131,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume=False, device=None, progress
         write_text(file, recipe.to_yaml())
     try:
         return _stage_by_stage(stages, recipe, out, resume, device, progress, report)
-    except UsageError as error:
+    except BaseException as error:
         if processes.is_main():
             if before is not None and isinstance(error, OtherJobError):
                 write_text(file, before)
@@ -219,9 +216,7 @@ def eval_stage(
         )
     if keeps_any_number(model):
         results |= on_these_images(model, source, data, progress)
-    if runs.is_run(source):
-        append_metrics(Path(source), stage="eval", **results)
-        write_report(Path(source))
+    _note(source, "eval", results)
     return results
 
 
@@ -234,10 +229,12 @@ def export_stage(
     try:
         check = export_onnx(model, folder, data, settings, original=_original(model), progress=progress)
     except FailedCheckError as error:
-        _note_export(Path(source), out, error.results)
+        if _same_place(folder, source):
+            _note(source, "export", error.results)
         raise
     results = {"file": str(folder / FILE), **check.to_dict()}
-    _note_export(Path(source), out, results)
+    if _same_place(folder, source):
+        _note(source, "export", results)
     return results
 
 
@@ -276,10 +273,10 @@ def bench_stage(
     size = preprocessing_of(model).size
     files = {name: found for name, place in places.items() if (found := exported(Path(place), size))}
     results |= bench(models, settings, files=files, data=data, images=images, device=device, progress=progress)
+    write_json(folder / "bench.json", results)  # before the plot: figures count for more
     if results["cases"]:
         speedup_plot(results, folder / "bench.png")
-    write_json(folder / "bench.json", results)
-    if out is None:
+    if _same_place(folder, source) and runs.is_run(folder):
         write_report(folder)
     return {**results, "file": str(folder / "bench.json"), "plot": str(folder / "bench.png")}
 
@@ -288,11 +285,19 @@ def _reading(settings) -> dict:
     return {"batch_size": settings.batch_size, "workers": settings.workers}
 
 
-def _note_export(source: Path, out: Path | None, results: dict) -> None:
-    """Keep the result of an export in its run's metrics and report, whether it passed or not."""
-    if out is None and runs.is_run(source):
-        append_metrics(source, stage="export", **results)
-        write_report(source)
+def _note(source: str | Path, stage: str, results: dict) -> None:
+    """Keep results in the metrics and the report of their run, if they are of one. They are given in any case."""
+    if not runs.is_run(source):
+        return
+    try:
+        append_metrics(Path(source), stage=stage, **results)
+        write_report(Path(source))
+    except TosaError as error:
+        warnings.warn(f"the run does not keep these figures: {error}", TosaWarning, stacklevel=2)
+
+
+def _same_place(folder: Path, source: str | Path) -> bool:
+    return folder.resolve() == Path(source).resolve()
 
 
 def _original(model: nn.Module) -> nn.Module | None:

@@ -89,7 +89,7 @@ def plan_stage(
         **head,
         data=Data(train=data),  # what the export is checked on
         convert=plan.config,
-        export=ExportSettings(images=images, precision=precision, threads=threads),
+        export=ExportSettings(images=images, labels=labels, precision=precision, threads=threads),
     )
     results = {
         "source": source,
@@ -109,10 +109,10 @@ def plan_stage(
     )
     head += f"# `tosa-convert plan` without training.\n#\n#   tosa-convert run {out / 'plan.yaml'}\n\n"
     write_text(out / "plan.yaml", head + recipe.to_yaml())
+    write_json(out / "plan.json", results)
     tokens_plot(
         cost.to_dict(), f"{Path(source).name}: {percent(cost.macs / cost.original)} of the MACs", out / "plan.png"
     )
-    write_json(out / "plan.json", results)
     return results
 
 
@@ -126,7 +126,8 @@ def compare_stage(
     model = load(source, checkpoint=checkpoint, img_size=img_size, num_classes=num_classes, **(head or {}))
     runs.prepare(out)
     results = {"source": source, **compare(model, **options)}
-    results["plot"] = str(pareto_plot(results, out / "compare.png"))
-    write_json(out / "compare.json", results)
+    results["plot"] = str(out / "compare.png")
+    write_json(out / "compare.json", results)  # before the plot: figures count for more
     write_text(out / "compare.md", compare_table(results).markdown())
+    pareto_plot(results, out / "compare.png")
     return results

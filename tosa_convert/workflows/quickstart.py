@@ -9,6 +9,7 @@ from pathlib import Path
 from tosa_convert.base.errors import UsageError
 from tosa_convert.base.files import check_writable, read_json, write_json
 from tosa_convert.reporting.result_tables import Table, mega, percent
+from tosa_convert.runs.lock import writes_alone
 from tosa_convert.runs.metrics_log import read_metrics
 
 LAYERS, RATIO, BUDGET = "2,4,6,8,10", "0.5", "0.8"
@@ -16,6 +17,7 @@ MARK = "quickstart.json"
 MADE = ("data", "plan", "planned", "distilled", "finetuned", "random")
 
 
+@writes_alone
 def run_quickstart(
     out: Path, execute: Callable[[list[str]], None], seed: int | None = None, device: str | None = None
 ) -> tuple[Table, dict]:
@@ -24,7 +26,7 @@ def run_quickstart(
     Args:
         out: folder for the images and the runs; those of an earlier quickstart there are replaced.
         execute: runs one command line, given without the program's name.
-        seed, device: handed to each command that trains or evaluates.
+        seed, device: handed to each command that takes one.
 
     Returns:
         The closing table, and its figures.
@@ -32,26 +34,32 @@ def run_quickstart(
     _clear(out)
     data = out / "data"
     _unpack(data)
-    everywhere = [*(["--seed", str(seed)] if seed is not None else []), *(["--device", device] if device else [])]
-    for command in commands(out, data, everywhere):
+    there = ["--device", device] if device else []
+    for command in commands(out, data, [*(["--seed", str(seed)] if seed is not None else []), *there], there):
         execute(command)
     results = _collect(out)
     write_json(out / MARK, results)
     return _table(results), results
 
 
-def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
-    """The commands of the quickstart; ``everywhere`` goes to those that train or evaluate."""
+def commands(out: Path, data: Path, everywhere: list[str], there: list[str]) -> list[list[str]]:
+    """The commands of the quickstart.
+
+    Args:
+        everywhere: options of those that train or evaluate.
+        there: of the others that use a device.
+    """
     train, test = str(data / "train"), str(data / "test")
     plan, planned, distilled, finetuned, random = (str(out / name) for name in MADE[1:])
+    planning = ["--budget", BUDGET, "--segment", "3", "--images", "24"]
     selective = ["--layers", LAYERS, "--ratio", RATIO]
     training = ["--data", train, "--batch-size", "64", "--augment", "flip", *everywhere]
     tuning = ["--steps", "50", *training]
     testing = ["--data", test, *everywhere]
     converted = f"{planned}/convert"
     return [
-        ["plan", "quickstart", "--budget", BUDGET, "--segment", "3", "--images", "24", "--data", train, "--out", plan],
-        ["run", f"{plan}/plan.yaml", "--out", planned],
+        ["plan", "quickstart", *planning, "--data", train, *there, "--out", plan],
+        ["run", f"{plan}/plan.yaml", *there, "--out", planned],
         ["eval", converted, *testing],
         ["distill", "quickstart", *selective, "--steps", "60", *training, "--out", distilled],
         ["eval", distilled, *testing],
@@ -60,17 +68,17 @@ def commands(out: Path, data: Path, everywhere: list[str]) -> list[list[str]]:
         ["eval", finetuned, "--no-control", *testing],
         ["eval", random, "--no-control", *testing],
         ["export", finetuned, "--onnx", "--data", test],
-        ["bench", converted, "--against", finetuned, "--runtime", "onnx", "--no-memory"],
+        ["bench", converted, "--against", finetuned, "--runtime", "onnx", "--no-memory", *there],
     ]
 
 
 def _clear(out: Path) -> None:
+    check_writable(out)
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():
             raise UsageError(f"{out} is not empty and not an earlier quickstart; choose another --out")
         for name in MADE:
             shutil.rmtree(out / name, ignore_errors=True)
-    check_writable(out)
     write_json(out / MARK, {"status": "unfinished"})
 
 
