@@ -10,7 +10,8 @@ from conftest import lively
 from families import FAMILIES, HF_SMALL
 
 from tosa_convert import convert
-from tosa_convert.base.errors import UsageError
+from tosa_convert.base.errors import TosaError, UsageError
+from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.conversion import is_converted
 from tosa_convert.selective.selection import chosen_tokens, selective_blocks
 
@@ -90,3 +91,43 @@ def test_a_classifier_that_looks_at_patches_too_loses_none_of_them():
         model = getattr(transformers, f"{name}ForImageClassification")(config)
         with nullcontext() if fits else pytest.raises(UsageError, match="classify by their class token"):
             convert(model, score="norm", bypass="drop", ratio=0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "evit"}, {"method": "tome"}, {"method": "mctf"}])
+def test_causal_attention_is_refused(options, images):
+    """Found: it ran in the order of the choice, or not at all, without a word."""
+    model = convert(lively(FAMILIES["timm vit"]()), **options)
+    with pytest.raises(TosaError, match="causal attention"):
+        model.forward_features(images, is_causal=True)
+
+
+def test_a_patch_embedding_changed_after_the_conversion_is_refused():
+    model = convert(lively(FAMILIES["timm vit"]()), method="tome")
+    model(torch.randn(1, 3, 32, 32))
+    model.set_input_size(img_size=32, patch_size=4)
+    with pytest.raises(TosaError, match="convert it anew"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_an_interrupted_pass_is_forgotten_by_the_next(images):
+    """Found: of several attentions side by side one of the pass before was taken for one of the next."""
+    model = convert(lively(FAMILIES["timm parallel things"]()), layers=[2, 4], ratio=0.5)
+    wanted = model(images)
+    second = model.blocks[0].attns[1].attn.qkv
+    handle = second.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(images.flip(0))
+    handle.remove()
+    assert torch.equal(model(images), wanted)
+
+
+def test_an_empty_batch_of_gates(images):
+    torch.manual_seed(0)
+    model = convert(lively(FAMILIES["hf ViTModel"]()), method="spa")
+    assert model(images[:0]).last_hidden_state.shape[0] == 0
+
+
+def test_dropout_of_attention_is_found_under_each_of_its_names():
+    config = transformers.YolosConfig(**{**HF_SMALL, "image_size": [32, 32]}, attention_probs_dropout_prob=0.25)
+    adapter = adapter_of(transformers.YolosModel(config))
+    assert adapter.attention_dropout(adapter.attention(adapter.blocks[0])) == 0.25

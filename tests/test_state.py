@@ -204,7 +204,11 @@ def test_nothing_is_kept_longer_than_the_tokens():
 
 
 @pytest.mark.parametrize(
-    "family", ["hf ViTModel", "hf Dinov2Model", "hf BeitModel", "hf CLIPVisionModel", "hf DINOv3ViTModel", "hf DPT"]
+    "family",
+    [
+        *("hf ViTModel", "hf Dinov2Model", "hf BeitModel", "hf CLIPVisionModel", "hf DINOv3ViTModel", "hf DPT"),
+        *("hf ViTMSN classifier", "hf MLCDVisionModel"),  # known by proof
+    ],
 )
 @pytest.mark.parametrize("options", [{"selection": "per_head"}, {"score": "norm", "bypass": "merge"}], ids=str)
 def test_attentions_are_given_of_every_layer(family, options):

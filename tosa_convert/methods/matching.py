@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaError
-from tosa_convert.methods.token_ops import RATIO_STEPS, Choice, gather_tokens, is_none, leading, ordered, pick, put
+from tosa_convert.methods.token_ops import (
+    RATIO_STEPS,
+    Choice,
+    gather_tokens,
+    is_none,
+    leading,
+    ordered,
+    pick,
+    put,
+    wide,
+)
 
 SKETCHED = 1536
 """A token of D channels is compared by D² / 1536 numbers, see :func:`sketch`: the cost is then the same share of a
@@ -242,7 +252,7 @@ def choose_bipartite(features: torch.Tensor, prefix: int, kept: int) -> Choice:
     first set in order, then the second.
     """
     batch, count, _ = features.shape
-    features = F.normalize(features, dim=-1)
+    features = F.normalize(wide(features), dim=-1)
     start = prefix + prefix % 2  # the first token of the first set that is no prefix token
     first, second = features[:, start::2], features[:, 1::2]
     hidden = prefix // 2  # prefix tokens that would be in the second set
@@ -278,7 +288,7 @@ def choose_by_energy(features: torch.Tensor, prefix: int, kept: int, margin: flo
         )
     if is_none(surplus):
         return _everyone(batch, count, features.device)
-    units = F.normalize(features.narrow(1, prefix, patches), dim=-1)
+    units = F.normalize(wide(features.narrow(1, prefix, patches)), dim=-1)
     pairs, alone = ordered(energy_of(units, margin), descending=True).indices.split(
         [2 * surplus, patches - 2 * surplus], dim=1
     )

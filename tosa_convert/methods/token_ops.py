@@ -149,6 +149,12 @@ def stand_ins(choice: Choice) -> torch.Tensor:
     return put(torch.zeros_like(everyone), everyone, torch.cat([own, partners], dim=1))
 
 
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32: sums over many tokens overflow in float16 and stall in bfloat16, and what is compared
+    has ties in both. Anything else stays as it is."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def add_up(choice: Choice, *each: torch.Tensor) -> list[torch.Tensor]:
     """(B, N, D) → (B, K, D), of each of several: each attended token plus those it stands in for."""
     (batch, tokens, _), count = each[0].shape, choice.attended.shape[1]

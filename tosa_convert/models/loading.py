@@ -183,11 +183,14 @@ def load_transformers(name: str, local: bool, pretrained: bool) -> nn.Module:
             if not pretrained:
                 model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
             else:
-                model, found = kind.from_pretrained(
-                    name, config=config, local_files_only=local, dtype=torch.float32, output_loading_info=True
-                )
-                if found["missing_keys"]:
-                    raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+                how = {"config": config, "local_files_only": local, "dtype": torch.float32, "output_loading_info": True}
+                model, found = kind.from_pretrained(name, **how)
+                lacking = sorted(found["missing_keys"])
+                if lacking and all(key.startswith("pooler.") for key in lacking):  # it was saved without one
+                    model, found = kind.from_pretrained(name, **how, add_pooling_layer=False)
+                    lacking = sorted(found["missing_keys"])
+                if lacking:
+                    raise ValueError(f"the weights lack {', '.join(lacking[:3])}")
     except Exception as error:
         if "weights_only" in str(error):
             raise TosaError(
@@ -225,12 +228,27 @@ def _transformers_preprocessing(name: str, default: Preprocessing) -> Preprocess
         }
     else:
         found |= {"mean": (0.0,) * default.channels, "std": (1.0,) * default.channels}
-    crop, resize = known.get("crop_size"), known.get("size")
-    if isinstance(crop, dict) and isinstance(resize, dict) and "shortest_edge" in resize:
-        found["crop_pct"] = crop["height"] / resize["shortest_edge"]
-    elif isinstance(resize, dict) and "height" in resize:
-        found["crop_mode"] = "squash"
-    return Preprocessing(**{**default.model_dump(), **found})
+    return Preprocessing(**{**default.model_dump(), **found, **_resizing(known)})
+
+
+def _resizing(known: dict) -> dict:
+    """How a processor of transformers resizes and crops, in our words; nothing where it does not tell.
+
+    Older files give one number for both sides, and which sides those are only their class knows.
+    """
+    import transformers
+
+    name = known.get("image_processor_type") or known.get("feature_extractor_type") or ""
+    kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor"), None)
+    with contextlib.suppress(Exception):  # a file that its own class does not read says what it says
+        known = known if kind is None else kind.from_dict(dict(known)).to_dict()
+    size, crop = ({} if not isinstance(each := known.get(key), dict) else each for key in ("size", "crop_size"))
+    cut = crop.get("height") if known.get("do_center_crop", True) else None
+    if size.get("shortest_edge"):
+        return {"crop_pct": cut / size["shortest_edge"]} if cut else {}
+    if size.get("height"):
+        return {"crop_mode": "squash", **({"crop_pct": cut / size["height"]} if cut else {})}
+    return {}
 
 
 @contextlib.contextmanager

@@ -176,6 +176,8 @@ class ProvenVit(TransformersVit):
         return self.structure.heads.scale
 
     def attend(self, attention, queries, keys, values, bias):
+        if self.shows_attention:
+            return super().attend(attention, queries, keys, values, bias)
         dropout = self.attention_dropout(attention) if attention.training else 0.0
         scale = self.structure.heads.scale
         found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale)
@@ -192,7 +194,8 @@ class ProvenVit(TransformersVit):
         return packed(self.structure.returns, tokens)
 
     def attention_dropout(self, attention):
-        known = getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", 0.0)
+        names = ("attention_dropout", "dropout_prob", "dropout")
+        known = next((found for name in names if (found := getattr(attention, name, None))), 0.0)
         return known if isinstance(known, float) else getattr(known, "p", 0.0)
 
     def steered(self, block):

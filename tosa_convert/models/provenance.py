@@ -62,7 +62,7 @@ def build(origin: Origin) -> nn.Module:
         import transformers
 
         kind = getattr(transformers, spec["class"])
-        model = kind(kind.config_class.from_dict(dict(spec["config"])))
+        model = kind(kind.config_class.from_dict(dict(spec["config"])), **spec.get("arguments", {}))
     if "head" in spec:
         model = with_head(model, HeadConfig(**spec["head"]))
     return model.eval()

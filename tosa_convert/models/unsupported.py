@@ -48,7 +48,7 @@ def why_not(model: nn.Module) -> str:
     if module.startswith("timm."):
         reason = TIMM.get(module.rsplit(".", 1)[-1])
     elif module.startswith("transformers."):
-        reason = TRANSFORMERS.get(model.config.model_type)
+        reason = TRANSFORMERS.get(getattr(getattr(model, "config", None), "model_type", ""))
         taken = inspect.signature(model.forward).parameters
         if GRIDS in taken:
             reason = PACKED
@@ -56,12 +56,22 @@ def why_not(model: nn.Module) -> str:
             reason = NO_IMAGES
         elif reason is None and image_config(model) is None and _first_seen(model):
             reason = NO_SIZES
+    elif (inside := _wrapped(model)) is not None:
+        return f"{name} wraps a {type(inside).__name__}; convert that one before it is wrapped"
     else:
         return (
             f"{module}.{name} is not a Vision Transformer that this version understands, so it is left as it is; "
             "`tosa-convert models` lists what is supported"
         )
     return f"{name} cannot be made token-selective: {reason or _first_seen(model) or NOT_A_VIT}"
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The model of a library inside of something that compiles, distributes or adapts it."""
+    outer = (child for child in model.modules() if child is not model)
+    return next(
+        (each for each in outer if type(each).__module__.startswith(("timm.models", "transformers.models"))), None
+    )
 
 
 def _first_seen(model: nn.Module) -> str | None:

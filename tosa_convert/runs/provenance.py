@@ -18,16 +18,50 @@ def origin_of(model: nn.Module) -> Origin:
         TosaError: the model was made with arguments that cannot be read back.
     """
     known = getattr(model, "tosa_origin", None)
-    if known is not None:
+    if known is not None and _still_holds(known, model):
         return known
     adapter = adapter_of(model)
     origin = Origin(library=adapter.library, spec=adapter.spec(), preprocessing=adapter.preprocessing())
+    if known is not None:  # whose images are prepared as they were
+        spec = {**known.spec, **origin.spec}
+        if "model_args" in spec:  # what a model does not tell of itself stays
+            spec["architecture"] = known.spec["architecture"]
+            spec["model_args"] = known.spec["model_args"] | spec["model_args"]
+        preprocessing = known.preprocessing.at(origin.preprocessing.size)
+        origin = known.model_copy(update={"spec": spec, "preprocessing": preprocessing, "num_classes": None})
     if not _builds_again(origin, model):
+        way_out = (
+            "create it with tosa_convert.load() from a name or folder and save that"
+            if known is None
+            else "it was changed after it was loaded: load it as it is to be, with num_classes= or img_size="
+        )
         raise TosaError(
             f"{type(model).__name__} was built with arguments that cannot be read back from it, so it could not be "
-            "reopened; create it with tosa_convert.load() from a name or folder and save that"
+            f"reopened; {way_out}"
         )
     return origin
+
+
+def _still_holds(origin: Origin, model: nn.Module) -> bool:
+    """Whether what was noted of a model when it was loaded makes a model like it: Python may have changed its head or
+    its image size since."""
+    noted, now = (spec.get("model_args", {}) for spec in (origin.spec, adapter_of(model).spec()))
+    if any(_alike(noted[name]) != _alike(now[name]) for name in noted.keys() & now.keys()):
+        return False
+    try:
+        with torch.device("meta"):
+            twin = build(origin)
+    except Exception:  # some cannot be built without memory
+        return True
+    shapes = {name: value.shape for name, value in original(model).state_dict().items()}
+    return all(shapes.get(name) == value.shape for name, value in twin.state_dict().items())
+
+
+def _alike(value: Any) -> Any:
+    """One form for what JSON has as a list, and for a side of a square."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value, value]
+    return list(value) if isinstance(value, (tuple, list)) else value
 
 
 def as_it_is(model: nn.Module) -> nn.Module:

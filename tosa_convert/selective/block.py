@@ -136,7 +136,8 @@ def _weighed(block: nn.Module, before: torch.Tensor, after: torch.Tensor) -> tor
     if weights is None:
         return after
     choice = state.choices[layer]
-    weights = weights.reshape(choice.attended.shape[0], -1)
+    rows = choice.attended.shape[0]
+    weights = weights.reshape(rows, weights.numel() // max(1, rows))  # also of an empty batch
     own = pick(weights, choice.attended)
     if choice.partners is None:  # the others stay as they are
         own = put(torch.ones_like(weights), choice.attended, own)

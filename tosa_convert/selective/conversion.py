@@ -50,6 +50,8 @@ def convert(model: nn.Module, config: ConvertConfig | None = None, **options: An
         UsageError: impossible layers or ratios, or a model that is converted already.
         UnsupportedModelError: a model without plain global attention over tokens.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{model!r} is no model; open one with tosa_convert.load(NAME), or give a torch module")
     own, options = _take_objects(options)
     config = make_config(config, options)
     if is_converted(model):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.methods.bypass import Groups
-from tosa_convert.methods.token_ops import Choice, add_up, gather_tokens, stand_ins
+from tosa_convert.methods.token_ops import Choice, add_up, gather_tokens, stand_ins, wide
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.branches import silenced
 from tosa_convert.models.hooks import tapped
@@ -59,8 +59,8 @@ class Ahead(NamedTuple):
 
 def _means(choice: Choice, shares: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(B, N, D) → (B, K, D), the mean of each group."""
-    summed, whole = add_up(choice, tokens * shares, shares)
-    return summed / whole
+    summed, whole = add_up(choice, wide(tokens) * wide(shares), wide(shares))
+    return (summed / whole).to(tokens.dtype)
 
 
 Run = Callable[..., torch.Tensor]

@@ -128,6 +128,11 @@ def _those_left(adapter: Adapter, entering: torch.Tensor, arrival: Arrival, whol
     if groups is None:
         batch, count, _ = tokens.shape
         patches = count - adapter.prefix
+        if isinstance(patches, int) and isinstance(arrival.patches, int) and patches > arrival.patches:
+            raise TosaError(
+                f"{patches} patches reach the layers, not {arrival.patches}: the model was changed after its "
+                "conversion; convert it anew"
+            )
         if isinstance(patches, int) and isinstance(arrival.patches, int) and patches < arrival.patches:
             raise TosaError(
                 f"{patches} of {arrival.patches} patches reach the layers, which take away a share of all; turn "

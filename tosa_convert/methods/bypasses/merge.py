@@ -2,7 +2,7 @@
 (arXiv 2210.09461, section 3.3); each token then adds the update of its group to itself."""
 
 from tosa_convert.methods.bypass import Bypass, Gathered
-from tosa_convert.methods.token_ops import add_up
+from tosa_convert.methods.token_ops import add_up, wide
 
 
 class Merge(Bypass):
@@ -13,10 +13,11 @@ class Merge(Bypass):
 
     def gather(self, tokens, normed, choice):
         counted = tokens.new_ones(*tokens.shape[:2], 1)
-        each = [counted, tokens, *([] if normed is None else [normed])]
+        each = [wide(counted), wide(tokens), *([] if normed is None else [wide(normed)])]
         if choice.padding is not None:
             each = [some.masked_fill(choice.padding[..., None], 0) for some in each]
         sizes, *sums = add_up(choice, *each)
         if choice.padding is not None:
             sizes = sizes.clamp(min=1)
-        return Gathered(sums[0] / sizes, sizes[..., 0], None if normed is None else sums[1] / sizes)
+        means = [(some / sizes).to(tokens.dtype) for some in sums]
+        return Gathered(means[0], sizes[..., 0].to(tokens.dtype), None if normed is None else means[1])

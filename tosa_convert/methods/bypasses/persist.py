@@ -2,7 +2,7 @@
 
 from tosa_convert.methods.bypass import Bypass, merged
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import add_up
+from tosa_convert.methods.token_ops import add_up, wide
 
 
 class Persist(Bypass):
@@ -13,5 +13,5 @@ class Persist(Bypass):
 
     def reduce(self, tokens, choice, groups, weights):
         own = groups.sizes[..., None]
-        sizes, summed = add_up(choice, own, tokens * own)
-        return summed / sizes, merged(choice, groups, sizes[..., 0])
+        sizes, summed = add_up(choice, wide(own), wide(tokens) * wide(own))
+        return (summed / sizes).to(tokens.dtype), merged(choice, groups, sizes[..., 0].to(own.dtype))

@@ -6,7 +6,7 @@ from typing import Literal
 from tosa_convert.methods import parts
 from tosa_convert.methods.bypass import Bypass, merged
 from tosa_convert.methods.score import Acts
-from tosa_convert.methods.token_ops import add_up
+from tosa_convert.methods.token_ops import add_up, wide
 
 
 class Pool(Bypass):
@@ -37,5 +37,5 @@ class Pool(Bypass):
 
     def reduce(self, tokens, choice, groups, weights):
         shares = self.pooling(choice, groups)
-        sizes, total, summed = add_up(choice, groups.sizes[..., None], shares, tokens * shares)
-        return summed / total, merged(choice, groups, sizes[..., 0])
+        sizes, total, summed = add_up(choice, groups.sizes[..., None], wide(shares), wide(tokens) * wide(shares))
+        return (summed / total).to(tokens.dtype), merged(choice, groups, sizes[..., 0])

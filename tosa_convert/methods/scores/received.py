@@ -7,6 +7,7 @@ rest are heaviest. Taking the same number from every entry leaves the order of t
 import torch
 
 from tosa_convert.methods.score import Score
+from tosa_convert.methods.token_ops import wide
 
 
 class Received(Score):
@@ -14,5 +15,5 @@ class Received(Score):
 
     def read(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, H, N, D) twice → (B, H, N)."""
-        logits = queries * queries.shape[-1] ** -0.5 @ keys.mT
+        logits = wide(queries * queries.shape[-1] ** -0.5 @ keys.mT)
         return logits.softmax(-1).mean(2)

@@ -8,7 +8,6 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
-from tosa_convert.base.errors import TosaError
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of
 from tosa_convert.models.projections import QueryKey, split_heads
@@ -45,8 +44,6 @@ class TimmEva(TimmVit):
 
     def check_arguments(self, layer, args, kwargs):
         super().check_arguments(layer, args, {name: value for name, value in kwargs.items() if name != "rope"})
-        if kwargs.get("is_causal"):
-            raise TosaError(f"selective layer {layer} was called with causal attention, which needs every token")
 
     def arguments(self, args, kwargs, places, sizes):
         args, kwargs = super().arguments(args, kwargs, places, sizes)

@@ -4,6 +4,8 @@ Attention and MLP side by side (arXiv 2302.05442), several of each side by side 
 attention (arXiv 2410.05258).
 """
 
+import functools
+
 import torch
 from timm.layers import Attention, DiffAttention
 from timm.models.vision_transformer import (
@@ -113,10 +115,11 @@ class _ThingsTap(Tap):
         return [each.attn.qkv for each in self.block.attns]
 
     def stand_on(self, source, index):
-        source.register_forward_hook(self.take_next)
+        source.register_forward_hook(functools.partial(self.take_next, index))
 
-    def take_next(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        taken = self.pending.take() or []
+    def take_next(self, index: int, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        before = self.pending.take() or []
+        taken = before if index else []  # what an interrupted pass left
         taken = [*taken, split_qkv(self.block.attns[len(taken)].attn, self.cut(output))[:2]]
         if len(taken) == len(self.block.attns):
             self.receive(*(torch.cat(parts, dim=1) for parts in zip(*taken, strict=True)))

@@ -10,7 +10,7 @@ from timm.layers import Attention, Format
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from tosa_convert.base.errors import UnsupportedModelError, UsageError
+from tosa_convert.base.errors import TosaError, UnsupportedModelError, UsageError
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.hooks import ProjectionTap, Receive, Tap
 from tosa_convert.models.preprocessing import Preprocessing
@@ -55,6 +55,11 @@ class TimmVit(Adapter):
         self.width = model.embed_dim
         named = str(_config(model).get("architecture") or "")
         self.embeds = model.num_classes in PROJECTIONS and any(part in named for part in PROJECTING)
+
+    def check_arguments(self, layer, args, kwargs):
+        super().check_arguments(layer, args, kwargs)
+        if kwargs.get("is_causal"):
+            raise TosaError(f"selective layer {layer} was called with causal attention, which needs every token")
 
     def norm(self, block):
         return None if isinstance(block, ResPostBlock) else block.norm1
@@ -107,7 +112,10 @@ class TimmVit(Adapter):
 
     def outputs(self, images):
         if self.model.num_classes > 0:
-            return {"image_embeds" if self.embeds else "logits": self.model(images)}
+            found = self.model(images)
+            if isinstance(found, tuple):  # of the class token and of the distillation token, in training
+                found = sum(found) / len(found)
+            return {"image_embeds" if self.embeds else "logits": found}
         tokens = self.model.forward_features(images)
         return {"tokens": tokens, "features": self.model.forward_head(tokens)}
 

@@ -78,5 +78,5 @@ def _nothing_masked(tokens: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Te
 def _sorted_noise(images: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     """(B, patches), ascending."""
     patches = (images.shape[-2] // patch[0]) * (images.shape[-1] // patch[1])
-    in_order = torch.arange(patches, device=images.device, dtype=images.dtype)
+    in_order = torch.arange(patches, device=images.device, dtype=torch.float32)  # half precision has ties
     return in_order.expand(images.shape[0], patches)

@@ -23,6 +23,8 @@ from tosa_convert.models.projections import QueryKey, split_heads
 from tosa_convert.models.proof.calls import first_of
 from tosa_convert.models.symbolic_sizes import open_numbers
 
+POOLING = "add_pooling_layer"
+"""What classes of transformers call it that a model may be made without its pooler."""
 PREFIX_TOKENS = {
     "ViTLayer": lambda config: 1,
     "DeiTLayer": lambda config: 2,
@@ -189,7 +191,7 @@ class TransformersVit(Adapter):
         """With its weights if the model shows them."""
         if not self.shows_attention:
             return super().attend(attention, queries, keys, values, bias)
-        logits = queries @ keys.mT * queries.shape[-1] ** -0.5
+        logits = queries @ keys.mT * self.scale(queries)
         weights = (logits if bias is None else logits + bias).softmax(-1)
         dropped = F.dropout(weights, self.attention_dropout(attention), attention.training)
         return dropped @ values, weights
@@ -302,7 +304,10 @@ class TransformersVit(Adapter):
         return _pair(self._vision_config.patch_size)
 
     def spec(self) -> dict:
-        return {"class": _public_class(self.model), "config": self.model.config.to_dict()}
+        takes = inspect.signature(type(self.model).__init__).parameters
+        without = POOLING in takes and getattr(self.model, "pooler", None) is None
+        given = {"arguments": {POOLING: False}} if without else {}
+        return {"class": _public_class(self.model), "config": self.model.config.to_dict(), **given}
 
 
 def _public_class(model: nn.Module) -> str:

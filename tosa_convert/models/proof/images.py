@@ -31,7 +31,8 @@ def channels_of(config: Any) -> int:
 
 def forward_of(model: Any):
     """What takes images: the model, or of one of images and texts its image branch."""
-    return model.get_image_features if hasattr(model, "get_text_features") else model
+    both = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    return model.get_image_features if both else model
 
 
 def input_name(model: Any) -> str:

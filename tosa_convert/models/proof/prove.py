@@ -84,5 +84,11 @@ def _not_alone(model: nn.Module, name: str, error: Exception) -> str:
     if "input_ids" in others:
         parts = ((each, names_of(type(part).forward)) for each, part in model.named_modules() if each)
         seeing = next((each for each, taken in parts if name in taken and "input_ids" not in taken), None)
-        return f"{said}; convert its vision part{(seeing and f', model.{seeing}') or ''}"
+        seeing = seeing if seeing and _holds_a_row(model.get_submodule(seeing)) else None
+        return f"{said}; convert its vision part, model.{seeing}" if seeing else f"{said}: it also takes text"
     return f"{said}: it also takes {', '.join(others)}" if others else f"{said}: it takes something else as {name}"
+
+
+def _holds_a_row(part: nn.Module) -> bool:
+    """Whether a part of a model has several blocks in a row."""
+    return any(isinstance(each, (nn.ModuleList, nn.Sequential)) and len(each) > 1 for each in part.modules())
