@@ -9,7 +9,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_sub
 from conftest import lively
 from families import FAMILIES, HF_SMALL
 
-from tosa_convert import convert
+from tosa_convert import convert, load
 from tosa_convert.base.errors import TosaError, UsageError
 from tosa_convert.models.adapter import adapter_of
 from tosa_convert.selective.conversion import is_converted
@@ -121,10 +121,9 @@ def test_an_interrupted_pass_is_forgotten_by_the_next(images):
     assert torch.equal(model(images), wanted)
 
 
-def test_an_empty_batch_of_gates(images):
-    torch.manual_seed(0)
-    model = convert(lively(FAMILIES["hf ViTModel"]()), method="spa")
-    assert model(images[:0]).last_hidden_state.shape[0] == 0
+def test_an_empty_batch_of_gates():
+    model = convert(load("quickstart"), method="spa")
+    assert model(torch.zeros(0, 1, 28, 28)).shape == (0, 10)
 
 
 def test_dropout_of_attention_is_found_under_each_of_its_names():
