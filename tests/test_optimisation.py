@@ -10,6 +10,7 @@ from conftest import check_resuming
 from families import FAMILIES
 from pydantic import ValidationError
 from timm.layers import DropPath
+from timm.optim import param_groups_weight_decay
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
 from tosa_convert.base.errors import TosaWarning
@@ -226,3 +227,21 @@ def test_a_setting_that_changes_nothing_is_said(name, photos):
     settings = FinetuneSettings(steps=1, batch_size=2, augment="flip", **asked)
     with pytest.warns(TosaWarning, match=f"{name} is of .* so it changes nothing"):
         finetune(converted(), photos, settings)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm deit distilled", "timm beit", "timm eva02"])
+def test_weight_decay_is_for_what_timm_lets_decay(name):
+    model = FAMILIES[name]()
+    optimizer = make_optimizer(model, FinetuneSettings(weight_decay=0.1))
+    decayed = {value for group in optimizer.param_groups if group["weight_decay"] for value in group["params"]}
+    theirs = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+    assert decayed == {value for group in theirs if group["weight_decay"] for value in group["params"]}
+
+
+def test_position_embeddings_of_transformers_do_not_decay():
+    model = FAMILIES["hf CLIPVisionModel"]()
+    optimizer = make_optimizer(model, FinetuneSettings(weight_decay=0.1))
+    spared = {value for group in optimizer.param_groups if not group["weight_decay"] for value in group["params"]}
+    named = {name for name, value in model.named_parameters() if value in spared and value.ndim > 1}
+    assert any("position_embedding" in name for name in named)
+    assert not any("proj" in name or "fc" in name for name in named)

@@ -22,7 +22,7 @@ class TrainSettings(BaseModel):
         opt: optimiser, by timm's name.
         sched: how the learning rate falls after the warm-up, timm's "cosine", "tanh", "poly" (evenly) or "step" (to a
             tenth, twice).
-        weight_decay: on matrices only.
+        weight_decay: on the weights of layers only, not on norms, biases and embeddings.
         clip_norm: largest gradient norm.
         augment: what training images go through: "crop" (random resized crop of at least half the
             area, mirror), "flip" (mirror only) or "none".

@@ -27,7 +27,7 @@ def check_end(file: Path, offset: int) -> None:
     with file.open("rb") as opened:
         opened.seek(offset)
         block = opened.read(tarfile.BLOCKSIZE)
-        if not block:
+        if len(block) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it ends in the middle")
         while block:
             if any(block):

@@ -6,6 +6,8 @@ from torch import nn
 
 from tosa_convert.models.adapter import adapter_of, run
 from tosa_convert.models.dense import DenseModel
+from tosa_convert.models.modes import evaluating
+from tosa_convert.models.provenance import preprocessing_of
 
 EMBEDDING = "image_embeds"
 """The name of an output that is an embedding: the projection of CLIP and its like, which timm has as a head."""
@@ -31,6 +33,29 @@ def retrieval_agreement(found: torch.Tensor, reference: torch.Tensor) -> torch.T
 def _nearest(embeddings: torch.Tensor) -> torch.Tensor:
     normed = F.normalize(embeddings.float(), dim=-1)
     return (normed @ normed.mT).fill_diagonal_(-2.0).argmax(-1)
+
+
+@torch.no_grad()
+def last_norm(model: nn.Module) -> nn.Module | None:
+    """What normalises tokens behind the last layer, by one pass over an empty image; None if nothing does."""
+    adapter, preprocessing = adapter_of(model), preprocessing_of(model)
+    inside = {module for block in adapter.blocks for module in block.modules()}
+    found: list[nn.Module] = []
+    behind: list[bool] = []
+    handles = [adapter.blocks[-1].register_forward_hook(lambda *_: behind.append(True))]
+    handles += [
+        module.register_forward_hook(lambda module, *_: found.append(module) if behind else None)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower() and module not in inside
+    ]
+    weight = next(model.parameters())
+    try:
+        with evaluating(model):
+            run(model, weight.new_zeros(1, preprocessing.channels, *preprocessing.size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ def check_fit(adapter: Adapter, config: ConvertConfig, ratios: dict[int, float])
     bypass = config.make(Bypass)
     looks = config.part(Score).reads_at(config.acts) is Reads.CLASS_QUERY
     if (config.part(Score).needs_class_token or looks) and not adapter.class_token:
-        raise UsageError(f"score {config.score} needs a class token, and this model has none; use similarity")
+        instead = "--method tome" if config.reduces else "score similarity"
+        raise UsageError(f"score {config.score} needs a class token, and this model has none; use {instead}")
     if looks and not adapter.own_heads:
         raise UsageError(
             f"score {config.score} works out what the class token looks for before a layer runs, and this model mixes "

@@ -43,7 +43,8 @@ def check_weights(module: nn.Module) -> None:
 
 
 def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.Parameter, float] | None = None):
-    """timm's optimiser of a name, for what is trainable; weight decay is for matrices only.
+    """timm's optimiser of a name, for what is trainable; weight decay is for the weights of layers, as in timm: not for
+    norms, biases, class tokens and position embeddings.
 
     Args:
         scales: parameter → what its learning rate is multiplied by, 1 if it is not there.
@@ -53,14 +54,16 @@ def make_optimizer(trained: nn.Module, settings: TrainSettings, scales: dict[nn.
     """
     check_optimiser(settings)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter in trained.parameters():
+    embeddings = {module.weight for module in trained.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(((scales or {}).get(parameter, 1.0), parameter.ndim > 1), []).append(parameter)
+            decays = parameter.ndim > 1 and name.endswith("weight") and parameter not in embeddings
+            groups.setdefault(((scales or {}).get(parameter, 1.0), decays), []).append(parameter)
     if not groups:
         raise UsageError("nothing is trainable: all parameters are frozen; call model.requires_grad_(True) first")
     given = [
-        {"params": some, "lr_scale": scale, "weight_decay": settings.weight_decay if matrices else 0.0}
-        for (scale, matrices), some in groups.items()
+        {"params": some, "lr_scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+        for (scale, decays), some in groups.items()
     ]
     try:
         return create_optimizer_v2(given, opt=settings.opt, lr=settings.lr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tosa_convert.base.errors import TosaWarning, UsageError, gist
+from tosa_convert.base.quiet import quiet
 from tosa_convert.data.reader import Reader
 
 CALLED = ("label", "labels", "cls")
@@ -64,7 +65,8 @@ def opened(place: str, streaming: bool = False) -> tuple[str, Any, str]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        found = datasets.load_dataset(name, streaming=streaming)
+        with quiet("huggingface_hub", "datasets"):
+            found = datasets.load_dataset(name, streaming=streaming)
     except Exception as error:
         raise UsageError(
             f"the dataset {name} cannot be loaded: {gist(error)}; give a name of the hub, or a folder of parquet files"

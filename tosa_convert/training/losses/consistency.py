@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.models.adapter import adapter_of, run
+from tosa_convert.models.outputs import last_norm
 from tosa_convert.selective.selection import selective_blocks
 from tosa_convert.tasks.task import task_of
 from tosa_convert.training.loss import LastTokens, Loss
@@ -23,13 +24,14 @@ probability."""
 
 class Consistency(Loss):
     """A second pass takes away 0 to 7 sixteenths, drawn anew at each step, of the tokens that the first one does. With
-    labels its own loss on them counts too; the first pass's class token, normed, is drawn to the second's."""
+    labels its own loss on them counts too; the first pass's class token, after the last norm,
+    is drawn to the second's."""
 
     def __init__(self, model, teacher, settings):
         super().__init__(model, teacher, settings)
         self.model, self.task = model, task_of(model)
         self.current = selective_blocks(model)[0].selection.current
-        self.tokens = LastTokens()
+        self.tokens, self.norm = LastTokens(), last_norm(model)
         self.handle = adapter_of(model).blocks[-1].register_forward_hook(self.tokens)
 
     @classmethod
@@ -59,11 +61,11 @@ class Consistency(Loss):
         share = torch.randint(DRAWN, ()).item() / AGAINST
         with self.current.taking(share):
             self.other = next(iter(run(self.model, images).values()))
-        self.wanted = _normed(self.tokens.value).detach()
+        self.wanted = self._class_token().detach()
 
     def of(self, found, wanted, labels):
         output = next(iter(found.values()))
-        apart = (_normed(self.tokens.value) - self.wanted).square().mean(-1)
+        apart = (self._class_token() - self.wanted).square().mean(-1)
         if not self.task.metrics or self.task.differences:
             return DISTANCE * apart.mean()
         sure = _confidence(output.detach().softmax(-1), labels if self.settings.labels else None) > CONFIDENT
@@ -71,6 +73,11 @@ class Consistency(Loss):
         if not self.settings.labels:
             return distance
         return distance + self.settings.labels * self.task.loss(self.other, labels, self.settings)
+
+    def _class_token(self) -> torch.Tensor:
+        """(B, C), after the model's own last norm; a model without one has it normed without weights."""
+        tokens = self.tokens.value[:, 0]
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.norm is None else self.norm(tokens)
 
     def close(self):
         self.handle.remove()
@@ -84,8 +91,3 @@ def _confidence(shares: torch.Tensor, labels: torch.Tensor | None) -> torch.Tens
     if labels.is_floating_point():
         return (shares * labels).sum(-1)
     return shares.gather(-1, labels[:, None])[:, 0]
-
-
-def _normed(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, C) → (B, C), the class token."""
-    return F.layer_norm(tokens[:, 0], tokens.shape[-1:])
