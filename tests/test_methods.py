@@ -44,8 +44,6 @@ def fits(model, score: str, bypass: str) -> bool:
     adapter = adapter_of(model)
     apart = type(adapter).__name__ not in ("TimmFused", "TransformersDpt")  # attention and MLP as modules of their own
     whole_only = adapter.windows or not apart or "ResPost" in type(adapter.blocks[0]).__name__
-    if bypass == "pool" and not adapter.own_heads:
-        return False
     if score == "class_query" and not adapter.own_heads:
         return False
     return (adapter.class_token or not score.startswith("class_")) and not (whole_only and bypass in LASTING)

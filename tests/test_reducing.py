@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import close, first
 from test_bypasses import _groups, _own_forward, built, photos
+from timm.layers import DiffAttention
+from timm.models.cait import TalkingHeadAttn
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
 from tosa_convert import UnsupportedModelError, UsageError, convert
@@ -33,7 +35,6 @@ SCORE = {"fuse": "class_attention", "pool": "multi_criteria", "local_mean": "rec
 """Where the bypass needs a certain one; similarity otherwise."""
 NOT_CLAIMED = {
     "layers with windows in between": {"hf SAM", "hf ViTDet", "timm sam"},
-    "mixes its heads inside": {"timm diff", "timm cait", "hf Llama4VisionModel"},
     "as a module each": {"timm parallel", "timm parallel things", "timm diff parallel", "hf YolosModel"},
 }
 """Why a bypass after which tokens are gone is not for a family, and which these are."""
@@ -180,7 +181,14 @@ class _Reference:
         queries, keys, values, bias = caught
         sizes = torch.tensor([float(len(group)) for group in self.members[image]])
         logits = queries @ keys.mT * adapter.scale(queries) + (0 if bias is None else bias)
+        if isinstance(attention, TalkingHeadAttn):
+            logits = attention.proj_l(logits.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         maps = (logits + sizes.log()).softmax(-1)[0]
+        if isinstance(attention, TalkingHeadAttn):  # whose constant counts once for each token
+            maps = torch.einsum("gh,hqk->gqk", attention.proj_w.weight, maps)
+            maps = maps + attention.proj_w.bias[:, None, None] * sizes
+        if isinstance(attention, DiffAttention):
+            maps = maps[0::2] - attention._compute_lambda() * maps[1::2]
         groups = list(_groups(self.choices[layer], image).values())
         rows = [self._mean(layer, image, places, maps.transpose(0, 1)) for places in groups]  # (K, H, N)
         fused = torch.stack([torch.stack(rows)[..., places].sum(-1) for places in groups], dim=-1)  # (K, H, K)

@@ -12,13 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tosa_convert.base import discovery
 from tosa_convert.base.errors import TosaError, UnsupportedModelError
-from tosa_convert.base.thread_local import PerThread
 from tosa_convert.models.branches import Branch, two_modules
+from tosa_convert.models.by_parts import ByParts
 from tosa_convert.models.hooks import Receive, Tap
 from tosa_convert.models.masks import mask_at, total, weight_of
 from tosa_convert.models.preprocessing import Preprocessing
@@ -29,7 +28,7 @@ TOKENS = ("hidden_states", "hidden_state", "x")
 """What blocks call the tokens that they take."""
 
 
-class Adapter(ABC):
+class Adapter(ByParts, ABC):
     """A model seen as a row of blocks over tokens.
 
     Attributes:
@@ -66,21 +65,8 @@ class Adapter(ABC):
     embeds: bool = False
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         self.model = model
-        self.attending = PerThread()
-
-    def by_parts(self, attention: nn.Module, sizes: torch.Tensor | None, *args: Any, **kwargs: Any):
-        """What an attention's forward gives, from :meth:`project`, :meth:`bias`, :meth:`attend` (or what this thread's
-        :attr:`attending` has in its place) and :meth:`finish`; with sizes as in :meth:`call`."""
-        tokens = args[0] if args else kwargs["hidden_states"]
-        bias = total(self.bias(attention, kwargs), weight_of(sizes))
-        attend = self.attending.get() or self.attend
-        joined, weights = attend(attention, *self.project(attention, tokens, kwargs), bias)
-        return self.finish(attention, joined.transpose(1, 2).flatten(2), tokens, weights)
-
-    def scale(self, queries: torch.Tensor) -> float:
-        """What products of queries (B, H, N, D) with keys are multiplied by."""
-        return queries.shape[-1] ** -0.5
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a block; not where neither :attr:`own_heads` nor :attr:`halves` holds."""
@@ -215,12 +201,6 @@ class Adapter(ABC):
         args, kwargs = self.arguments(args, kwargs, places, sizes)
         return forward(block, tokens, *args, **kwargs)
 
-    @abstractmethod
-    def project(
-        self, attention: nn.Module, tokens: torch.Tensor, arguments: dict
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, N, C) and the other keywords of the attention's call → queries, keys, values, each (B, H, N, D)."""
-
     def query_and_key(self, attention: nn.Module) -> QueryKey | None:
         """How :meth:`project` makes queries and keys before they are :meth:`compared`, where that is linear."""
         return None
@@ -229,42 +209,12 @@ class Adapter(ABC):
         """Queries and keys (B, H, N, D) as the attention compares them, with its norms and rotary positions."""
         return queries, keys
 
-    def attend(
-        self,
-        attention: nn.Module,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """softmax(QKᵀ / √D + bias) V, each (B, H, N, D), and the weights (B, H, N, N) if the attention returns them."""
-        dropout = self.attention_dropout(attention) if attention.training else 0.0
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout), None
-
-    @abstractmethod
-    def finish(
-        self, attention: nn.Module, joined: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None = None
-    ):
-        """What the attention does after its heads: (B, N, C) of concatenated heads → what its forward returns."""
-
     @abstractmethod
     def as_attention_output(self, tokens: torch.Tensor, weights: torch.Tensor | None = None):
         """Tokens (B, N, C), and the weights of the attention, in the form in which its forward returns them."""
 
-    @abstractmethod
-    def attention_dropout(self, attention: nn.Module) -> float:
-        """Dropout on the attention weights while training."""
-
     def prepare(self) -> None:
         """Hook the model where it has to be steered once it is converted."""
-        return None
-
-    def bias(self, attention: nn.Module, arguments: dict) -> torch.Tensor | None:
-        """What the attention adds to its logits for each pair of places, (1, H, N, N), if anything.
-
-        Args:
-            arguments: the keywords of the attention's call.
-        """
         return None
 
     @property

@@ -3,7 +3,7 @@
 from tosa_convert.base.errors import UsageError
 from tosa_convert.config.conversion import ConvertConfig
 from tosa_convert.methods.bypass import Bypass
-from tosa_convert.methods.score import Acts, Reads, Score
+from tosa_convert.methods.score import Reads, Score
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.selective.reducing_block import check_halves
 
@@ -66,10 +66,5 @@ def _check_reduction(adapter: Adapter, config: ConvertConfig) -> None:
         raise UsageError(
             f"bypass {config.bypass} needs attention and MLP as a module each, one after the other, which this model "
             "has not; use identity, borrow or merge"
-        )
-    if config.acts is Acts.BEFORE and not adapter.own_heads:
-        raise UsageError(
-            f"bypass {config.bypass} works a layer's attention out itself, and this model mixes its heads inside it "
-            "or has tokens behind its patches; use persist, or identity, borrow or merge"
         )
     check_halves(adapter, adapter.blocks[0])

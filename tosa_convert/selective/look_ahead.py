@@ -28,15 +28,13 @@ class Ahead(NamedTuple):
     Attributes:
         weights: (B, H, N, N), from queries to keys.
         values: (B, H, N, D).
+        received: (B, N), the attention that each token gets, the mean over heads and queries; where heads are mixed
+            after their softmax, before that.
     """
 
     weights: torch.Tensor
     values: torch.Tensor
-
-    @property
-    def received(self) -> torch.Tensor:
-        """(B, N): what each token gets, the mean over heads and queries."""
-        return self.weights.detach().mean((1, 2))
+    received: torch.Tensor
 
     def fused(self, choice: Choice, shares: torch.Tensor) -> torch.Tensor:
         """What the groups of a choice get, (B, H, K, D).
@@ -72,11 +70,10 @@ def look_ahead(adapter: Adapter, block: nn.Module, run: Run, tokens: torch.Tenso
     seen: list[Ahead] = []
 
     def attend(attention, queries, keys, values, bias):
-        logits = queries * adapter.scale(queries) @ keys.mT
-        added = total(bias, weight_of(sizes))
-        weights = (logits if added is None else logits + added).softmax(-1)
+        looks, weights = adapter.maps(attention, queries, keys, total(bias, weight_of(sizes)), sizes)
         dropout = adapter.attention_dropout(attention) if attention.training else 0.0
-        seen.append(Ahead(F.dropout(weights, dropout) if dropout else weights, values))
+        received = looks.detach().mean((1, 2))
+        seen.append(Ahead(F.dropout(weights, dropout) if dropout else weights, values, received))
         return torch.zeros_like(values[:, :, :1]), None
 
     attention = adapter.attention(block)

@@ -33,6 +33,21 @@ class TimmCait(TimmVit):
         super().__init__(model)
         self.prefix, self.class_token = 0, False
 
+    def project(self, attention, tokens, arguments):
+        return _heads_of(attention, attention.qkv(tokens))
+
+    def maps(self, attention, queries, keys, bias, sizes):
+        logits = queries * self.scale(queries) @ keys.mT
+        mixed = _over_heads(attention.proj_l.weight, attention.proj_l.bias[:, None, None], logits)
+        looks = (mixed if bias is None else mixed + bias).softmax(-1)
+        constant = attention.proj_w.bias[:, None, None]
+        if sizes is not None:  # for each of the tokens that a key stands for
+            constant = constant * sizes[:, None, None]
+        return looks, _over_heads(attention.proj_w.weight, constant, looks)
+
+    def finish(self, attention, joined, tokens, weights=None):
+        return attention.proj_drop(attention.proj(joined))
+
     def tap(self, block, receive, detach=True):
         return _QkvTap(self, block, receive, detach)
 
@@ -60,6 +75,16 @@ class TimmCait(TimmVit):
         return joined[:, self.model.num_prefix_tokens :]  # the class token has joined by now
 
 
+def _heads_of(attention: nn.Module, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, N, 3 · C) → queries, keys and values, (B, H, N, D) each."""
+    return projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _over_heads(weight: torch.Tensor, constant: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Maps (B, H, N, N) mixed by a matrix (H, H)."""
+    return torch.einsum("gh,bhqk->bgqk", weight, maps) + constant
+
+
 class _Weighed:
     """Each key counts for as many tokens as it stands for: in the softmax, and in the constant that the heads' mixing
     after it adds for every key."""
@@ -76,5 +101,4 @@ class _Weighed:
 
 class _QkvTap(QkvTap):
     def parted(self, projected):
-        queries, keys, _ = projected.unflatten(-1, (3, self.attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        return queries, keys
+        return _heads_of(self.attention, projected)[:2]

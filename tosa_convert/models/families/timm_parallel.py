@@ -21,6 +21,7 @@ from torch import nn
 from tosa_convert.models.adapter import Adapter
 from tosa_convert.models.families.timm_vit import TimmVit, all_of, split_qkv
 from tosa_convert.models.hooks import PairTap, Tap
+from tosa_convert.models.projections import split_heads
 
 
 def find(model: nn.Module) -> Adapter | None:
@@ -49,6 +50,21 @@ class TimmDiff(_Odd):
     @property
     def heads(self) -> int:
         return 2 * self.blocks[0].attn.num_heads
+
+    def project(self, attention, tokens, arguments):
+        queries, keys, values = attention.qkv(tokens).chunk(3, dim=-1)
+        pairs = (split_heads(each, 2 * attention.num_heads) for each in (queries, keys))
+        queries, keys = self.compared(attention, *pairs, arguments)
+        return queries, keys, split_heads(values, attention.num_heads)
+
+    def maps(self, attention, queries, keys, bias, sizes):
+        looks = super().maps(attention, queries, keys, bias, sizes)[0]
+        first, second = looks.unflatten(1, (attention.num_heads, 2)).unbind(2)
+        return looks, first - attention._compute_lambda().type_as(looks) * second
+
+    def finish(self, attention, joined, tokens, weights=None):
+        heads = attention.sub_norm(joined.unflatten(-1, (attention.num_heads, -1))) * (1 - attention.lambda_init)
+        return attention.proj_drop(attention.proj(attention.norm(heads.flatten(2))))
 
     def tap(self, block, receive, detach=True):
         return _DiffTap(self, block, receive, detach)
