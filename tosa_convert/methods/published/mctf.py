@@ -1,4 +1,4 @@
-"""MCTF, Multi-criteria Token Fusion (arXiv 2403.10030), with its token reduction consistency in fine-tuning."""
+"""MCTF, Multi-criteria Token Fusion (arXiv 2403.10030, section 3), with its reduction consistency in fine-tuning."""
 
 from tosa_convert.methods.method import Method
 

@@ -1,4 +1,4 @@
-"""PiToMe, Spectrum-Preserving Token Merging (arXiv 2405.16148)."""
+"""PiToMe, Spectrum-Preserving Token Merging (arXiv 2405.16148, section 3.2)."""
 
 from tosa_convert.methods.method import Method
 

@@ -1,4 +1,4 @@
-"""ToMe, Token Merging (arXiv 2210.09461)."""
+"""ToMe, Token Merging (arXiv 2210.09461, section 3)."""
 
 from tosa_convert.methods.method import Method
 
