@@ -11,6 +11,8 @@ from image_sources import NAMES, png, read
 
 from tosa_convert import FinetuneSettings, UsageError, convert, evaluate, finetune, load
 from tosa_convert.data.images import Images, training_loader
+from tosa_convert.data.sampling import sample
+from tosa_convert.export.onnx import export_onnx
 from tosa_convert.models.provenance import preprocessing_of
 
 
@@ -34,7 +36,7 @@ def test_a_stream_is_seeded_and_begins_anywhere(sources):
     assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(drawn(images, 7, 18, 2), twice[7:], strict=True))
 
 
-def test_a_stream_is_trained_on_and_nothing_else(sources, tmp_path):
+def test_a_stream_is_trained_and_measured_on(sources, tmp_path):
     if "hfids" not in sources:
         pytest.skip("datasets is not installed")
     model = lively(FAMILIES["timm vit"]())
@@ -42,12 +44,41 @@ def test_a_stream_is_trained_on_and_nothing_else(sources, tmp_path):
     convert(model, score="similarity", bypass="merge", layers=[3], ratio=0.5)
     figures = finetune(model, sources["hfids"], FinetuneSettings(steps=3, batch_size=2))
     assert figures["labels"] > 0
-    with pytest.raises(UsageError, match="can be trained on only; elsewhere use hfds:"):
-        evaluate(model, sources["hfids"])
+    assert evaluate(model, sources["hfids"])["models"] == evaluate(model, sources["hfds"])["models"]
+    with pytest.raises(UsageError, match="which a stream has not; use hfds:"):
+        export_onnx(model, tmp_path, sources["hfids"])
+    preprocessing = preprocessing_of(model)
+    stored, streamed = (sample(sources[kind], preprocessing, 9, crops=False) for kind in ("hfds", "hfids"))
+    assert sorted(stored[2].tolist()) == sorted(streamed[2].tolist())
+    few = sample(sources["hfids"], preprocessing, 4)[0]
+    assert torch.equal(few, streamed[0][:4])
+    assert any(torch.equal(few[0], each) for each in stored[0])
     stream = read(sources, "hfids", augment="crop")
     stream.reader.told = None  # as most streams come
     with pytest.raises(UsageError, match="give steps, not epochs"):
         len(stream)
+
+
+def test_a_stream_is_planned_and_counted_on(sources, tosa):
+    if "hfids" not in sources:
+        pytest.skip("datasets is not installed")
+    options = ["quickstart", "--data", sources["hfids"], "--images", "4"]
+    code, out, err = tosa("plan", *options, "--budget", "0.8", "--no-labels", "--out", "planned")
+    assert code == 0, err
+    code, out, err = tosa("flops", *options, "--score", "norm", "--threshold", "4", "--layers", "2,4")
+    assert (code, "4 images" in out) == (0, True), out + err
+
+
+def test_labels_of_a_stream_are_looked_at_as_they_come(tmp_path):
+    model = lively(FAMILIES["timm vit"]())
+    with pytest.raises(UsageError, match="has label 7, and the model has 5 outputs"):
+        evaluate(model, stream_of(tmp_path, [0, 1, 7, 2]))
+
+
+def test_broken_images_of_a_stream_are_counted(tmp_path):
+    model = lively(FAMILIES["timm vit"]())
+    found = evaluate(model, stream_of(tmp_path, [0, 1, 2, 2, 1], broken=(1, 3)))
+    assert (found["images"], len(found["broken"])) == (3, 2)
 
 
 def test_a_broken_image_of_a_stream_is_passed_over_and_named(tmp_path):
@@ -110,19 +141,15 @@ def test_a_damaged_stream_is_one_line(tmp_path):
         finetune(convert(load("quickstart"), ratio=0.5), source, FinetuneSettings(steps=8, batch_size=4))
 
 
-def test_thresholds_are_not_trained_on_a_stream_alone(tosa, tmp_path):
-    """Their multiply–adds are counted over images; a training that ends without any would have been for nothing."""
+def test_thresholds_are_trained_and_counted_on_a_stream(tosa, tmp_path):
     source = stream_of(tmp_path, list(range(9)))
-    code, _, err = tosa("finetune", "quickstart", "--method", "spa", "--steps", 1, "--data", source, "--out", "run")
-    assert code == 2
-    assert "a stream gives no sample of them; train on hfds:" in " ".join(err.split())
-    assert not Path("run").exists()
     recipe = {
         "model": "quickstart",
         "convert": {"method": "spa"},
         "finetune": {"steps": 1, "batch_size": 2, "labels": 0.0},
-        "data": {"train": source, "eval": source.replace("hfids", "hfds")},
+        "data": {"train": source, "eval": source},
     }
     Path("recipe.yaml").write_text(json.dumps(recipe))
-    code, _, err = tosa("run", "recipe.yaml", "--out", "run")
+    code, out, err = tosa("run", "recipe.yaml", "--out", "run")
     assert code == 0, err
+    assert "9 images" in out

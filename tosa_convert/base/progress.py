@@ -20,8 +20,11 @@ class Progress:
         return self.console.status(what) if self.shown else nullcontext()
 
     @contextmanager
-    def track(self, what: str, total: int, done: int = 0, unit: str = "", per_step: int = 1) -> Iterator[Callable]:
-        """Yields ``advance(note)``, to be called after each of ``total`` steps of ``per_step`` units."""
+    def track(
+        self, what: str, total: int | None, done: int = 0, unit: str = "", per_step: int = 1
+    ) -> Iterator[Callable]:
+        """Yields ``advance(note)``, to be called after each of ``total`` steps, None if it is not known how
+        many, of ``per_step`` units."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

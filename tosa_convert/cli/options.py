@@ -28,7 +28,8 @@ class Precision(StrEnum):
 
 MODEL_HELP = "timm name (or its beginning), hf:ORG/NAME, a transformers or timm folder, or a run"
 IMAGES = (
-    "images: a folder, tar:FILE, wds:SHARDS or hfds:NAME, of classes if each has a folder or a label; with maps "
+    "images: a folder, tar:FILE, wds:SHARDS, hfds:NAME or as a stream hfids:NAME, of classes if each has a folder or a "
+    "label; with maps "
     "nyu:ROOT, kitti:ROOT, depth:ROOT or masks:ROOT"
 )
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]

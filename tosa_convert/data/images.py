@@ -204,6 +204,26 @@ class _Stream(IterableDataset):
                 return
 
 
+class Pass(IterableDataset):
+    """The images of a stream once, in the form of those of :class:`Images`.
+
+    Args:
+        seed: of their order; None takes them as they come.
+    """
+
+    def __init__(self, images: Images, seed: int | None = None):
+        self.images, self.seed = images, seed
+
+    def __iter__(self):
+        images = self.images
+        for drawn in images.reader.once(self.seed):
+            images.check_label(drawn)
+            try:
+                yield images.decoded(drawn.content), drawn.label, None
+            except UNREADABLE:
+                yield None, None, drawn.name
+
+
 def _transform(preprocessing: Preprocessing, augment: Augmentation | None) -> transforms.Compose:
     cropped = augment is not None and augment.kind == "crop"
     asked = augment._asdict() if cropped else {}
@@ -305,4 +325,6 @@ def training_loader(
 
 def loader(images: Images, batch_size: int, workers: int = 0) -> DataLoader:
     """Batches of every image once, in order."""
+    if isinstance(images, Images) and images.reader.streams:
+        return DataLoader(Pass(images), batch_size, collate_fn=collate)
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)

@@ -86,13 +86,17 @@ class Reader(ABC):
     def check_stored(self) -> None:
         """
         Raises:
-            UsageError: it is a stream, whose images cannot be counted and measured one by one.
+            UsageError: it is a stream, whose images cannot be had by their number.
         """
         if self.streams:
-            raise UsageError(f"a stream can be trained on only; elsewhere use {self.stored}")
+            raise UsageError(f"this takes images by their number, which a stream has not; use {self.stored}")
 
     def draws(self, seed: int, first: int) -> Iterator[Drawn]:
         """The images of a stream in a seeded order, again and again, from the one at ``first`` on."""
+        raise NotImplementedError(f"{type(self).__name__} is no stream")
+
+    def once(self, seed: int | None = None) -> Iterator[Drawn]:
+        """One pass over a stream: in a seeded order, or as it comes."""
         raise NotImplementedError(f"{type(self).__name__} is no stream")
 
 
@@ -171,12 +175,6 @@ def takes(source: str | None, name: str) -> bool:
 
 
 SPELT = {"list": "--list", "scale": "--depth-scale"}
-
-
-def is_stream(source: str | None) -> bool:
-    """Whether images of a source come in one order only."""
-    kind = str(source).partition(":")[0]
-    return kind in discovery.names(FOLDER) and _reader(kind).streams
 
 
 def _takes(kind: str) -> tuple[str, ...]:

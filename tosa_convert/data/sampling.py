@@ -1,5 +1,6 @@
 """A few images to measure a model on."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from tosa_convert.base.errors import TosaError, TosaWarning, UsageError, some_of
 from tosa_convert.base.seeding import unmoved
-from tosa_convert.data.images import SCENES, Images, collate, spread
+from tosa_convert.data.images import SCENES, Images, Pass, collate, spread
 from tosa_convert.models.preprocessing import Preprocessing
 
 
@@ -22,7 +23,7 @@ def sample(
     """``count`` images to measure a model on: spread evenly over a folder, or where it has fewer, seeded random
     crops of them, several of each. Of the built-in photos only the everyday scenes: figures on a brick wall or a
     deep field of stars do not carry over to other images. That a folder is taken in crops, or has broken images, is
-    said.
+    said. Of a stream the first ones of a seeded order, without crops.
 
     Args:
         crops: False takes fewer images of a source in place of crops.
@@ -34,13 +35,7 @@ def sample(
         TosaError: none of them can be read.
     """
     images = make(source, preprocessing)
-    images.reader.check_stored()
-    if not crops and source is not None:
-        count = min(count, len(images))
-    if len(images) >= count and source is not None:
-        items = [images[index] for index in spread(len(images), count)]
-    else:
-        items = _cropped(source, make(source, preprocessing, augment="crop"), count)
+    items = _sampled(source, images, make, count, crops)
     batch = collate([item for item in items if item[0] is not None])
     broken = list(dict.fromkeys(name for *_, name in items if name))
     if not len(batch["images"]):
@@ -52,6 +47,18 @@ def sample(
             stacklevel=3,
         )
     return batch["images"], images, batch["labels"]
+
+
+def _sampled(
+    source: str | Path | None, images: Images, make: Callable[..., Images], count: int, crops: bool
+) -> list[tuple]:
+    if images.reader.streams:
+        return list(itertools.islice(Pass(images, seed=0), count))
+    if not crops and source is not None:
+        count = min(count, len(images))
+    if len(images) >= count and source is not None:
+        return [images[index] for index in spread(len(images), count)]
+    return _cropped(source, make(source, images.preprocessing, augment="crop"), count)
 
 
 def _cropped(source: str | Path | None, images: Images, count: int) -> list[tuple]:

@@ -55,6 +55,7 @@ def write_predictions(
     task, device = task_of(model), pick_device(device)
     taken: set[PurePosixPath] = set()
     images = task.read(data, preprocessing_of(model))
+    images.reader.check_stored()
     model.to(device).eval()
     written = 0
     with (progress or Progress()).track("predictions", len(images), unit="images") as advance:

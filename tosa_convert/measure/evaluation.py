@@ -19,7 +19,7 @@ from tosa_convert.methods.bypass import Bypass
 from tosa_convert.methods.method import control, published
 from tosa_convert.methods.score import Score
 from tosa_convert.models.adapter import adapter_of
-from tosa_convert.models.outputs import EMBEDDING, agreement, predict, retrieval_agreement
+from tosa_convert.models.outputs import EMBEDDING, agreement, outputs_of, predict, retrieval_agreement
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.selective.conversion import convert, is_converted, original
 from tosa_convert.selective.selection import selective_blocks
@@ -61,10 +61,11 @@ def evaluate(
     first = next(iter(models.values()))
     task = task_of(first)
     images = task.read(data, preprocessing_of(first))
-    images.reader.check_stored()
     if reference is not None and reference not in models:
         raise UsageError(f"there is no model {reference!r} to compare with among {', '.join(models)}")
     labelled = labels and task.has_labels(images, first)
+    if labelled and images.reader.streams:  # each label is looked at as it comes
+        images.outputs = outputs_of(first)
     if flip and not task.differences:
         raise UsageError("--flip is for maps, and this model gives none; leave it out")
     device = pick_device(device)
@@ -77,7 +78,8 @@ def evaluate(
     embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in models}
     seen, unknown, broken = 0, 0, []
     batches = loader(images, batch_size, workers)
-    with (progress or Progress()).track("eval", len(batches), unit="images", per_step=batch_size) as advance:
+    total = None if images.reader.streams else len(batches)
+    with (progress or Progress()).track("eval", total, unit="images", per_step=batch_size) as advance:
         for batch in batches:
             broken += batch["broken"]
             count = len(batch["images"])
@@ -97,7 +99,7 @@ def evaluate(
             seen += count
             advance()
     if not seen:
-        raise TosaError(f"not one of the {len(images)} images in {images.name} can be read: {broken[0]}")
+        raise TosaError(f"not one of the images in {images.name} can be read{f': {broken[0]}' if broken else ''}")
     if unknown == seen:
         raise TosaError(f"in none of the maps of {images.name} anything is known; check its files")
     counts = {key: seen - unknown if key in task.metrics else seen for key in kept}

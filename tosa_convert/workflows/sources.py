@@ -8,7 +8,7 @@ from torch import nn
 
 from tosa_convert.base.errors import TosaWarning, UsageError
 from tosa_convert.config.recipe import Recipe
-from tosa_convert.data.reader import is_stream, read, takes, with_options
+from tosa_convert.data.reader import read, takes, with_options
 from tosa_convert.methods.score import Score
 from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.runs import folder as runs
@@ -36,11 +36,6 @@ def _beside(recipe: Recipe, source: str | None, listed: str | None) -> str | Non
     another = any(takes(each, "scale") for each in (recipe.data.train, recipe.data.eval))
     scale = recipe.data.depth_scale if takes(source, "scale") or not another else None
     return with_options(source, list=listed, scale=scale)
-
-
-def counted_source(recipe: Recipe) -> str | None:
-    """Images for what is counted over images: those for training, or where these are a stream those for evaluation."""
-    return eval_source(recipe) if is_stream(recipe.data.train) else train_source(recipe)
 
 
 def converted(recipe: Recipe) -> nn.Module:
@@ -108,11 +103,13 @@ def check_measured(recipe: Recipe) -> None:
     """What is read after training is opened before it.
 
     Raises:
-        UsageError: it cannot be, or is a stream, which can be trained on only.
+        UsageError: it cannot be, or an export is to be checked on a stream.
     """
     measured = eval_source(recipe) or (recipe.export and train_source(recipe))
     if measured:
-        read(measured).check_stored()
+        reader = read(measured)
+        if recipe.export:
+            reader.check_stored()
 
 
 def check_labels(model: nn.Module, recipe: Recipe) -> None:

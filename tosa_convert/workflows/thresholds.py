@@ -17,7 +17,7 @@ from tosa_convert.models.provenance import preprocessing_of
 from tosa_convert.planning.mean_macs import FEWEST, at_mean, check_differing, check_reachable
 from tosa_convert.runs import folder as runs
 from tosa_convert.selective.selection import choosing_blocks, keeps_any_number
-from tosa_convert.workflows.sources import counted_source
+from tosa_convert.workflows.sources import train_source
 
 IMAGES, MORE = 48, 384
 """That thresholds are moved on and multiply–adds are counted over; more where one choice is made for all layers, as by
@@ -30,13 +30,8 @@ def check_thresholds(model: nn.Module, recipe: Recipe) -> None:
     """
     Raises:
         UsageError: a mean is asked of a conversion without thresholds, or one that it cannot come down to, or of too
-            few images; or there are no images to count over.
+            few images.
     """
-    if keeps_any_number(model) and recipe.data.train is not None and counted_source(recipe) is None:
-        raise UsageError(
-            "with thresholds the MACs are counted over images, and a stream gives no sample of them; train on hfds: in "
-            "place of hfids:, or name images for evaluation in a recipe (data: eval)"
-        )
     check_threshold(recipe, keeps_any_number(model))
     if recipe.mean_macs is not None:
         images = counted_images(model, recipe, FEWEST)
@@ -73,7 +68,7 @@ def cost_of(model: nn.Module, recipe: Recipe, progress: Progress | None = None) 
     """Multiply–adds, where they differ from image to image over as many of the recipe's as thresholds are moved on."""
     if not keeps_any_number(model):
         return flops_on(model)
-    return flops_on(model, counted_source(recipe), _enough(model), progress)
+    return flops_on(model, train_source(recipe), _enough(model), progress)
 
 
 def warn_of_other_cost(before: dict, after: dict) -> None:
@@ -104,7 +99,7 @@ def on_these_images(model: nn.Module, source: str, data: str | None, progress: P
 
 def counted_images(model: nn.Module, recipe: Recipe, count: int | None = None) -> torch.Tensor:
     """(B, C, H, W) that thresholds are moved on, on the model's device; fewer where there are fewer."""
-    images = sample(counted_source(recipe), preprocessing_of(model), count or _enough(model), crops=False)[0]
+    images = sample(train_source(recipe), preprocessing_of(model), count or _enough(model), crops=False)[0]
     return images.to(next(model.parameters()).device)
 
 

@@ -1,10 +1,10 @@
-"""A dataset of Hugging Face's library as a stream, which is trained on without being stored: ``hfids:NAME`` or
+"""A dataset of Hugging Face's library as a stream, which is read without being stored: ``hfids:NAME`` or
 ``hfids:NAME:SPLIT``, as with ``hfds:``. Its order is a seeded shuffle within a buffer, so a training goes on where it
 was by passing over what it has seen."""
 
 import inspect
 import io
-from collections.abc import Iterator
+from typing import Any
 
 from tosa_convert.base.errors import UsageError, gist
 from tosa_convert.data.reader import Drawn, Reader
@@ -54,7 +54,7 @@ class Hfids(Reader):
         epoch = 0
         while True:
             passed = 0
-            for found in self._whole(self._shuffled(seed + epoch)):
+            for found in self.once(seed + epoch):
                 passed += 1
                 if first > 0:
                     first -= 1
@@ -64,13 +64,13 @@ class Hfids(Reader):
                 raise UsageError(f"the stream {self.name} holds no images")
             epoch += 1
 
-    def _whole(self, rows: Iterator[Drawn]) -> Iterator[Drawn]:
+    def once(self, seed=None):
         """
         Raises:
             UsageError: the files of the stream are damaged.
         """
         try:
-            yield from rows
+            yield from map(self._drawn, self.data if seed is None else self._shuffled(seed))
         except UsageError:
             raise
         except Exception as error:  # of whatever reads the files
@@ -79,18 +79,16 @@ class Hfids(Reader):
                 "leave it out"
             ) from error
 
-    def _shuffled(self, seed: int) -> Iterator[Drawn]:
+    def _shuffled(self, seed: int) -> Any:
         # From one file at a time: datasets 5 otherwise waits five seconds for more of them, at each pass.
         known = inspect.signature(self.data.shuffle).parameters
         one = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}
-        for row in self.data.shuffle(seed=seed, buffer_size=BUFFER, **one):
-            label = self._label(row)
-            name = (row[self.image] or {}).get("path") or f"{self.name}[{row[ROW]}]"
-            yield Drawn(io.BytesIO(bytes_of(row[self.image])), label, name)
+        return self.data.shuffle(seed=seed, buffer_size=BUFFER, **one)
 
-    def _label(self, row: dict) -> int:
+    def _drawn(self, row: dict) -> Drawn:
         (label,) = numbers_of([row[self.labels]], self.names) if self.labels else (None,)
-        return -1 if label is None else label
+        name = (row[self.image] or {}).get("path") or f"{self.name}[{row[ROW]}]"
+        return Drawn(io.BytesIO(bytes_of(row[self.image])), -1 if label is None else label, name)
 
     def open(self, index):
         self.check_stored()
