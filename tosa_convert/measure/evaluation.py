@@ -99,7 +99,9 @@ def evaluate(
             seen += count
             advance()
     if not seen:
-        raise TosaError(f"not one of the images in {images.name} can be read{f': {broken[0]}' if broken else ''}")
+        if not broken:
+            raise TosaError(f"the stream {images.name} holds no images")
+        raise TosaError(f"not one of the {len(broken)} images in {images.name} can be read: {broken[0]}")
     if unknown == seen:
         raise TosaError(f"in none of the maps of {images.name} anything is known; check its files")
     counts = {key: seen - unknown if key in task.metrics else seen for key in kept}
