@@ -239,9 +239,9 @@ def _resizing(known: dict) -> dict:
     import transformers
 
     name = known.get("image_processor_type") or known.get("feature_extractor_type") or ""
-    kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor"), None)
-    with contextlib.suppress(Exception):  # a file that its own class does not read says what it says
-        known = known if kind is None else kind.from_dict(dict(known)).to_dict()
+    with contextlib.suppress(Exception):  # what its own class does not read, or is not here for, says what it says
+        kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor"))
+        known = kind.from_dict(dict(known)).to_dict()
     size, crop = ({} if not isinstance(each := known.get(key), dict) else each for key in ("size", "crop_size"))
     cut = crop.get("height") if known.get("do_center_crop", True) else None
     if size.get("shortest_edge"):
