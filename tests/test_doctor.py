@@ -36,3 +36,10 @@ def test_the_layer_that_is_tried_is_quantised():
     found = try_export()
     assert found["difference"] < 1e-4
     assert 1e-3 < found["int8_error"] < 0.1
+
+
+def test_models_in_a_cache_that_was_moved_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "models--someone--a-model").mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "1 model in the cache" in doctor._weights()[0]

@@ -117,7 +117,8 @@ def _export() -> tuple[str, str]:
 
 
 def _weights() -> tuple[str, str]:
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     known = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
     here = f"{known} model{'' if known == 1 else 's'} in the cache"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
