@@ -147,9 +147,7 @@ def _conversion(config: dict) -> ConvertConfig | None:
 def remember(folder: Path) -> None:
     """Note a finished run of this working folder, so that it is found wherever it lies."""
     line = f"{Path.cwd()}\t{folder.resolve()}"
-    with contextlib.suppress(
-        OSError, TosaError
-    ):  # a convenience: a home that is read-only or full must not fail the run
+    with contextlib.suppress(OSError, TosaError):  # a convenience: a home read-only or full must not fail the run
         kept = [known for known in _remembered() if known != line][-200:]
         HISTORY.parent.mkdir(parents=True, exist_ok=True)
         write_text(HISTORY, "\n".join([*kept, line]) + "\n")

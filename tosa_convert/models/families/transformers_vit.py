@@ -191,8 +191,7 @@ class TransformersVit(Adapter):
         """With its weights if the model shows them."""
         if not self.shows_attention:
             return super().attend(attention, queries, keys, values, bias)
-        logits = queries @ keys.mT * self.scale(queries)
-        weights = (logits if bias is None else logits + bias).softmax(-1)
+        weights = self.maps(attention, queries, keys, bias, None)[1]
         dropped = F.dropout(weights, self.attention_dropout(attention), attention.training)
         return dropped @ values, weights
 
